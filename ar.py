@@ -1,0 +1,278 @@
+"""The masked autoregressive transformer on SemTok's tokens: class -> bits, in a few bidirectional steps.
+
+SemTok section 3.3, Eq. 8, appendix A.2, Table 9. LlamaGen blocks (RMSNorm, SwiGLU, 1D RoPE; Sun et al. 2024) without
+the causal mask, qk-norm, a class token in front and the class through one shared AdaLN, and the infinite-vocabulary
+classifier (Han et al. 2025): a two-way choice per bit. It needs `bsq.py` and `mmdit.py` beside it.
+
+    import torch
+    from ar import AR_PRESETS, MaskedAR
+    model = MaskedAR(AR_PRESETS["tiny"])
+    bits = model.generate(torch.tensor([1, 1, 7]), steps=8, cfg=3.0)   # (3, tokens, bits) bool, random weights
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from bsq import bits_to_codes, bits_to_index, index_to_bits, mean_over_ranks
+from mmdit import TensorFiles, UserError, attend, describe_keys, gated, load_recipes, modulate, normed_rotated, only, rope_1d
+
+
+@dataclass(frozen=True)
+class ARConfig:
+    """Sizes of the transformer. The defaults are SemTok-AR-L on ImageNet with 2^18 codes."""
+
+    depth: int = 24
+    width: int = 1024
+    heads: int = 16
+    tokens: int = 256  # K
+    bits: int = 18  # d
+    classes: int = 1000
+    group_bits: int = 1  # bits decided by one softmax: 1 is bitwise; 9 is Table 13's "2 groups" of 18
+    spherical: bool = True  # the tokens' codes: +-1/sqrt(d) (BSQ) or +-1 (LFQ)
+
+
+AR_PRESETS = {
+    "L": ARConfig(),
+    "XL": ARConfig(depth=36, width=1280, heads=20),
+    "XXL": ARConfig(depth=24, width=2048, heads=32),
+    "tiny": ARConfig(depth=4, width=96, heads=3, tokens=24, bits=16, classes=10),
+}
+
+# Best guidance scale with the linear schedule, per size (appendix A.2); tiny: found on the built-in pictures.
+GUIDANCE = {"L": 6.0, "XL": 5.3, "XXL": 4.9, "tiny": 3.0}
+
+
+class Attention(nn.Module):
+    """Bidirectional self-attention with RMS qk-norm and RoPE, no biases: (B, L, width) -> (B, L, width)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.wqkv = nn.Linear(width, 3 * width, bias=False)
+        self.wo = nn.Linear(width, width, bias=False)
+        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)
+        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)
+
+    def forward(self, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+        """rope: (2, L, head_dim)."""
+        return self.wo(attend(*normed_rotated(self.wqkv(x), self.heads, self.q_norm, self.k_norm, rope)))
+
+
+class SwiGLU(nn.Module):
+    """LlamaGen's feed-forward: w2(silu(w1 x) * w3 x), hidden width 2/3 of 4 widths rounded up to a multiple of 256
+    (at small widths of 32). (B, L, width) -> (B, L, width)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        multiple = 256 if width >= 512 else 32
+        hidden = math.ceil(8 * width / 3 / multiple) * multiple
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """A transformer block. Its AdaLN is the shared one plus a table of its own, 6 x width."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.attention = Attention(width, heads)
+        self.ffn_norm = nn.RMSNorm(width, eps=1e-6)
+        self.feed_forward = SwiGLU(width)
+        self.table = nn.Parameter(torch.zeros(6, width))
+
+    def forward(self, x: torch.Tensor, modulation: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+        """x (B, L, width), modulation (B, 6, width), rope (2, L, head_dim) -> (B, L, width)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.table)[:, :, None].unbind(1)  # (B, 1, width)
+        x = x + gated(self.attention(modulate(self.attention_norm(x), shift1, scale1), rope), gate1)
+        return x + gated(self.feed_forward(modulate(self.ffn_norm(x), shift2, scale2)), gate2)
+
+
+class MaskedAR(nn.Module):
+    """theta of Eq. 8: known tokens and a mask -> the distribution of every bit of every token."""
+
+    def __init__(self, config: ARConfig):
+        super().__init__()
+        if config.bits % config.group_bits:
+            raise ValueError(f"groups of {config.group_bits} bits do not divide {config.bits} bits")
+        width = config.width
+        self.config = config
+        self.token_embedding = nn.Linear(config.bits, width)
+        self.mask_embedding = nn.Parameter(torch.randn(width) * 0.02)
+        self.class_embedding = nn.Embedding(config.classes + 1, width)  # the last is the null class of guidance
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))  # shared by all blocks
+        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.final_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.head = nn.Linear(width, config.bits // config.group_bits * 2**config.group_bits)
+        self.register_buffer("rope", rope_1d(config.tokens + 1, width // config.heads), persistent=False)
+        self.checkpoint_activations = False
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2 and name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.02)
+        for layer in (self.modulation[1], self.final_modulation[1], self.head):  # AdaLN-zero; even odds for every bit
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    # ---- the network
+
+    def hidden(self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        """bits (B, K, d), labels (B,) with `classes` for none, masked (B, K) bool -> features (B, K, width)."""
+        codes = bits_to_codes(bits, self.config.spherical).to(self.token_embedding.weight.dtype)
+        x = torch.where(masked[..., None], self.mask_embedding.to(codes.dtype), self.token_embedding(codes))
+        class_token = self.class_embedding(labels)  # (B, width)
+        x = torch.cat([class_token[:, None].to(x.dtype), x], 1)  # (B, 1 + K, width)
+        modulation = self.modulation(class_token).unflatten(-1, (6, -1))
+        for block in self.blocks:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, modulation, self.rope, use_reentrant=False)
+            else:
+                x = block(x, modulation, self.rope)
+        shift, scale = self.final_modulation(class_token)[:, None].chunk(2, -1)
+        return modulate(self.norm(x[:, 1:]), shift, scale)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Features (..., width) -> float32 logits (..., d / g, 2^g): two per bit when g, `group_bits`, is 1."""
+        return self.head(hidden).float().unflatten(-1, (-1, 2**self.config.group_bits))
+
+    def forward(self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        """bits (B, K, d), labels (B,), masked (B, K) bool -> logits (B, K, d / g, 2^g)."""
+        return self.logits(self.hidden(bits, labels, masked))
+
+    def loss(self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor, smoothing: float = 0.01) -> dict:
+        """Cross-entropy of the bits of MASKED tokens, in nats a bit: `loss` with label smoothing, `nll` without it, and
+        `accuracy`, the share of masked groups (bits) guessed right. Arguments as in forward."""
+        logits = self(bits, labels, masked)
+        targets = bits_to_index(bits.unflatten(-1, (-1, self.config.group_bits)))  # (B, K, d / g)
+        weight = masked[..., None].expand_as(targets).float()
+        share = mean_over_ranks(weight.sum()).clamp_min(1)  # over ranks: DDP's mean of means is then the global mean
+        count = share * self.config.group_bits
+        flat = (logits.flatten(0, -2), targets.flatten())
+        smooth = F.cross_entropy(*flat, reduction="none", label_smoothing=smoothing).view_as(targets)
+        plain = F.cross_entropy(*flat, reduction="none").view_as(targets)
+        right = (logits.argmax(-1) == targets).float()
+        return {
+            "loss": (smooth * weight).sum() / count,
+            "nll": (plain * weight).sum().detach() / count,
+            "accuracy": (right * weight).sum() / share,
+        }
+
+    # ---- generation
+
+    @torch.no_grad()
+    def generate_steps(
+        self, labels: torch.Tensor, steps: int = 64, cfg: float = 1.0, cfg_schedule: str = "linear", top_p: float = 0.75,
+        order: str = "random", generator: torch.Generator | None = None,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Eq. 8: fill K masked tokens in `steps` steps; after each, yields bits (B, K, d) bool and masked (B, K) bool.
+
+        labels (B,) int64. cfg: the guidance scale at its maximum. cfg_schedule: "linear" in the share predicted so far,
+        or "constant". top_p: see `sample_groups`. order: "random" per picture, or "confidence" (Table 14): the tokens
+        whose drawn bits are surest. generator: on the labels' device.
+        """
+        config, batch, device = self.config, len(labels), labels.device
+        bits = torch.zeros(batch, config.tokens, config.bits, dtype=torch.bool, device=device)
+        masked = torch.ones(batch, config.tokens, dtype=torch.bool, device=device)
+        guided = cfg != 1.0
+        both = torch.cat([labels, torch.full_like(labels, config.classes)]) if guided else labels
+        ranks = torch.rand(batch, config.tokens, generator=generator, device=device).argsort(-1)
+        filled = 0
+        for count in fill_counts(config.tokens, steps):
+            filled += count
+            g = guidance(cfg, filled / config.tokens, cfg_schedule)
+            hidden = self.hidden(bits.repeat(2, 1, 1), both, masked.repeat(2, 1)) if guided else self.hidden(bits, both, masked)
+            if order == "random":  # the head only where tokens are drawn
+                places = ranks[:, filled - count : filled]  # (B, count)
+                at = places.repeat(2, 1) if guided else places
+                hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
+            logits = self.logits(hidden)
+            if guided:
+                conditional, unconditional = logits.chunk(2)
+                logits = unconditional + g * (conditional - unconditional)
+            drawn, confidence = sample_groups(logits, top_p, generator)  # (B, places, d / g), (B, places)
+            drawn = index_to_bits(drawn, config.group_bits).flatten(-2)
+            if order == "confidence":
+                places = confidence.masked_fill(~masked, -math.inf).topk(count, -1).indices
+                drawn = drawn.gather(1, places[..., None].expand(-1, -1, config.bits))
+            bits = bits.scatter(1, places[..., None].expand(-1, -1, config.bits), drawn)
+            masked = masked.scatter(1, places, False)
+            yield bits, masked
+
+    def generate(self, labels: torch.Tensor, **options) -> torch.Tensor:
+        """The last picture of `generate_steps`: bits (B, K, d) bool."""
+        for bits, _ in self.generate_steps(labels, **options):
+            pass
+        return bits
+
+
+def fill_counts(tokens: int, steps: int) -> list[int]:
+    """How many tokens each step fills. After step n of N, floor(K cos(pi/2 n/N)) stay masked (MaskGIT's cosine), but
+    every step fills at least one, so that there are never more than K steps. Raises ValueError below one step."""
+    if steps < 1:
+        raise ValueError(f"{steps} sampling steps: at least 1 is needed")
+    counts, left = [], tokens
+    for n in range(1, steps + 1):
+        stay = 0 if n == steps else math.floor(tokens * math.cos(math.pi / 2 * n / steps))
+        fill = max(1, left - stay)
+        if left:
+            counts.append(min(fill, left))
+            left -= counts[-1]
+    return counts
+
+
+def guidance(scale: float, share: float, schedule: str) -> float:
+    """The guidance scale when `share` of the tokens, this step's counted, is predicted: linear 1 + (s-1) share, or s."""
+    return 1 + (scale - 1) * share if schedule == "linear" else scale
+
+
+def sample_groups(
+    logits: torch.Tensor, top_p: float, generator: torch.Generator | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one value per group of bits from logits (..., groups, V), each from its own smallest set of values whose
+    probability reaches top_p: a bit that is surer than top_p is taken outright.
+
+    Returns values (..., groups) int64 and the log probability (...) that the unfiltered distribution gives them.
+    """
+    probabilities, values = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    before = probabilities.cumsum(-1) - probabilities  # the mass of all likelier values
+    kept = torch.where(before < top_p, probabilities, 0.0)
+    kept[..., 0] = probabilities[..., 0]
+    edges = kept.cumsum(-1)
+    draw = torch.rand(edges.shape[:-1] + (1,), generator=generator, device=logits.device) * edges[..., -1:]
+    choice = (draw >= edges).sum(-1, keepdim=True).clamp_max(logits.shape[-1] - 1)
+    chosen = probabilities.gather(-1, choice).clamp_min(1e-30).log()
+    return values.gather(-1, choice)[..., 0], chosen[..., 0].sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def ar_metadata(model: MaskedAR, **entries) -> dict[str, str]:
+    """The metadata with which an AR checkpoint describes itself; safetensors keeps strings only."""
+    return {"format": "semtok-ar", "config": json.dumps(asdict(model.config))} | {k: str(v) for k, v in entries.items()}
+
+
+def load_ar(path: str, device: str | torch.device = "cpu") -> tuple[MaskedAR, dict[str, str]]:
+    """A transformer from an `ar.safetensors` of train.py, in eval mode, and the file's metadata. Raises UserError."""
+    source = TensorFiles(path)
+    if source.metadata.get("format") != "semtok-ar":
+        raise UserError(
+            f"{path} looks like {source.metadata.get('format') or describe_keys(source.shapes)}, and a SemTok AR transformer "
+            "is needed: python train.py --stage ar makes one"
+        )
+    with torch.device("meta"):
+        model = MaskedAR(ARConfig(**json.loads(source.metadata["config"])))
+    recipes = {name: only(name) for name in model.state_dict()}
+    return load_recipes(model, source, recipes, r"^$", "a SemTok AR transformer", device=device).eval().to(device), source.metadata

@@ -1,0 +1,115 @@
+"""Binary spherical quantisation (BSQ): a codebook of 2^d corners of the unit sphere that is never stored.
+
+SemTok section 3.1, Eq. 3 and 4; Zhao, Xiong, Kraehenbuehl, "Image and Video Tokenization with Binary Spherical
+Quantization" (2024). `spherical=False` gives LFQ (Yu et al. 2023), the sign without the sphere, for Table 10.
+This file needs torch alone.
+
+    import torch
+    from bsq import BSQ, codes_to_index
+    quantizer = BSQ(bits=18)
+    codes, u = quantizer(torch.randn(2, 256, 18, requires_grad=True))  # corners of the sphere; gradients go to u
+    loss = quantizer.entropy_loss(u)["quant"]                          # Eq. 4
+    print(codes_to_index(codes).shape, loss.item())                    # torch.Size([2, 256]) and a negative number
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def codes_to_bits(codes: torch.Tensor) -> torch.Tensor:
+    """The bits of quantised vectors: 1 where a channel is positive. (..., d) float -> (..., d) bool."""
+    return codes > 0
+
+
+def bits_to_codes(bits: torch.Tensor, spherical: bool = True) -> torch.Tensor:
+    """The quantised vectors of bits: +-1/sqrt(d) for BSQ, +-1 for LFQ. (..., d) bool or 0/1 -> (..., d) float32."""
+    signs = bits.float() * 2 - 1
+    return signs * bits.shape[-1] ** -0.5 if spherical else signs
+
+
+def bits_to_index(bits: torch.Tensor) -> torch.Tensor:
+    """Eq. 3, the code number: the FIRST channel is the LEAST significant bit. (..., d) -> (...) int64, d <= 62."""
+    # int64, because 2^32 codes do not fit in int32 (nor 2^24 of them in a float).
+    return (bits.long() << torch.arange(bits.shape[-1], device=bits.device)).sum(-1)
+
+
+def index_to_bits(index: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of `bits_to_index`: (...) int64 -> (..., bits) bool."""
+    return (index.long()[..., None] >> torch.arange(bits, device=index.device) & 1).bool()
+
+
+def codes_to_index(codes: torch.Tensor) -> torch.Tensor:
+    """Eq. 3 for quantised vectors: (..., d) float -> (...) int64."""
+    return bits_to_index(codes_to_bits(codes))
+
+
+def code_usage(bits: torch.Tensor) -> dict[str, float]:
+    """How alive a codebook is, from a batch of bits (..., d).
+
+    Returns `used`, distinct codes as a share of the most there could be, min(number of tokens, 2^d); `imbalance`,
+    the mean over bits of |share of ones - 0.5| (0 is best, 0.5 is dead); `dead_bits`, how many bits never change.
+    """
+    flat = bits.reshape(-1, bits.shape[-1])
+    share = flat.float().mean(0)
+    distinct = bits_to_index(flat).unique().numel()
+    return {
+        "used": distinct / min(len(flat), 2 ** flat.shape[-1]),
+        "imbalance": (share - 0.5).abs().mean().item(),
+        "dead_bits": int(((share == 0) | (share == 1)).sum()),
+    }
+
+
+def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The mean of equally shaped tensors over all ranks, differentiable; the tensor itself in a single process."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return value
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(value) / dist.get_world_size()
+
+
+class BSQ(nn.Module):
+    """The quantiser of Eq. 3 and its entropy loss, Eq. 4. It has no parameters.
+
+    bits: d, channels of a token. group_size: bits whose joint distribution the entropy of the average code is taken
+    over (1: per bit, as BSQ does at 18 bits; FlowMo takes 9); it must divide `bits`. temperature: tau of the soft
+    assignment. spherical: False is LFQ. Raises ValueError for a group size that does not divide the bits.
+    """
+
+    def __init__(self, bits: int, group_size: int = 1, temperature: float = 1.0, spherical: bool = True):
+        super().__init__()
+        if bits % group_size:
+            raise ValueError(f"entropy groups of {group_size} bits do not divide {bits} bits: choose a divisor")
+        self.bits, self.group_size, self.temperature, self.spherical = bits, group_size, temperature, spherical
+        self.magnitude = bits**-0.5 if spherical else 1.0
+
+    def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantise z (..., d). Returns codes (..., d), every channel +-magnitude, and u (..., d), the point on the
+        sphere that was rounded, both float32. The gradient of codes is passed straight through to u."""
+        u = F.normalize(z.float(), dim=-1) if self.spherical else z.float()
+        corner = torch.where(u > 0, self.magnitude, -self.magnitude)  # torch.sign(0) would be no corner at all
+        return corner + (u - u.detach()), u  # in this order the value is the corner to the last bit
+
+    def entropy_loss(self, u: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Eq. 4 on u (..., d), in nats: `quant` = `token_entropy` - `code_entropy`.
+
+        The soft assignment q(c|u) ~ exp(2 tau c.u) over the 2^d corners factorises into bits with
+        p_i = sigmoid(4 tau m u_i), m the magnitude of a code's channel, so the first term is an exact sum. The
+        second, the entropy of the average q, is bounded from above by the sum of the entropies of its groups of
+        bits: exact when one group holds all of them. A healthy run has a slightly NEGATIVE loss: the average of many
+        tokens is less certain than each token, and at tau = 1 on the unit sphere each is far from certain.
+        """
+        logits = (4 * self.temperature * self.magnitude) * u.float().reshape(-1, self.bits)  # (N, d)
+        p = logits.sigmoid()
+        token_entropy = (p * F.softplus(-logits) + (1 - p) * F.softplus(logits)).sum(-1).mean()
+
+        groups = p.reshape(len(p), -1, self.group_size)  # (N, d/g, g)
+        joint = torch.ones_like(groups[..., :1])
+        for i in range(self.group_size):  # bit i doubles the table: its lower half has the bit at 0
+            one = groups[..., i : i + 1]
+            joint = torch.cat([joint * (1 - one), joint * one], -1)  # (N, d/g, 2^(i+1))
+        average = mean_over_ranks(joint.mean(0))  # (d/g, 2^g)
+        code_entropy = -torch.xlogy(average, average.clamp_min(1e-30)).sum()
+        return {"quant": token_entropy - code_entropy, "token_entropy": token_entropy, "code_entropy": code_entropy}

@@ -1,0 +1,689 @@
+"""SemTok: pictures to 256 semantic 1D tokens of d bits, and back. The tokenizer of the paper, its losses, its parts.
+
+Section 3.1 and 3.2, Eq. 1 to 7, appendix A.1. In this file: reading pictures, the VAE of Stable Diffusion 3.5, the
+SigLIP vision tower, the encoder, the decoder (flow matching in stage I, one-step refiner in stage II) and SemTok, which
+joins them. It needs `bsq.py` and `mmdit.py` beside it. What is trained on top (perceptual networks, discriminator,
+optimiser) is in train.py.
+
+    import torch
+    from semtok import PRESETS, SemTok
+    model = SemTok(PRESETS["tiny"])                          # PRESETS["paper"] is the same class with other numbers
+    codes = model.encode(torch.rand(2, 3, 32, 32) * 2 - 1)   # pictures in [-1, 1] -> (2, tokens, bits)
+    pictures = model.decode(model.refine(codes))             # one step; model.sample(codes) takes 25
+"""
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from bsq import BSQ
+from mmdit import (
+    FeedForward, FinalLayer, MMDiT, PatchEmbed, TensorFiles, TimestepEmbedder, UserError, attend, describe_keys,
+    load_recipes, only, rope_1d, rope_2d,
+)
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+def read_picture(path: str, size: int | None = None) -> torch.Tensor:
+    """A picture file of any mode -> (3, H, W) uint8; with `size`, resized and cropped to (3, size, size).
+
+    EXIF rotation is applied, transparency laid on white, 16 bits reduced to 8. The shorter side goes to `size` by box
+    halvings, then bicubic, as ADM prepared ImageNet; then the centre is cut out. Raises UserError for a file that is
+    missing, truncated or no picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith(("I", "F")):  # 16-bit greyscale: Pillow's own conversion would clip it
+                grey = np.asarray(picture, np.float32)
+                picture = Image.fromarray((grey / (256 if grey.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+            if picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            picture = picture.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give the path of a JPEG or PNG picture") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as a picture ({error}): give a whole JPEG or PNG file") from None
+    if size is not None and picture.size != (size, size):
+        while min(picture.size) >= 2 * size:
+            picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+        scale = size / min(picture.size)
+        width, height = (max(size, round(side * scale)) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - size) // 2, (height - size) // 2
+        picture = picture.crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
+
+
+def to_signed(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 0..255 -> float32 in [-1, 1], the range of every network here."""
+    return pictures.float() / 127.5 - 1
+
+
+def to_uint8(pictures: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] -> uint8, clamped and rounded: what is saved, and what metrics are measured on."""
+    return (pictures.float() * 127.5 + 127.5).clamp(0, 255).round().to(torch.uint8)
+
+
+def picture_grid(rows: dict[str, torch.Tensor], side: int = 96) -> Image.Image:
+    """Captioned rows of pictures as one image: caption -> (N, 3, H, W) uint8. Small pictures are enlarged to about
+    `side` pixels by whole factors, without smoothing."""
+    factor = max(1, round(side / next(iter(rows.values())).shape[-1]))
+    strips = [pictures.cpu().permute(2, 0, 3, 1).flatten(1, 2).numpy() for pictures in rows.values()]  # (H, N * W, 3)
+    strips = [strip.repeat(factor, 0).repeat(factor, 1) for strip in strips]
+    margin = 18 if any(rows) else 0
+    sheet = Image.new("RGB", (max(s.shape[1] for s in strips), sum(s.shape[0] + margin for s in strips)), "white")
+    pen, top = ImageDraw.Draw(sheet), 0
+    for caption, strip in zip(rows, strips):
+        pen.text((4, top + 3), caption, fill="black")
+        sheet.paste(Image.fromarray(strip), (0, top + margin))
+        top += strip.shape[0] + margin
+    return sheet
+
+
+# ------------------------------------------------------------------------------- files that are never half, and devices
+
+
+def write_file(path: str, write) -> None:
+    """Call write(temporary path), flush to disk, then rename to path. Raises UserError when the disk refuses."""
+    temporary = f"{path}.{os.getpid()}.part"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written ({error}): free some space or choose another --out") from None
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def write_tensors(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, whole or not at all."""
+    cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_file(path, lambda temporary: save_file(cpu, temporary, metadata))
+
+
+def write_picture(path: str, picture: Image.Image) -> None:
+    """A PNG, whole or not at all."""
+    write_file(path, lambda temporary: picture.save(temporary, "PNG"))
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, by default CUDA where there is one. Raises UserError for one that is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"--device {name} is unknown: use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"--device {name} was asked for, and this machine has {torch.cuda.device_count()} CUDA devices: use --device cpu")
+    return device
+
+
+# ------------------------------------------------------------------------------------------------- the VAE of SD3.5
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of the VAE: channels per level, residual blocks per encoder level (the decoder has one more), latents."""
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    blocks: int = 2
+    latent_channels: int = 16
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, a side."""
+        return 2 ** (len(self.channels) - 1)
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    # 32 groups in every published size; few channels in small groups could not carry a picture's own brightness
+    return nn.GroupNorm(32 if channels >= 128 else 1, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """(B, channels_in, H, W) -> (B, channels_out, H, W)."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__()
+        self.norm1 = _group_norm(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2 = _group_norm(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)  # trained from scratch, a block starts as its shortcut
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(hidden)))
+
+
+class AttentionBlock(nn.Module):
+    """Single-head attention over all places: (B, channels, H, W) -> the same."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = _group_norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        hidden = self.norm(x)
+        q, k, v = (layer(hidden).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
+        return x + self.proj_out(attend(q, k, v).transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halve each side by a convolution padded on the right and below only, as SD's autoencoders do."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, channels, H, W) -> (B, channels, H/2, W/2)."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double each side: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, channels, H, W) -> (B, channels, 2H, 2W)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _level(channels_in: int, channels_out: int, blocks: int) -> nn.Module:
+    level = nn.Module()
+    level.block = nn.ModuleList(ResnetBlock(channels_out if j else channels_in, channels_out) for j in range(blocks))
+    return level
+
+
+def _middle(channels: int) -> nn.Module:
+    middle = nn.Module()
+    middle.block_1, middle.attn_1, middle.block_2 = (
+        ResnetBlock(channels, channels), AttentionBlock(channels), ResnetBlock(channels, channels)
+    )
+    return middle
+
+
+class VAEEncoder(nn.Module):
+    """Pictures (B, 3, H, W) in [-1, 1] -> (B, 2 * latent_channels, H/f, W/f): means, then log-variances."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = config.channels
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(_level(widths[max(i - 1, 0)], w, config.blocks) for i, w in enumerate(widths))
+        for level, width in zip(self.down[:-1], widths):
+            level.downsample = Downsample(width)
+        self.mid = _middle(widths[-1])
+        self.norm_out = _group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        x = self.conv_in(x)
+        for i, level in enumerate(self.down):
+            for block in level.block:
+                x = block(x)
+            if i < len(self.down) - 1:
+                x = level.downsample(x)
+        x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VAEDecoder(nn.Module):
+    """Latents (B, latent_channels, H/f, W/f), not normalised -> pictures (B, 3, H, W), about [-1, 1]."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = config.channels
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.mid = _middle(widths[-1])
+        # up.0 is the FULL resolution: the list is built in that order and walked backwards
+        self.up = nn.ModuleList(
+            _level(widths[min(i + 1, len(widths) - 1)], w, config.blocks + 1) for i, w in enumerate(widths)
+        )
+        for level, width in zip(self.up[1:], widths[1:]):
+            level.upsample = Upsample(width)
+        self.norm_out = _group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(self.conv_in(x))))
+        for i, level in reversed(list(enumerate(self.up))):
+            for block in level.block:
+                x = block(x)
+            if i:
+                x = level.upsample(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VAE(nn.Module):
+    """The autoencoder of Stable Diffusion 3 and 3.5 (Esser et al. 2024): factor 8, 16 channels, 34.3M + 49.5M."""
+
+    SHIFT, SCALE = 0.0609, 1.5305  # published with the weights: normalised latents = (latents - SHIFT) * SCALE
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config, self.encoder, self.decoder = config, VAEEncoder(config), VAEDecoder(config)
+
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] -> normalised latents (B, latent_channels, H/f, W/f): the posterior's mean."""
+        pictures = pictures.contiguous(memory_format=torch.channels_last)  # convolutions run up to twice as fast in it
+        return (self.encoder(pictures).chunk(2, 1)[0] - self.SHIFT) * self.SCALE
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Normalised latents (B, latent_channels, h, w) -> (B, 3, f h, f w), about [-1, 1], not clamped."""
+        latents = (latents / self.SCALE + self.SHIFT).contiguous(memory_format=torch.channels_last)
+        return self.decoder(latents)
+
+
+def _vae_diffusers_name(name: str, levels: int) -> str:
+    """The single file's name of a VAE tensor -> the name in a diffusers `vae/` folder."""
+    name = re.sub(r"mid\.block_(\d)", lambda m: f"mid_block.resnets.{int(m[1]) - 1}", name)
+    name = re.sub(r"down\.(\d)\.block", r"down_blocks.\1.resnets", name)
+    name = re.sub(r"down\.(\d)\.downsample", r"down_blocks.\1.downsamplers.0", name)
+    name = re.sub(r"up\.(\d)\.block", lambda m: f"up_blocks.{levels - 1 - int(m[1])}.resnets", name)
+    name = re.sub(r"up\.(\d)\.upsample", lambda m: f"up_blocks.{levels - 1 - int(m[1])}.upsamplers.0", name)
+    for ours, theirs in (("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
+        name = re.sub(rf"mid\.attn_1\.{ours}\.", f"mid_block.attentions.0.{theirs}.", name)
+    return name.replace("nin_shortcut", "conv_shortcut").replace("norm_out", "conv_norm_out")
+
+
+def load_vae(path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> VAE:
+    """The VAE out of `sd3.5_medium.safetensors`, a diffusers `vae/` folder (or the folder above it), or a file of its own.
+
+    Its sizes are read off the tensors' shapes. Raises UserError for files of another kind.
+    """
+    wanted = "the VAE of SD3 or SD3.5 (sd3.5_medium.safetensors, or the model's vae folder)"
+    if os.path.isdir(os.path.join(path, "vae")):
+        path = os.path.join(path, "vae")
+    source = TensorFiles(path)
+    prefix = "first_stage_model." if any(key.startswith("first_stage_model.") for key in source.shapes) else ""
+    theirs = "encoder.down_blocks.0.resnets.0.conv1.weight" in source.shapes
+    pattern = r"encoder\.down_blocks\.(\d)\.resnets\.(\d)" if theirs else rf"{re.escape(prefix)}encoder\.down\.(\d)\.block\.(\d)"
+    blocks = {m.groups(): s[0] for k, s in source.shapes.items() if (m := re.fullmatch(pattern + r"\.conv1\.weight", k))}
+    conv_in = source.shapes.get(f"{prefix}decoder.conv_in.weight")
+    if not blocks or conv_in is None:
+        raise UserError(f"{path} looks like {describe_keys(source.shapes)}, and {wanted} is needed")
+    channels = tuple(blocks[level, "0"] for level in sorted({level for level, _ in blocks}))
+    config = VAEConfig(channels, len({number for _, number in blocks}), conv_in[1])
+    with torch.device("meta"):
+        vae = VAE(config).to(dtype)
+
+    def recipe(name: str, shape: torch.Size):
+        if not theirs:
+            return only(prefix + name)
+        reshape = (lambda t: t[:, :, None, None] if t.ndim == 2 else t) if len(shape) == 4 else None
+        return only(_vae_diffusers_name(name, len(channels)), make=reshape)
+
+    recipes = {name: recipe(name, tensor.shape) for name, tensor in vae.state_dict().items()}
+    # Not used: the rest of the single file, when the VAE is read out of it.
+    dropped = r"(model\.diffusion_model|text_encoders|model_sampling)\." if prefix else r"^$"
+    return load_recipes(vae, source, recipes, dropped, wanted, device=device)
+
+
+# ------------------------------------------------------------------------------------------------- SigLIP's vision tower
+
+
+@dataclass(frozen=True)
+class SigLIPConfig:
+    """Sizes of a SigLIP or SigLIP 2 vision tower (the default is base-patch16-256)."""
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    patch: int = 16
+    grid: int = 16
+
+
+class SigLIPAttention(nn.Module):
+    """Plain multi-head self-attention: (B, L, width) -> (B, L, width)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attend(q, k, v))
+
+
+class SigLIPLayer(nn.Module):
+    """A pre-norm transformer layer: (B, L, width) -> (B, L, width)."""
+
+    def __init__(self, config: SigLIPConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.width, eps=1e-6)
+        self.self_attn = SigLIPAttention(config.width, config.heads)
+        self.layer_norm2 = nn.LayerNorm(config.width, eps=1e-6)
+        self.mlp = FeedForward(config.width, config.hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class SigLIP(nn.Module):
+    """SigLIP's vision tower (Zhai et al. 2023; SigLIP 2, Tschannen et al. 2025) up to its patch features."""
+
+    def __init__(self, config: SigLIPConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.Module()
+        self.embeddings.patch_embedding = nn.Conv2d(3, config.width, config.patch, config.patch)
+        self.embeddings.position_embedding = nn.Embedding(config.grid**2, config.width)
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList(SigLIPLayer(config) for _ in range(config.depth))
+        self.post_layernorm = nn.LayerNorm(config.width, eps=1e-6)
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1], resized to the tower's own size -> patch features (B, width, grid, grid)."""
+        side = self.config.patch * self.config.grid
+        if pictures.shape[-2:] != (side, side):
+            pictures = F.interpolate(pictures, (side, side), mode="bilinear", antialias=True)
+        x = self.embeddings.patch_embedding(pictures).flatten(2).transpose(1, 2)  # (B, grid^2, width)
+        x = x + self.embeddings.position_embedding.weight
+        for layer in self.encoder.layers:
+            x = layer(x)
+        return self.post_layernorm(x).transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid))
+
+
+_SIGLIP_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 16}  # published widths; 1152 is so400m: 16 heads of 72
+
+
+def load_siglip(path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> SigLIP:
+    """A vision tower out of a SigLIP or SigLIP 2 file or folder (fixed resolution), with or without its text tower.
+
+    Sizes are read off the shapes; the number of heads from a config.json beside the file, else from the table of
+    published widths. Raises UserError for other files, NaFlex models and text models among them.
+    """
+    wanted = "the vision tower of a fixed-resolution SigLIP or SigLIP 2 (such as siglip2-base-patch16-256)"
+    source = TensorFiles(path)
+    prefix = "vision_model." if any(key.startswith("vision_model.") for key in source.shapes) else ""
+    patches = source.shapes.get(f"{prefix}embeddings.patch_embedding.weight")
+    positions = source.shapes.get(f"{prefix}embeddings.position_embedding.weight")
+    if patches is None or positions is None or len(patches) != 4 or f"{prefix}embeddings.class_embedding" in source.shapes:
+        kind = "a NaFlex SigLIP 2 (its patches are a Linear)" if patches and len(patches) == 2 else describe_keys(source.shapes)
+        raise UserError(f"{path} looks like {kind}, and {wanted} is needed")
+    width, layers = patches[0], rf"{prefix}encoder\.layers\.(\d+)\.layer_norm1\.weight"
+    config_file = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
+    heads = _SIGLIP_HEADS.get(width)
+    if os.path.isfile(config_file):
+        with open(config_file, encoding="utf-8") as file:
+            entries = json.load(file)
+        heads = entries.get("vision_config", entries).get("num_attention_heads", heads)
+    if heads is None or width % heads:
+        raise UserError(f"{path} is {width} wide and its number of heads is unknown: put the model's config.json beside it")
+    hidden = source.shapes.get(f"{prefix}encoder.layers.0.mlp.fc1.weight", (4 * width,))[0]
+    depth = sum(bool(re.fullmatch(layers, key)) for key in source.shapes)
+    config = SigLIPConfig(width, depth, heads, hidden, patches[2], round(positions[0] ** 0.5))
+    with torch.device("meta"):
+        tower = SigLIP(config).to(dtype)
+    # Not used: the attention pooling head (SemTok pools by the mean), the text tower and the loss's two scalars.
+    dropped = rf"{prefix}head\.|text_model\.|logit_(scale|bias)$|{prefix}embeddings\.position_ids$"
+    return load_recipes(tower, source, {n: only(prefix + n) for n in tower.state_dict()}, dropped, wanted, device=device)
+
+
+# -------------------------------------------------------------------------------------------- SemTok: sizes and presets
+
+
+@dataclass(frozen=True)
+class SemTokConfig:
+    """Sizes of a tokenizer. The defaults are the paper's (Table 8, 2^18 codes)."""
+
+    image_size: int = 256
+    tokens: int = 256  # K
+    bits: int = 18  # d
+    patch: int = 2
+    encoder_depth: int = 8
+    encoder_width: int = 768
+    encoder_heads: int = 12
+    decoder_depth: int = 24
+    decoder_width: int = 1536
+    decoder_heads: int = 24
+    decoder_dual_depth: int = 13
+    semantic_width: int = 768  # C of SigLIP
+    quantizer: str = "bsq"  # or "lfq", Table 10
+    entropy_group: int = 1
+    vae: VAEConfig = field(default_factory=VAEConfig)
+
+    @property
+    def grid(self) -> int:
+        """Image tokens a side."""
+        return self.image_size // self.vae.factor // self.patch
+
+    @property
+    def bits_per_pixel(self) -> float:
+        """Table 1's compression ratio."""
+        return self.tokens * self.bits / self.image_size**2
+
+    @staticmethod
+    def from_dict(entries: dict) -> "SemTokConfig":
+        """The inverse of dataclasses.asdict, after a trip through JSON."""
+        vae = dict(entries["vae"], channels=tuple(entries["vae"]["channels"]))
+        return SemTokConfig(**dict(entries, vae=VAEConfig(**vae)))
+
+
+PRESETS = {
+    "paper": SemTokConfig(),
+    "tiny": SemTokConfig(
+        image_size=32, tokens=24, bits=16,
+        encoder_depth=2, encoder_width=64, encoder_heads=1,
+        decoder_depth=3, decoder_width=64, decoder_heads=1, decoder_dual_depth=2,
+        semantic_width=64, vae=VAEConfig(channels=(16, 32, 32), blocks=1, latent_channels=16),
+    ),
+}
+
+
+class Encoder(MMDiT):
+    """Eq. 1: latents and K learnable mask embeddings through an MMDiT without timestep -> x and z."""
+
+    def __init__(self, config: SemTokConfig):
+        width, head_dim = config.encoder_width, config.encoder_width // config.encoder_heads
+        super().__init__(config.encoder_depth, width, config.encoder_heads)
+        self.x_embedder = PatchEmbed(config.vae.latent_channels, config.patch, width)
+        self.mask_tokens = nn.Parameter(torch.randn(config.tokens, width) * 0.02)
+        self.norm_out = nn.LayerNorm(width, eps=1e-6)
+        self.to_bits = nn.Linear(width, config.bits)
+        self.register_buffer("x_rope", rope_2d(config.grid, config.grid, head_dim), persistent=False)
+        self.register_buffer("z_rope", rope_1d(config.tokens, head_dim), persistent=False)
+
+    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised latents (B, channels, h, w) -> x (B, h w / p^2, width), z (B, K, d)."""
+        tokens = self.mask_tokens.expand(len(latents), -1, -1)
+        x, z = super().forward(self.x_embedder(latents), tokens, self.x_rope, self.z_rope)
+        return x, self.to_bits(self.norm_out(z))
+
+
+class Decoder(MMDiT):
+    """The MMDiT-X of SD3.5-Medium on SemTok's tokens: the velocity of Eq. 5, or in one step the latents of Eq. 7.
+
+    2231M parameters at the paper's sizes; 2237M with SD3.5's pooled-text embedder, which `load_sd35` folds away.
+    """
+
+    def __init__(self, config: SemTokConfig):
+        width, head_dim = config.decoder_width, config.decoder_width // config.decoder_heads
+        super().__init__(
+            config.decoder_depth, width, config.decoder_heads, config.decoder_dual_depth, adaln=True, context_pre_only=True
+        )
+        self.grid = (config.grid, config.grid)
+        self.x_embedder = PatchEmbed(config.vae.latent_channels, config.patch, width)
+        self.t_embedder = TimestepEmbedder(width)
+        self.final_layer = FinalLayer(width, config.patch, config.vae.latent_channels)
+        # SD3.5 has none of these two: on the CPU even when the rest is on the meta device, so that they are initialised
+        self.token_embedder = nn.Linear(config.bits, width, device="cpu")
+        self.mask_tokens = nn.Parameter(torch.randn(config.grid**2, width, device="cpu") * 0.02)
+        self.register_buffer("x_rope", rope_2d(*self.grid, head_dim), persistent=False)
+        self.register_buffer("z_rope", rope_1d(config.tokens, head_dim), persistent=False)
+
+    def forward(self, codes: torch.Tensor, noisy: torch.Tensor | None = None, t: torch.Tensor | None = None):
+        """codes (B, K, d) -> (B, channels, h, w).
+
+        With noisy latents x_t (B, channels, h, w) and times t (B,): the velocity x_v - eps (stage I). Without: mask
+        tokens take the image stream, time stands at 1, and the output is the latent itself (stage II).
+        """
+        if noisy is None:
+            x, t = self.mask_tokens.expand(len(codes), -1, -1), codes.new_ones(len(codes))
+        else:
+            x = self.x_embedder(noisy)
+        context, conditioning = self.token_embedder(codes.to(self.token_embedder.weight.dtype)), self.t_embedder(t)
+        x, _ = super().forward(x, context, self.x_rope, self.z_rope, conditioning)
+        return self.final_layer(x, conditioning, self.grid)
+
+
+# --------------------------------------------------------------------------------------------------------------- SemTok
+
+
+class SemTok(nn.Module):
+    """The tokenizer: VAE (frozen), encoder, quantiser, decoder, and the two projections of the semantic alignment."""
+
+    def __init__(self, config: SemTokConfig, vae: VAE | None = None, decoder: Decoder | None = None):
+        """vae and decoder: loaded ones, in place of new ones of the config's sizes."""
+        super().__init__()
+        self.config = config
+        self.vae = (vae or VAE(config.vae)).requires_grad_(False).eval()
+        self.encoder = Encoder(config)
+        self.quantizer = BSQ(config.bits, config.entropy_group, spherical=config.quantizer == "bsq")
+        self.decoder = decoder or Decoder(config)
+        self.w_x = nn.Linear(config.encoder_width, config.semantic_width)
+        # On the flattened tokens: each has its own identity, and a mean over them would leave only d numbers.
+        self.w_z = nn.Linear(config.tokens * config.bits, config.semantic_width)
+        self.log_t = nn.Parameter(torch.tensor(1 / 0.07).log())
+
+    # ---- training
+
+    def forward(
+        self, latents: torch.Tensor, x_sig: torch.Tensor, noise: torch.Tensor | None = None, t: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """One training pass on normalised latents (B, channels, h, w) and SigLIP features x_sig (B, C, g, g).
+
+        With noise like the latents and times t (B,): stage I. Without: stage II. Returns scalars `distill`, `contrast`,
+        `quant`, `token_entropy`, `code_entropy`, in stage I also `diff`; and `codes` (B, K, d), in stage II `latents`.
+        """
+        x, z = self.encoder(latents)
+        codes, u = self.quantizer(z)
+        out = self.alignment_losses(x, codes, x_sig) | self.quantizer.entropy_loss(u) | {"codes": codes}
+        if noise is None:
+            return out | {"latents": self.decoder(codes)}
+        t_ = t[:, None, None, None]
+        noisy = t_ * noise + (1 - t_) * latents  # Eq. 5
+        velocity = self.decoder(codes, noisy, t)
+        return out | {"diff": F.mse_loss(velocity.float(), latents - noise)}  # Eq. 5: the target is x_v - eps
+
+    def alignment_losses(self, x: torch.Tensor, codes: torch.Tensor, x_sig: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Eq. 2: x (B, grid^2, encoder width), codes (B, K, d), x_sig (B, C, g, g) -> `distill` and `contrast`."""
+        grid = self.config.grid
+        targets = x_sig.float()
+        if targets.shape[-1] != grid:
+            targets = F.interpolate(targets, (grid, grid), mode="bilinear", antialias=True)
+        distill = F.mse_loss(self.w_x(x).float(), targets.flatten(2).transpose(1, 2))
+
+        u = F.normalize(x_sig.float().mean((2, 3)), dim=-1)  # (B, C): P is the mean
+        v = F.normalize(self.w_z(codes.flatten(1).to(self.w_z.weight.dtype)).float(), dim=-1)
+        rank, everyone = 0, u
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            # u carries no gradient (SigLIP is frozen), so a plain gather makes the global batch's negatives exact
+            rank, gathered = dist.get_rank(), [torch.empty_like(u) for _ in range(dist.get_world_size())]
+            dist.all_gather(gathered, u.contiguous())
+            everyone = torch.cat(gathered)
+        similarity = self.log_t.exp().clamp(max=100) * v @ everyone.T  # (B, B * ranks)
+        own = torch.arange(len(u), device=u.device) + rank * len(u)
+        # Eq. 2 is printed without its minus sign: maximising the log ratio is minimising this cross-entropy (InfoNCE).
+        return {"distill": distill, "contrast": F.cross_entropy(similarity, own)}
+
+    def start_refiner(self) -> None:
+        """Stage II's mask tokens start as what the image stream sees of zero noise: stage I's prior in one step."""
+        with torch.no_grad():
+            self.decoder.mask_tokens.copy_(self.decoder.x_embedder.proj.bias.expand_as(self.decoder.mask_tokens))
+
+    # ---- use
+
+    @torch.no_grad()
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> codes (B, K, d), +-1/sqrt(d); `bsq.codes_to_bits` makes bits of them."""
+        return self.quantizer(self.encoder(self.vae.encode(pictures))[1])[0]
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Normalised latents (B, channels, h, w) -> pictures (B, 3, H, W) in [-1, 1]."""
+        return self.vae.decode(latents).clamp(-1, 1)
+
+    @torch.no_grad()
+    def refine(self, codes: torch.Tensor) -> torch.Tensor:
+        """Eq. 7, stage II: codes (B, K, d) -> latents in one step, the same every time."""
+        return self.decoder(codes)
+
+    @torch.no_grad()
+    def sample(
+        self, codes: torch.Tensor, steps: int = 25, shift: float = 1.0, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Stage I: codes (B, K, d) -> latents drawn by `steps` Euler steps of the flow from t = 1 (noise) to 0.
+
+        shift s moves the times to s t / (1 + (s - 1) t) (Esser et al. 2024); 1 is right at 256 x 256.
+        """
+        side = self.config.grid * self.config.patch
+        shape = (len(codes), self.config.vae.latent_channels, side, side)
+        noise = torch.randn(shape, generator=generator, device=codes.device)
+        return euler(lambda x, t: self.decoder(codes, x, t.expand(len(x))), noise, steps, shift)
+
+
+def euler(velocity, noise: torch.Tensor, steps: int, shift: float = 1.0) -> torch.Tensor:
+    """Follow dx/dt = -velocity(x, t) from noise (B, ...) at t = 1 down to t = 0. velocity estimates x_v - eps, Eq. 5."""
+    times = torch.linspace(1, 0, steps + 1, device=noise.device)
+    times = shift * times / (1 + (shift - 1) * times)
+    x = noise
+    for now, following in zip(times[:-1], times[1:]):
+        x = x + (now - following) * velocity(x, now).to(x.dtype)
+    return x
+
+
+def load_semtok(path: str, device: str | torch.device = "cpu") -> tuple[SemTok, dict[str, str]]:
+    """A tokenizer from a `stage1.safetensors` or `stage2.safetensors` of train.py, which describes itself.
+
+    Returns the model in eval mode and the file's metadata (`stage`, `preset`, `config`, ...). Raises UserError.
+    """
+    source = TensorFiles(path)
+    if source.metadata.get("format") != "semtok-tokenizer":
+        raise UserError(
+            f"{path} looks like {source.metadata.get('format') or describe_keys(source.shapes)}, and a SemTok tokenizer is "
+            "needed: python train.py --stage 2 makes one"
+        )
+    with torch.device("meta"):
+        model = SemTok(SemTokConfig.from_dict(json.loads(source.metadata["config"])))
+    recipes = {name: only(name) for name in model.state_dict()}
+    return load_recipes(model, source, recipes, r"^$", "a SemTok tokenizer", device=device).eval().to(device), source.metadata
+
+
+def tokenizer_metadata(model: SemTok, **entries) -> dict[str, str]:
+    """The metadata with which a tokenizer's checkpoint describes itself; safetensors keeps strings only."""
+    return {"format": "semtok-tokenizer", "config": json.dumps(asdict(model.config))} | {k: str(v) for k, v in entries.items()}

@@ -1,0 +1,1256 @@
+"""Train SemTok: stand-ins (stage 0), flow-matching pre-training (1), one-step refiner (2), masked AR (ar).
+
+    python train.py --stage all                    # the tiny world, from nothing, on two CPU cores in minutes
+    python train.py --stage 1 --data FOLDER        # your own pictures: FOLDER/CLASS/picture.jpg
+    python train.py --stage 1 --preset paper --data IMAGENET/train --sd35 FILE --siglip FILE ...
+
+Section 3.2 and 3.3, Eq. 6 and 7, appendix A. In this file, from top to bottom: recipes, pictures, the networks that
+only training needs, one class a stage (its losses and what it shows), the loop that all of them share, the command
+line. The models themselves are in semtok.py and ar.py.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import fid
+from ar import AR_PRESETS, GUIDANCE, MaskedAR, ar_metadata
+from bsq import bits_to_codes, code_usage, codes_to_bits, mean_over_ranks
+from mmdit import TensorFiles, UserError, load_sd35
+from semtok import (
+    PICTURES, PRESETS, VAE, Decoder, SemTok, SigLIP, SigLIPConfig, choose_device, load_semtok, load_siglip, load_vae,
+    picture_grid, read_picture, to_signed, to_uint8, tokenizer_metadata, write_file, write_picture, write_tensors,
+)
+
+# -------------------------------------------------------------------------------------------------------------- recipes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a stage is trained. The paper's numbers: appendix A.1 and A.2."""
+
+    steps: int
+    batch_size: int  # over all ranks
+    lr: float
+    weight_decay: float = 1e-3
+    warmup: int = 10_000
+    ema: float = 0.9999
+    gan_start: int = 20_000  # stage 2: iterations before the discriminator joins
+    discriminator_lr: float = 1e-4
+    log_every: int = 100
+    save_every: int = 2_000  # training state, for --resume
+    preview_every: int = 5_000
+
+
+RECIPES = {
+    "paper": {
+        "1": Recipe(200_000, 256, 5e-5),
+        "2": Recipe(100_000, 64, 5e-5),
+        "ar": Recipe(800_000, 2048, 2e-4, weight_decay=0.03),
+    },
+    "tiny": {
+        "0": Recipe(600, 32, 1.5e-3, warmup=30, ema=0.0, log_every=20, save_every=300, preview_every=600),
+        "1": Recipe(1000, 16, 3e-3, warmup=50, log_every=20, save_every=500, preview_every=500),
+        "2": Recipe(1400, 16, 3e-3, warmup=50, gan_start=1100, log_every=20, save_every=500, preview_every=700),
+        "ar": Recipe(1200, 64, 2e-3, weight_decay=0.03, warmup=50, log_every=20, save_every=600, preview_every=600),
+    },
+}
+TINY_VGG, TINY_RESNET, TINY_DISCRIMINATOR = (8, 16, 24, 32, 32), 8, (16, 3, 4)
+QUANT, SEMANTIC, PERCEPTUAL, GAN = 0.0025, 0.05, 0.1, 0.1  # lambda_q, lambda_s, lambda_p, lambda_G (section 4.1)
+LECAM = 0.001
+STAGES = ("0", "1", "2", "ar")
+WEIGHTS = ("sd35", "vae", "siglip", "vgg", "lpips", "resnet")
+STAND_INS = {
+    "vae": "standins/vae.safetensors", "siglip": "standins/siglip", "vgg": "standins/vgg16.safetensors",
+    "lpips": "standins/lpips.safetensors", "resnet": "standins/resnet50.safetensors",
+}
+RESULTS = {"0": STAND_INS["vae"], "1": "stage1.safetensors", "2": "stage2.safetensors", "ar": "ar.safetensors"}
+NAMES = {"0": "stand-ins", "1": "flow-matching pre-training", "2": "one-step refiner", "ar": "masked AR"}
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+SHAPES = ("circle", "ring", "square", "triangle", "star", "cross", "heart", "crescent", "arrow", "bar")
+DRAWN = {"train": 8_192, "val": 500}  # pictures of the built-in world
+
+
+def _corners(name: str) -> np.ndarray:
+    """The outline of a shape of about unit radius round the origin, y pointing down: (corners, 2)."""
+    def polygon(corners, radius, start=-90.0):
+        angles = np.radians(start + 360 * np.arange(corners) / corners)
+        return radius * np.stack([np.cos(angles), np.sin(angles)], 1)
+
+    if name == "star":
+        return np.stack([polygon(5, 1.1), polygon(5, 0.46, -54)], 1).reshape(10, 2)
+    if name == "cross":
+        quarter = np.array([(-0.33, -1), (0.33, -1), (0.33, -0.33)])
+        turns = [np.array([[0, -1], [1, 0]]), np.array([[-1, 0], [0, -1]]), np.array([[0, 1], [-1, 0]])]
+        return np.concatenate([quarter] + [quarter @ turn.T for turn in turns])
+    if name == "heart":
+        t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+        y = (13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 16
+        return np.stack([np.sin(t) ** 3, -y - 0.1], 1)
+    if name == "arrow":
+        return np.array([(0, -1.1), (0.85, -0.1), (0.3, -0.1), (0.3, 1), (-0.3, 1), (-0.3, -0.1), (-0.85, -0.1)])
+    if name == "bar":
+        return np.array([(-1.1, -0.33), (1.1, -0.33), (1.1, 0.33), (-1.1, 0.33)])
+    return {"square": polygon(4, 1, 45), "triangle": polygon(3, 1.1)}.get(name, polygon(48, 0.92))
+
+
+_OUTLINES = {name: _corners(name) for name in SHAPES}
+
+
+def draw_shape(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray, int]:
+    """Picture `index` of the built-in world: (size, size, 3) uint8 and its class, index % 10 of SHAPES.
+
+    A function of (split, seed, index) alone; `split`, "train" or "val", is part of the random key, so the two are
+    disjoint. One shape of random colour, size, place and rotation on a gradient, stripes or a woven texture.
+    """
+    rng = np.random.default_rng([list(DRAWN).index(split), seed, index])
+    label, kind, direction = index % len(SHAPES), rng.integers(3), rng.uniform(0, 2 * np.pi)
+    rows, columns = np.mgrid[:size, :size] / (size - 1) - 0.5
+    along = np.cos(direction) * columns + np.sin(direction) * rows
+    across = np.cos(direction) * rows - np.sin(direction) * columns
+    waves = [np.sin(2 * np.pi * (rng.uniform(1, 2) * axis + rng.uniform())) for axis in (along, across)]
+    pattern = (along, 0.3 * np.sin(2 * np.pi * (rng.uniform(2, 3) * along + rng.uniform())), 0.3 * waves[0] * waves[1])[kind]
+    base, colour = rng.uniform(70, 185, 3), rng.uniform(20, 235, 3)
+    while np.abs(colour - base).sum() < 150:  # a shape that can be seen
+        colour = rng.uniform(20, 235, 3)
+    background = base + pattern[..., None] * rng.uniform(-50, 50, 3)
+
+    radius, angle = rng.uniform(0.28, 0.4), rng.uniform(0, 2 * np.pi)
+    centre = rng.uniform(radius * 0.95, 1 - radius * 0.95, 2)
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    mask = Image.new("L", (4 * size, 4 * size))  # four times too large, then averaged: smooth edges
+
+    def fill(corners, ink):
+        places = (corners @ rotation.T * radius + centre) * (4 * size)
+        ImageDraw.Draw(mask).polygon([tuple(place) for place in places], fill=ink)
+
+    fill(_OUTLINES[SHAPES[label]], 255)
+    if SHAPES[label] == "ring":
+        fill(_OUTLINES["circle"] * 0.5, 0)
+    if SHAPES[label] == "crescent":
+        fill(_OUTLINES["circle"] * 0.8 + (0.42, 0), 0)
+    cover = np.asarray(mask.reduce(4), np.float64)[..., None] / 255
+    return (background * (1 - cover) + colour * cover).clip(0, 255).round().astype(np.uint8), label
+
+
+class DrawnShapes:
+    """The built-in pictures of one split, "train" or "val": `read(index)` -> ((3, size, size) uint8, label)."""
+
+    classes = list(SHAPES)
+
+    def __init__(self, split: str, seed: int, size: int):
+        self.split, self.seed, self.size = split, seed, size
+
+    def __len__(self) -> int:
+        return DRAWN[self.split]
+
+    def read(self, index: int) -> tuple[torch.Tensor, int]:
+        """See the class."""
+        picture, label = draw_shape(self.split, self.seed, index, self.size)
+        return torch.from_numpy(picture).permute(2, 0, 1), label
+
+
+class PictureFolder:
+    """FOLDER/CLASS/**/picture: `read(index)` -> ((3, size, size) uint8, label); UserError for a picture that is damaged.
+
+    Classes are the subfolders in alphabetical order. Every 50th picture of a class (at most 1000 in all) is held out
+    as "val". Raises UserError for a folder that is missing, empty or without class subfolders.
+    """
+
+    def __init__(self, folder: str, split: str, size: int):
+        layout = "laid out as FOLDER/CLASS/picture.jpg, one subfolder for each class"
+        if not os.path.isdir(folder):
+            raise UserError(f"--data {folder} is no folder: give one {layout}")
+        self.classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+        if not self.classes:
+            inside = "pictures but no class subfolders" if any(map(_is_picture, os.listdir(folder))) else "no pictures"
+            raise UserError(f"--data {folder} holds {inside}: it must be {layout}")
+        self.size, self.paths, self.labels = size, [], []
+        room = max(1, 1000 // len(self.classes))
+        for label, name in enumerate(self.classes):
+            walk = os.walk(os.path.join(folder, name))
+            found = sorted(os.path.join(root, file) for root, _, files in walk for file in filter(_is_picture, files))
+            held_out = set(found[::50][:room]) if len(found) > 1 else set()
+            chosen = [path for path in found if (path in held_out) == (split == "val")]
+            self.paths += chosen
+            self.labels += [label] * len(chosen)
+        if not self.paths:
+            raise UserError(f"--data {folder} has no {split} pictures in its {len(self.classes)} subfolders: it must be {layout}")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> tuple[torch.Tensor, int]:
+        """See the class."""
+        return read_picture(self.paths[index], self.size), self.labels[index]
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(PICTURES) and not name.startswith(".")
+
+
+class InMemory:
+    """Pictures read once: pictures (N, 3, size, size) uint8, labels (N,), classes by name."""
+
+    def __init__(self, pictures: torch.Tensor, labels: list[int], classes: list[str]):
+        self.pictures, self.labels, self.classes = pictures, labels, classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> tuple[torch.Tensor, int]:
+        """See DrawnShapes."""
+        return self.pictures[index], self.labels[index]
+
+
+class Flipped(Dataset):
+    """What the loader sees of a source: item (index, flip) -> ((3, size, size) uint8, label).
+
+    A picture that cannot be read is named and replaced by the next; 50 in a row are a UserError.
+    """
+
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, item: tuple[int, bool]) -> tuple[torch.Tensor, int]:
+        index, flip = item
+        for attempt in range(50):
+            try:
+                picture, label = self.source.read((index + attempt) % len(self.source))
+                return picture.flip(-1) if flip else picture, label
+            except UserError as error:
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+        raise UserError("50 pictures in a row could not be read: check the folder given as --data")
+
+
+class _OrText(Dataset):
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        try:
+            return self.source.read(index)
+        except UserError as error:
+            return str(error), -1
+
+
+MEMORY = 512 * 2**20  # a set of pictures up to this size is read once and kept
+
+
+def open_pictures(folder: str | None, split: str, seed: int, size: int, workers: int):
+    """The built-in pictures or a folder's, as a source with `classes`, `len` and `read`; kept in memory when small.
+
+    When they are read once, damaged ones are dropped, counted and a few named; when all are, that is a UserError.
+    """
+    source = PictureFolder(folder, split, size) if folder else DrawnShapes(split, seed, size)
+    if len(source) * 3 * size**2 > MEMORY:
+        return source
+    loader = DataLoader(_OrText(source), batch_size=64, num_workers=workers, collate_fn=list)
+    progress = tqdm(loader, desc=f"{'reading' if folder else 'drawing'} {split} pictures", unit="x64", leave=False)
+    items = [item for batch in progress for item in batch]
+    bad = [text for text, label in items if label < 0]
+    good = [item for item in items if item[1] >= 0]
+    if bad:
+        named = "; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else "")
+        if not good:
+            raise UserError(f"none of the {len(bad)} {split} pictures in {folder} can be read: {named}")
+        print(f"skipped {len(bad)} of {len(items)} {split} pictures: {named}", file=sys.stderr)
+    return InMemory(torch.stack([picture for picture, _ in good]), [label for _, label in good], source.classes)
+
+
+class Schedule:
+    """Which pictures each step sees, a function of (seed, step) alone: batches of (index, flip) from `first` on.
+
+    Every epoch is a new permutation, and every picture of it comes once; batches run across the end of an epoch. Each
+    rank gets its own slice of the global batch.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, first: int, last: int):
+        self.count, self.batch_size, self.seed, self.first, self.last = count, batch_size, seed, first, last
+        self.rank, self.ranks = ranks()
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
+        epoch = -1
+        for step in range(self.first, self.last):
+            batch = []
+            for number in range(step * self.batch_size, (step + 1) * self.batch_size):
+                if number // self.count != epoch:
+                    epoch = number // self.count
+                    rng = np.random.default_rng([self.seed, epoch])
+                    order, flips = rng.permutation(self.count), rng.integers(0, 2, self.count)
+                batch.append((int(order[number % self.count]), bool(flips[number % self.count])))
+            share = self.batch_size // self.ranks
+            yield batch[self.rank * share : (self.rank + 1) * share]
+
+
+# ---------------------------------------------------------------------------------------------- several processes at once
+
+
+def ranks() -> tuple[int, int]:
+    """(this process's rank, how many there are): (0, 1) without torch.distributed."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def wait_for_all() -> None:
+    """Every process arrives here before any goes on."""
+    if ranks()[1] > 1:
+        dist.barrier()
+
+
+class Draws:
+    """A step's random numbers, a function of (seed, stage, step) alone. They are drawn for the global batch and cut to
+    this rank's rows, so that the number of processes changes nothing, and resuming has no state to restore."""
+
+    def __init__(self, seed: int, stage: str, step: int, device: torch.device):
+        key = int.from_bytes(hashlib.sha256(f"{seed} {stage} {step}".encode()).digest()[:7], "big")
+        self.generator, self.device = torch.Generator(device).manual_seed(key), device
+
+    def _rows(self, draw, shape: tuple[int, ...]) -> torch.Tensor:
+        rank, count = ranks()
+        return draw(shape[0] * count, *shape[1:], generator=self.generator, device=self.device)[rank * shape[0] :][: shape[0]]
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """Standard normal numbers, first dimension the rank's batch."""
+        return self._rows(torch.randn, shape)
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        """Uniform in [0, 1), first dimension the rank's batch."""
+        return self._rows(torch.rand, shape)
+
+
+# ------------------------------------------------------------------------------------- networks that only training needs
+
+
+class Bottleneck(nn.Module):
+    """ResNet's 1x1, 3x3, 1x1 block, the stride in its 3x3 (torchvision's form): (B, channels_in, H, W) -> (B, 4 width, ...)."""
+
+    def __init__(self, channels_in: int, width: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels_in, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
+        self.downsample = None
+        if stride != 1 or channels_in != 4 * width:
+            self.downsample = nn.Sequential(nn.Conv2d(channels_in, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        hidden = F.relu(self.bn1(self.conv1(x)))
+        hidden = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(hidden)))))
+        return F.relu(hidden + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet(nn.Module):
+    """ResNet-50 (He et al. 2016) under torchvision's names: pictures (B, 3, H, W) in [-1, 1] -> logits (B, classes).
+
+    size: the side that pictures are resized to (224 for ImageNet's weights).
+    """
+
+    def __init__(self, width: int = 64, layers: tuple[int, ...] = (3, 4, 6, 3), classes: int = 1000, size: int = 224):
+        super().__init__()
+        self.size = size
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
+        channels = width
+        for i, blocks in enumerate(layers):
+            stage = [Bottleneck(channels if j == 0 else 4 * width * 2**i, width * 2**i, 2 if i and not j else 1) for j in range(blocks)]
+            self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
+            channels = 4 * width * 2**i
+        self.fc = nn.Linear(channels, classes)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        if pictures.shape[-1] != self.size:
+            pictures = F.interpolate(pictures, (self.size, self.size), mode="bilinear", antialias=True)
+        x = (pictures * 0.5 + 0.5 - self.mean) / self.std
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+class Discriminator(nn.Module):
+    """MaskBiT's "VQGAN+" discriminator (Weber et al. 2024): pictures (B, 3, H, W) -> logits (B, 1, map, map)."""
+
+    def __init__(self, base: int = 128, stages: int = 4, map_size: int = 16):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, base, 5, padding=2)
+        widths = [base] + [base * 2**i for i in range(stages)]  # doubling from the second stage on
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:]))
+        self.norms = nn.ModuleList(nn.GroupNorm(min(32, width // 4), width) for width in widths[1:])
+        self.mix, self.conv_out = nn.Conv2d(widths[-1], widths[-1], 1), nn.Conv2d(widths[-1], 1, 5, padding=2)
+        self.map_size = map_size
+        blur = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        self.register_buffer("blur", blur[:, None] * blur, persistent=False)
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        x = F.leaky_relu(self.conv_in(pictures), 0.1)
+        for conv, norm in zip(self.convs, self.norms):
+            x = conv(x)
+            x = F.conv2d(x, self.blur.to(x.dtype).expand(x.shape[1], 1, 4, 4), stride=2, padding=1, groups=x.shape[1])
+            x = F.leaky_relu(norm(x), 0.1)
+        x = F.adaptive_max_pool2d(x, self.map_size)
+        return self.conv_out(F.leaky_relu(self.mix(x), 0.1))
+
+
+def load_resnet(path: str) -> ResNet:
+    """ResNet-50 from torchvision's `resnet50-0676ba61.pth` or a safetensors file of the same keys, frozen; its sizes are
+    read off the shapes. Raises fid.UserError for another file."""
+    tensors, metadata = fid.read_tensors(path)
+    layers = tuple(len({k.split(".")[1] for k in tensors if k.startswith(f"layer{i}.")}) for i in range(1, 5))
+    width, classes = (len(tensors.get(name, ())) for name in ("conv1.weight", "fc.weight"))
+    resnet = ResNet(width or 64, layers, classes or 1000, int(metadata.get("input_size", 224)))
+    return fid.load_into(resnet, tensors, path, "torchvision's ResNet-50").requires_grad_(False).eval()
+
+
+def lecam(real: torch.Tensor, fake: torch.Tensor, real_mean: torch.Tensor, fake_mean: torch.Tensor) -> torch.Tensor:
+    """LeCAM's regulariser (Tseng et al. 2021): each side's logits held near the other side's running mean."""
+    return F.relu(real - fake_mean).square().mean() + F.relu(real_mean - fake).square().mean()
+
+
+# ------------------------------------------------------------------- the stages: what each one feeds, loses and shows
+
+
+@dataclass
+class Job:
+    """One invocation: settings, where it writes, what it reads."""
+
+    args: argparse.Namespace
+    device: torch.device
+    train: object  # picture sources
+    val: object
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """Where the frozen networks are: vae, siglip, vgg, lpips, resnet and sd35, as far as given or stood in for."""
+        given = {name: getattr(self.args, name) for name in WEIGHTS if getattr(self.args, name)}
+        if "sd35" in given:
+            given.setdefault("vae", given["sd35"])
+        return {name: self.path(file) for name, file in STAND_INS.items() if self.args.preset == "tiny"} | given
+
+    def recipe(self, stage: str) -> Recipe:
+        """The preset's recipe for a stage, changed by --steps, --batch-size and --lr."""
+        recipe, args = RECIPES[self.args.preset][stage], self.args
+        if args.steps:  # a shorter run keeps its proportions
+            share = args.steps / recipe.steps
+            recipe = replace(recipe, steps=args.steps, warmup=round(recipe.warmup * share), gan_start=round(recipe.gan_start * share))
+        changes = {"batch_size": args.batch_size, "lr": args.lr}
+        return replace(recipe, **{name: value for name, value in changes.items() if value})
+
+    @property
+    def workers(self) -> int:
+        """Loader processes: none when the pictures are in memory."""
+        return 0 if isinstance(self.train, InMemory) else self.args.workers
+
+    def path(self, name: str) -> str:
+        """A file in the run's folder."""
+        return os.path.join(self.args.out, name)
+
+    def held_out(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same held-out pictures every time, spread over the classes: (N, 3, H, W) uint8 and labels (N,)."""
+        picks = np.linspace(0, len(self.val) - 1, min(count, len(self.val))).round().astype(int)
+        pictures, labels = zip(*(self.val.read(int(i)) for i in picks))
+        return torch.stack(pictures).to(self.device), torch.tensor(labels, device=self.device)
+
+
+def fidelity(outputs: torch.Tensor, pictures: torch.Tensor) -> dict[str, float]:
+    """Mean PSNR (dB) and SSIM of uint8 pictures (N, 3, H, W) against the originals."""
+    return {"psnr": fid.psnr(outputs, pictures).mean().item(), "ssim": fid.ssim(outputs, pictures).mean().item()}
+
+
+def in_batches(function, tensor: torch.Tensor, size: int = 64) -> torch.Tensor:
+    """function applied to slices of a long tensor, joined again."""
+    return torch.cat([function(part) for part in tensor.split(size)])
+
+
+class StandIns(nn.Module):
+    """Stage 0: toy-sized twins of the networks that cannot be had offline, trained side by side on the pictures.
+
+    A VAE (reconstruction + KL), a SigLIP tower (sigmoid loss against class-name embeddings), a VGG16 and a ResNet
+    (classification). They are saved under the real files' key names and read back by the real loaders.
+    """
+
+    averaged = ()
+
+    def __init__(self, job: Job):
+        super().__init__()
+        config, classes = PRESETS["tiny"], len(job.train.classes)
+        self.job, self.dataset = job, Flipped(job.train)
+        self.vae = VAE(config.vae)
+        patch = config.image_size // config.grid
+        self.siglip = SigLIP(SigLIPConfig(config.semantic_width, 2, 2, 2 * config.semantic_width, patch, config.grid))
+        self.class_names = nn.Embedding(classes, config.semantic_width)
+        self.siglip_scale, self.siglip_bias = nn.Parameter(torch.tensor(10.0).log()), nn.Parameter(torch.tensor(-2.0))
+        self.vgg, self.vgg_head = fid.VGG16Features(TINY_VGG), nn.Linear(TINY_VGG[-1], classes)
+        self.resnet = ResNet(TINY_RESNET, (1, 1, 1, 1), classes, config.image_size)
+        nn.init.constant_(self.vae.encoder.conv_out.bias[config.vae.latent_channels :], -6)  # start with little noise
+        for layer in self.vgg.features:
+            if isinstance(layer, nn.Conv2d):  # no batch norm: thirteen layers deep, it starts only with He's gain
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+
+    def inputs(self, batch, draws: Draws, step: int) -> tuple:
+        """(pictures, labels) of the loader -> the arguments of forward."""
+        pictures, device, config = to_signed(batch[0].to(self.job.device)), self.job.device, self.vae.config
+        # The VAE is convolutional: it learns from windows of a few pictures at a tenth of the cost, then from whole ones.
+        windows = pictures[: len(pictures) // 4]
+        if step < 0.8 * self.job.recipe("0").steps:
+            side = pictures.shape[-1] // 2
+            top, left = np.random.default_rng(step).integers(0, side + 1, 2)
+            windows = windows[..., top : top + side, left : left + side]
+        shape = (len(windows), config.latent_channels, *(side // config.factor for side in windows.shape[2:]))
+        return pictures, batch[1].to(device), windows, draws.normal(*shape)
+
+    def forward(
+        self, pictures: torch.Tensor, labels: torch.Tensor, windows: torch.Tensor, noise: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """pictures (B, 3, H, W) in [-1, 1], labels (B,), windows (B / 4, 3, h, w) for the VAE, noise like their latents
+        -> losses."""
+        mean, log_variance = self.vae.encoder(windows.contiguous(memory_format=torch.channels_last)).chunk(2, 1)
+        log_variance = log_variance.clamp(-12, 4)
+        reconstruction = self.vae.decoder(mean + (0.5 * log_variance).exp() * noise)
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        image = F.normalize(self.siglip(pictures).mean((2, 3)), dim=-1)
+        pairs = self.siglip_scale.exp() * image @ F.normalize(self.class_names.weight, dim=-1).T + self.siglip_bias
+        matches = F.one_hot(labels, pairs.shape[1]) * 2.0 - 1  # SigLIP: every (picture, text) pair is a yes or a no
+        vgg = self.vgg_head(self.vgg(pictures)[-1].mean((2, 3)))
+        losses = {
+            "vae_mse": F.mse_loss(reconstruction, windows),
+            "vae_kl": kl,
+            "siglip": -F.logsigmoid(matches * pairs).sum(1).mean(),
+            "vgg": F.cross_entropy(vgg, labels, label_smoothing=0.1),
+            # smoothing keeps the logits small: the perceptual loss of stage 2 is the distance between two of them
+            "resnet": F.cross_entropy(self.resnet(pictures), labels, label_smoothing=0.1),
+        }
+        weights = {"vae_mse": 1.0, "vae_kl": 1e-4}
+        return losses | {"loss": sum(weights.get(name, 1.0) * value for name, value in losses.items())}
+
+    def preview(self) -> Image.Image:
+        """Held-out pictures and what the VAE makes of them."""
+        pictures, _ = self.job.held_out(10)
+        return picture_grid({"original": pictures, "VAE": to_uint8(self.vae.decode(self.vae.encode(to_signed(pictures))))})
+
+    def validate(self) -> dict[str, float]:
+        """VAE fidelity and ResNet accuracy on held-out pictures."""
+        pictures, labels = self.job.held_out(200)
+        signed = to_signed(pictures)
+        figures = fidelity(to_uint8(self.vae.decode(self.vae.encode(signed))), pictures)
+        guesses = {"resnet": self.resnet(signed), "vgg": self.vgg_head(self.vgg(signed)[-1].mean((2, 3)))}
+        return figures | {f"{name}_accuracy": (g.argmax(1) == labels).float().mean().item() for name, g in guesses.items()}
+
+    def export(self, figures: dict[str, float]) -> str:
+        """Write the four networks as the real files look; returns the folder."""
+        pictures, _ = self.job.held_out(200)
+        with torch.no_grad():  # SD3.5's published shift and scale must whiten these latents too: fold the scale in
+            std = self.vae.encoder(to_signed(pictures)).chunk(2, 1)[0].std((0, 2, 3)) * VAE.SCALE  # (channels,)
+            for tensor in (self.vae.encoder.conv_out.weight, self.vae.encoder.conv_out.bias):
+                tensor[: len(std)] /= std.view(-1, *[1] * (tensor.ndim - 1))
+            self.vae.decoder.conv_in.weight *= std.view(1, -1, 1, 1)
+            # ... and hold the logits to the size at which lambda_p balances the pixel loss
+            scale = 0.5 / self.resnet(to_signed(pictures)).std()
+            self.resnet.fc.weight *= scale
+            self.resnet.fc.bias *= scale
+        folder = self.job.path("standins")
+        os.makedirs(os.path.join(folder, "siglip"), exist_ok=True)
+        toy = {"toy": "trained by train.py --stage 0"}
+        heads = {f"lin{i}.model.1.weight": torch.full((1, w, 1, 1), 1.0 / w**0.5) for i, w in enumerate(TINY_VGG)}
+        write_text(os.path.join(folder, "siglip", "config.json"), json.dumps({"num_attention_heads": 2}))
+        write_tensors(os.path.join(folder, "siglip", "model.safetensors"), self.siglip.state_dict(prefix="vision_model."), toy)
+        write_tensors(os.path.join(folder, "vgg16.safetensors"), self.vgg.state_dict(), toy)
+        write_tensors(os.path.join(folder, "lpips.safetensors"), heads, toy)
+        resnet = toy | {"input_size": str(self.resnet.size)}
+        write_tensors(os.path.join(folder, "resnet50.safetensors"), self.resnet.state_dict(), resnet)
+        write_tensors(os.path.join(folder, "vae.safetensors"), self.vae.state_dict(), toy)
+        return folder
+
+
+class Pretraining(nn.Module):
+    """Stage I, Eq. 6: flow matching through the tokens, entropy of the codes, alignment with SigLIP."""
+
+    averaged = ("semtok.",)
+
+    def __init__(self, job: Job):
+        super().__init__()
+        self.job, self.dataset = job, Flipped(job.train)
+        # Frozen networks stand in a dict, not among the submodules: never trained, averaged, saved or put in train mode.
+        self.frozen = {"siglip": load_siglip(job.weights["siglip"]).requires_grad_(False).to(job.device)}
+        vae = load_vae(job.weights["vae"])
+        config = replace(PRESETS[job.args.preset], semantic_width=self.frozen["siglip"].config.width, vae=vae.config)
+        if job.args.bits:
+            config = replace(config, bits=job.args.bits)
+        decoder = None
+        if "sd35" in job.weights:
+            with torch.device("meta"):
+                decoder = Decoder(config)
+            load_sd35(decoder, job.weights["sd35"])
+        self.semtok = SemTok(config, vae, decoder)
+        self.semtok.decoder.mask_tokens.requires_grad_(False)  # they join in stage II
+
+    def inputs(self, batch, draws: Draws, step: int) -> tuple:
+        """(pictures, labels) of the loader -> the arguments of forward."""
+        device, config = self.job.device, self.semtok.config
+        pictures = to_signed(batch[0].to(device))
+        side = config.grid * config.patch
+        noise = draws.normal(len(pictures), config.vae.latent_channels, side, side)
+        return pictures, noise, draws.uniform(len(pictures))  # t is uniform in [0, 1]
+
+    def forward(self, pictures: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> dict[str, torch.Tensor]:
+        """pictures (B, 3, H, W) in [-1, 1], noise (B, channels, h, w), times t (B,) -> losses and codes."""
+        with torch.no_grad():
+            latents, x_sig = self.semtok.vae.encode(pictures), self.frozen["siglip"](pictures)
+        out = self.semtok(latents, x_sig, noise, t)
+        return out | {"loss": out["diff"] + QUANT * out["quant"] + SEMANTIC * (out["contrast"] + out["distill"])}  # Eq. 6
+
+    def reconstruct(self, pictures: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, 3, H, W) -> uint8, through the tokens and the 25-step sampler, with fixed noise."""
+        rng = torch.Generator(self.job.device).manual_seed(0)
+        def through(part):
+            return to_uint8(self.semtok.decode(self.semtok.sample(self.semtok.encode(to_signed(part)), generator=rng)))
+        return in_batches(through, pictures)
+
+    def preview(self) -> Image.Image:
+        """Held-out pictures over their 25-step samples."""
+        pictures, _ = self.job.held_out(10)
+        return picture_grid({"original": pictures, "stage 1: 25-step sample": self.reconstruct(pictures)})
+
+    def validate(self) -> dict[str, float]:
+        """Fidelity on held-out pictures."""
+        pictures, _ = self.job.held_out(200)
+        return fidelity(self.reconstruct(pictures), pictures)
+
+    def export(self, figures: dict[str, float]) -> str:
+        """Write `stage1.safetensors`; returns its path."""
+        return export_tokenizer(self.semtok, self.job, "1", figures)
+
+
+class Refining(nn.Module):
+    """Stage II, Eq. 7: one step from mask tokens to the latent, judged in pixels; Eq. 6's other terms stay."""
+
+    averaged = ("semtok.",)
+
+    def __init__(self, job: Job):
+        super().__init__()
+        self.job, self.dataset = job, Flipped(job.train)
+        self.semtok, _ = load_semtok(need(job.path("stage1.safetensors"), "1", job))
+        self.first_samples = None  # stage 1's row of the preview: drawn once, before anything moves
+        self.semtok.train().start_refiner()
+        self.semtok.vae.requires_grad_(False)
+        self.semtok.decoder.x_embedder.requires_grad_(False)  # nothing noisy comes in any more
+        networks = {
+            "siglip": load_siglip(job.weights["siglip"]).requires_grad_(False),
+            "lpips": fid.load_lpips(job.weights["vgg"], job.weights["lpips"]),
+            "resnet": load_resnet(job.weights["resnet"]),
+        }
+        self.frozen = {name: network.to(job.device) for name, network in networks.items()}
+        self.discriminator = Discriminator(*((128, 4, 16) if job.args.preset == "paper" else TINY_DISCRIMINATOR))
+        self.register_buffer("real_mean", torch.zeros(()))
+        self.register_buffer("fake_mean", torch.zeros(()))
+        self.gan_start = job.recipe("2").gan_start
+
+    def inputs(self, batch, draws: Draws, step: int) -> tuple:
+        """(pictures, labels) of the loader -> the arguments of forward."""
+        return to_signed(batch[0].to(self.job.device)), step >= self.gan_start
+
+    def forward(self, pictures: torch.Tensor, adversarial: bool) -> dict[str, torch.Tensor]:
+        """pictures (B, 3, H, W) in [-1, 1]; whether the discriminator has joined -> losses and codes."""
+        with torch.no_grad():
+            latents, x_sig = self.semtok.vae.encode(pictures), self.frozen["siglip"](pictures)
+        out = self.semtok(latents, x_sig)
+        output = self.semtok.vae.decode(out.pop("latents")).float()  # (B, 3, H, W)
+        out["mse"] = F.mse_loss(output, pictures)
+        out["lpips"] = self.frozen["lpips"](output, pictures).mean()
+        with torch.no_grad():
+            wanted = self.frozen["resnet"](pictures)
+        out["resnet"] = F.mse_loss(self.frozen["resnet"](output).float(), wanted.float())  # of logits
+        loss = out["mse"] + PERCEPTUAL * (out["lpips"] + out["resnet"])
+        loss = loss + QUANT * out["quant"] + SEMANTIC * (out["contrast"] + out["distill"])
+        if adversarial:
+            loss = loss + self.adversarial_losses(pictures, output, out)
+        return out | {"loss": loss}
+
+    def adversarial_losses(self, real: torch.Tensor, output: torch.Tensor, out: dict) -> torch.Tensor:
+        """Hinge losses of both players in one graph; adds `gan`, `d_loss`, `d_real`, `d_fake` to out, returns their sum.
+
+        The generator is judged by a discriminator whose weights stand still, the discriminator sees detached
+        pictures, so one backward pass gives each player its own gradient.
+        """
+        self.discriminator.requires_grad_(False)
+        out["gan"] = -self.discriminator(output).float().mean()
+        self.discriminator.requires_grad_(True)
+        on_real, on_fake = self.discriminator(real).float(), self.discriminator(output.detach()).float()
+        for mean, logits in ((self.real_mean, on_real), (self.fake_mean, on_fake)):
+            mean.lerp_(mean_over_ranks(logits.detach().mean()), 1 - 0.999)
+        hinge = 0.5 * (F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean())
+        out["d_loss"] = hinge + LECAM * lecam(on_real, on_fake, self.real_mean, self.fake_mean)
+        out["d_real"], out["d_fake"] = on_real.mean().detach(), on_fake.mean().detach()
+        return GAN * out["gan"] + out["d_loss"]
+
+    def reconstruct(self, pictures: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, 3, H, W) -> uint8, through the tokens and the refiner's one step."""
+        return in_batches(lambda p: to_uint8(self.semtok.decode(self.semtok.refine(self.semtok.encode(to_signed(p))))), pictures)
+
+    def preview(self) -> Image.Image:
+        """Held-out pictures over stage 1's samples and the refiner's output."""
+        pictures, _ = self.job.held_out(10)
+        if self.first_samples is None:
+            stage1, _ = load_semtok(self.job.path("stage1.safetensors"), self.job.device)
+            rng = torch.Generator(self.job.device).manual_seed(0)
+            codes = stage1.encode(to_signed(pictures))
+            self.first_samples = to_uint8(stage1.decode(stage1.sample(codes, generator=rng)))
+        rows = {"stage 1: 25-step sample": self.first_samples, "stage 2: refiner": self.reconstruct(pictures)}
+        return picture_grid({"original": pictures} | rows)
+
+    def validate(self) -> dict[str, float]:
+        """Fidelity on held-out pictures."""
+        pictures, _ = self.job.held_out(200)
+        return fidelity(self.reconstruct(pictures), pictures)
+
+    def export(self, figures: dict[str, float]) -> str:
+        """Write `stage2.safetensors`; returns its path."""
+        return export_tokenizer(self.semtok, self.job, "2", figures)
+
+
+class Generating(nn.Module):
+    """The masked AR transformer of section 3.3 on the tokens of stage II, which are computed first."""
+
+    averaged = ("ar.",)
+
+    def __init__(self, job: Job):
+        super().__init__()
+        self.job = job
+        tokenizer, metadata = load_semtok(need(job.path("stage2.safetensors"), "2", job), job.device)
+        self.frozen = {"tokenizer": tokenizer}
+        self.fingerprint = metadata["fingerprint"]
+        self.dataset = tokenise(tokenizer, self.fingerprint, job)
+        config = tokenizer.config
+        sizes = AR_PRESETS[job.args.ar_size if job.args.preset == "paper" else "tiny"]
+        self.ar = MaskedAR(replace(
+            sizes, tokens=config.tokens, bits=config.bits, classes=len(job.train.classes), spherical=config.quantizer == "bsq"
+        ))
+        pictures, self.val_labels = job.held_out(500)
+        self.val_bits = codes_to_bits(in_batches(tokenizer.encode, to_signed(pictures)))
+
+    def inputs(self, batch, draws: Draws, step: int) -> tuple:
+        """(bits, labels) of the loader -> the arguments of forward: classes dropped, masks drawn."""
+        bits, labels = (part.to(self.job.device) for part in batch)
+        labels = labels.masked_fill(draws.uniform(len(labels)) < 0.1, self.ar.config.classes)
+        return bits, labels, draw_masks(*bits.shape[:2], draws)
+
+    def forward(self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor) -> dict[str, torch.Tensor]:
+        """bits (B, K, d), labels (B,), masked (B, K) -> losses."""
+        return self.ar.loss(bits, labels, masked)
+
+    def preview(self) -> Image.Image:
+        """One sample of each class (of the first 20)."""
+        tokenizer, config = self.frozen["tokenizer"], self.ar.config
+        labels = torch.arange(min(20, config.classes), device=self.job.device)
+        rng = torch.Generator(self.job.device).manual_seed(0)
+        bits = self.ar.generate(labels, steps=min(64, config.tokens), cfg=self.guidance(), generator=rng)
+        pictures = to_uint8(tokenizer.decode(tokenizer.refine(bits_to_codes(bits, config.spherical))))
+        return picture_grid({"one sample of each class": pictures})
+
+    def guidance(self) -> float:
+        """The guidance scale that suits this size, linear schedule."""
+        return GUIDANCE[self.job.args.ar_size if self.job.args.preset == "paper" else "tiny"]
+
+    def validate(self) -> dict[str, float]:
+        """Bits of held-out pictures' masked tokens: nats a bit, share guessed right."""
+        masked = draw_masks(*self.val_bits.shape[:2], Draws(0, "validation", 0, self.job.device))
+        losses = self.ar.loss(self.val_bits, self.val_labels, masked)
+        return {"val_nll_per_bit": losses["nll"].item(), "val_bit_accuracy": losses["accuracy"].item()}
+
+    def export(self, figures: dict[str, float]) -> str:
+        """Write `ar.safetensors`; returns its path."""
+        path, job = self.job.path("ar.safetensors"), self.job
+        metadata = ar_metadata(
+            self.ar, classes=json.dumps(job.train.classes), tokenizer=self.fingerprint, preset=job.args.preset,
+            guidance=self.guidance(), figures=json.dumps(figures),
+        )
+        write_tensors(path, self.ar.state_dict(), metadata)
+        return path
+
+
+def draw_masks(batch: int, tokens: int, draws: Draws) -> torch.Tensor:
+    """Random masks (B, K) bool, each of a ratio uniform in [0.7, 1.0], at least one token (section 4.1)."""
+    ratio = 0.7 + 0.3 * draws.uniform(batch, 1)
+    return draws.uniform(batch, tokens).argsort(-1).argsort(-1) < (ratio * tokens).ceil()
+
+
+class Tokens(Dataset):
+    """Tokenised pictures: item (index, flip) -> (bits (K, d) bool, label). packed: (N, 2, bytes) uint8, both flips."""
+
+    def __init__(self, packed: torch.Tensor, labels: torch.Tensor, shape: tuple[int, int]):
+        self.packed, self.labels, self.shape = packed, labels, shape
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, item: tuple[int, bool]) -> tuple[torch.Tensor, int]:
+        index, flip = item
+        bits = np.unpackbits(self.packed[index, int(flip)].numpy(), count=self.shape[0] * self.shape[1])
+        return torch.from_numpy(bits.reshape(self.shape)).bool(), int(self.labels[index])
+
+
+@torch.no_grad()
+def tokenise(tokenizer: SemTok, fingerprint: str, job: Job) -> Tokens:
+    """The tokens of every training picture and of its mirror image, from `tokens.safetensors` when that is of the same
+    tokenizer and pictures, else computed by the first rank and written there."""
+    path, wanted = job.path("tokens.safetensors"), {"tokenizer": fingerprint, "pictures": f"{len(job.train)} of {job.args.data or job.args.seed}"}
+    if ranks()[0] == 0 and not (os.path.isfile(path) and TensorFiles(path).metadata == wanted):
+        items = [(index, flip) for index in range(len(job.train)) for flip in (False, True)]
+        loader = DataLoader(Flipped(job.train), sampler=items, batch_size=128, num_workers=job.workers)
+        packed, labels = [], []
+        for pictures, label in tqdm(loader, desc="tokenising", unit="x128", leave=False):
+            bits = codes_to_bits(tokenizer.encode(to_signed(pictures.to(job.device)))).flatten(1)
+            packed.append(torch.from_numpy(np.packbits(bits.cpu().numpy(), axis=1)))
+            labels.append(label)
+        tensors = {"bits": torch.cat(packed).view(len(job.train), 2, -1), "labels": torch.cat(labels)[::2]}
+        write_tensors(path, tensors, wanted)
+    wait_for_all()
+    source = TensorFiles(path)
+    return Tokens(source.get("bits"), source.get("labels"), (tokenizer.config.tokens, tokenizer.config.bits))
+
+
+def export_tokenizer(model: SemTok, job: Job, stage: str, figures: dict[str, float]) -> str:
+    """Write a tokenizer with everything that sample.py needs to know; returns the path."""
+    path, tensors = job.path(f"stage{stage}.safetensors"), model.state_dict()
+    digest = hashlib.sha256()
+    for tensor in tensors.values():
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    metadata = tokenizer_metadata(
+        model, stage=stage, preset=job.args.preset, classes=json.dumps(job.train.classes), figures=json.dumps(figures),
+        fingerprint=digest.hexdigest()[:16],
+    )
+    write_tensors(path, tensors, metadata)
+    return path
+
+
+def need(path: str, stage: str, job: Job) -> str:
+    """path, if the earlier stage has made it; else a UserError that says which command does."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is missing: make it first with {command(job.args, stage)}")
+    return path
+
+
+def command(args: argparse.Namespace, stage: str) -> str:
+    """The command line that runs another stage of the same run."""
+    parts = [f"python train.py --stage {stage}"]
+    if args.preset != "tiny":
+        parts.append(f"--preset {args.preset}")
+    if args.data:
+        parts.append(f"--data {args.data}")
+    if args.out != os.path.join("runs", args.preset):
+        parts.append(f"--out {args.out}")
+    return " ".join(parts)
+
+
+# ------------------------------------------------------------------------------------------------------------- the loop
+
+
+def write_text(path: str, text: str) -> None:
+    """A text file, whole or not at all."""
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+    write_file(path, write)
+
+
+class Trainer:
+    """What one stage's training consists of besides its module: optimiser, averaged weights, step, state on disk."""
+
+    def __init__(self, stage: nn.Module, recipe: Recipe, name: str, job: Job):
+        self.stage, self.recipe, self.name, self.job, self.step = stage, recipe, name, job, 0
+        # stage 2's discriminator has no gradient before it joins
+        self.wrapped = stage if ranks()[1] == 1 else DistributedDataParallel(stage, find_unused_parameters=name == "2")
+        self.parameters = {n: p for n, p in stage.named_parameters() if p.requires_grad}
+        self.players = [
+            {n: p for n, p in self.parameters.items() if n.startswith("discriminator.") == adversary}
+            for adversary in (False, True)
+        ]
+        groups = []
+        for player, lr in zip(self.players, (recipe.lr, recipe.discriminator_lr)):
+            for decay in (recipe.weight_decay, 0.0):  # matrices decay; biases, norms and single embeddings do not
+                members = [p for p in player.values() if (p.ndim > 1) == (decay > 0)]
+                groups.append({"params": members, "base_lr": lr, "weight_decay": decay})
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], recipe.lr, betas=(0.9, 0.95), fused=True)
+        self.ema = {n: p.detach().clone() for n, p in self.parameters.items() if n.startswith(stage.averaged)}
+        self.skipped = self.skipped_in_a_row = 0
+
+    def train_step(self, batch) -> dict:
+        """One optimiser step and the averaging; returns what the stage returned, and the gradient norms."""
+        recipe, device = self.recipe, self.job.device
+        warm = min(1.0, (self.step + 1) / recipe.warmup)
+        factor = warm * 0.5 * (1 + math.cos(math.pi * self.step / recipe.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            draws = Draws(self.job.args.seed, self.name, self.step, device)
+            losses = self.wrapped(*self.stage.inputs(batch, draws, self.step))
+        losses["loss"].backward()
+        norms = [nn.utils.clip_grad_norm_(player.values(), 1.0, foreach=True) for player in self.players if player]
+        losses["grad_norm"] = norms[0]
+        if torch.stack(norms).isfinite().all():
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+            decay = min(recipe.ema, (1 + self.step) / (10 + self.step))  # warmed up, or a short run keeps its initial weights
+            if self.ema:
+                torch._foreach_lerp_(list(self.ema.values()), [self.parameters[n].detach() for n in self.ema], 1 - decay)
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row >= 5:
+                broken = ", ".join(n for n, v in losses.items() if n != "codes" and not torch.as_tensor(v).isfinite().all())
+                raise UserError(
+                    f"step {self.step}: {broken} not finite, for the fifth step in a row: lower --lr and go on with --resume "
+                    "from the last good training state"
+                )
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return losses | {"lr": self.optimizer.param_groups[0]["lr"], "skipped": self.skipped}
+
+    def averaged_weights(self):
+        """Swap the averaged weights in, or back: their place is taken by those that are in use."""
+        for name, average in self.ema.items():
+            live = self.parameters[name].data
+            self.parameters[name].data = average
+            self.ema[name] = live
+
+    @torch.no_grad()
+    def show(self, what: str, *arguments):
+        """stage.preview, stage.validate or stage.export with averaged weights, in eval mode."""
+        self.averaged_weights()
+        self.stage.eval()
+        try:
+            with torch.autocast(self.job.device.type, torch.bfloat16, enabled=self.job.device.type == "cuda"):
+                return getattr(self.stage, what)(*arguments)
+        finally:
+            self.stage.train()
+            self.averaged_weights()
+
+    # ---- the state on disk, for --resume
+
+    def save(self) -> None:
+        """Write the training state; the last two are kept."""
+        folder = self.job.path(f"state-{self.name}")
+        tensors = {f"weights/{n}": p for n, p in self.parameters.items()} | {f"ema/{n}": p for n, p in self.ema.items()}
+        tensors |= {f"buffers/{n}": b for n, b in self._buffers()}
+        for name, parameter in self.parameters.items():
+            tensors |= {f"adam/{kind}/{name}": value for kind, value in self.optimizer.state[parameter].items()}
+        metadata = {"format": "semtok-state", "stage": self.name, "step": str(self.step), "skipped": str(self.skipped)}
+        write_tensors(os.path.join(folder, f"step-{self.step:07d}.safetensors"), tensors, metadata)
+        for old in saved_states(folder)[:-2]:
+            os.remove(old)
+
+    def load(self) -> None:
+        """Go on from the newest state that is whole. Raises UserError when there is none."""
+        folder = self.job.path(f"state-{self.name}")
+        for path in reversed(saved_states(folder)):
+            try:
+                source = TensorFiles(path)
+                break
+            except UserError as error:
+                print(f"falling back to the state before: {error}", file=sys.stderr)
+        else:
+            raise UserError(f"{folder} holds no training state to resume: start with {command(self.job.args, self.name)}")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(source.get(f"weights/{name}"))
+                kinds = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"adam/{k}/{name}" in source.shapes]
+                if kinds:
+                    state = {kind: source.get(f"adam/{kind}/{name}").to(parameter.device, copy=True) for kind in kinds}
+                    self.optimizer.state[parameter] = state
+            for name, average in self.ema.items():
+                average.copy_(source.get(f"ema/{name}"))
+            for name, buffer in self._buffers():
+                buffer.copy_(source.get(f"buffers/{name}"))
+        self.step, self.skipped = int(source.metadata["step"]), int(source.metadata["skipped"])
+
+    def _buffers(self):
+        persistent = self.stage.state_dict().keys()
+        return [(n, b) for n, b in self.stage.named_buffers() if n in persistent]
+
+
+def saved_states(folder: str) -> list[str]:
+    """Training states in a folder, oldest first."""
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return [os.path.join(folder, n) for n in names if re.fullmatch(r"step-\d+\.safetensors", n)]
+
+
+class Log:
+    """`log.jsonl`: one line every few steps with everything that was measured, all stages of a run in one file."""
+
+    def __init__(self, job: Job, stage: str, step: int):
+        self.path, self.stage = job.path("log.jsonl"), stage
+        lines = []
+        if os.path.isfile(self.path):
+            with open(self.path, encoding="utf-8") as file:
+                lines = [line for line in file if line.endswith("\n")]
+        # what a stopped run logged after the state it resumes from is about to be logged again
+        kept = [line for line in lines if (entry := json.loads(line))["stage"] != stage or entry["step"] <= step]
+        if kept != lines or not os.path.isfile(self.path):
+            write_text(self.path, "".join(kept))
+
+    def write(self, entry: dict) -> None:
+        """Append one line."""
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": self.stage} | entry) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written ({error}): free some space, then go on with --resume") from None
+
+
+def run_stage(name: str, job: Job) -> None:
+    """Train one stage from where it stands to its end: data, step, average, log, preview, state, result."""
+    args, recipe, (rank, count) = job.args, job.recipe(name), ranks()
+    result, states = job.path(RESULTS[name]), saved_states(job.path(f"state-{name}"))
+    say = print if rank == 0 else (lambda *_: None)
+    if not args.resume and not args.overwrite:
+        if os.path.exists(result):
+            return say(f"stage {name} ({NAMES[name]}) is finished: {result}. --resume trains it further, --overwrite starts again")
+        if states:
+            raise UserError(f"stage {name} stopped before its end: --resume goes on from {states[-1]}, --overwrite starts again")
+    if recipe.batch_size % count:
+        raise UserError(f"a batch of {recipe.batch_size} does not divide by {count} processes: change --batch-size")
+    wait_for_all()  # whoever removes or writes files below has been seen by all to find them as they were
+    torch.manual_seed(args.seed)
+    say(f"stage {name}: {NAMES[name]}, {recipe.steps} steps of {recipe.batch_size} on {count} x {job.device}")
+    trainer = Trainer(STAGE_CLASSES[name](job).to(job.device), recipe, name, job)
+    if args.resume and states:
+        trainer.load()
+    elif rank == 0:
+        for old in states:
+            os.remove(old)
+    log = Log(job, name, trainer.step) if rank == 0 else None
+    started, resumed_at, stop = time.time(), trainer.step, StopSignal()
+    batches = DataLoader(
+        trainer.stage.dataset, num_workers=job.workers, persistent_workers=job.workers > 0,
+        batch_sampler=Schedule(len(trainer.stage.dataset), recipe.batch_size, args.seed, trainer.step, recipe.steps),
+    )
+    with stop, tqdm(batches, f"stage {name}", initial=resumed_at, total=recipe.steps, unit="step", disable=rank > 0) as bar:
+        for batch in bar:
+            out = trainer.train_step(batch)
+            step, stopped = trainer.step, stop.everywhere()
+            last = step == recipe.steps
+            if step % recipe.log_every == 0 or last:
+                entry = measured(out)
+                if rank == 0:
+                    rate = (step - resumed_at) * recipe.batch_size / (time.time() - started)
+                    log.write(entry | {"step": step, "images_per_s": rate})
+                    bar.set_postfix_str(" ".join(f"{k}={entry[k]:.3g}" for k in SHOWN[name] if k in entry))
+                    if entry.get("dead_bits", 0) > 0 or entry.get("used", 1) < 0.01:
+                        share = f"{entry['used']:.1%} of codes used, {entry['dead_bits']} dead bits"
+                        bar.write(f"step {step}: the codebook is collapsing: {share}")
+            if rank == 0 and (step % recipe.preview_every == 0 or last):
+                write_picture(job.path(f"preview-{name}-{step:07d}.png"), trainer.show("preview"))
+            if rank == 0 and (step % recipe.save_every == 0 or last or stopped):
+                trainer.save()
+            if stopped and not last:
+                raise UserError(f"stopped at step {step} with its state saved: go on with {command(args, name)} --resume")
+    if rank == 0:
+        figures = trainer.show("validate")
+        log.write({"step": trainer.step} | figures)
+        path = trainer.show("export", figures)
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in figures.items())
+        following = dict(zip(STAGES, STAGES[1:])).get(name)
+        run = "" if args.out == os.path.join("runs", "tiny") else f" --run {args.out}"
+        after = command(args, following) if following else f"python sample.py --class 1{run}"
+        say(f"stage {name} done in {time.time() - started:.0f} s: {shown} on held-out pictures -> {path}; next: {after}")
+    wait_for_all()
+
+
+class StopSignal:
+    """Inside `with`, Ctrl-C and SIGTERM only leave a note; `everywhere` tells all processes of it at the same step."""
+
+    def __init__(self):
+        self.noted = False
+
+    def __enter__(self):
+        def note(*_):
+            self.noted = True
+        self.handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def everywhere(self) -> bool:
+        """Whether any process has been told to stop."""
+        if ranks()[1] == 1:
+            return self.noted
+        note = torch.tensor(float(self.noted), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(note, dist.ReduceOp.MAX)
+        return bool(note)
+
+
+SHOWN = {  # the terms that fit beside the progress bar
+    "0": ("vae_mse", "siglip", "vgg", "resnet"),
+    "1": ("loss", "diff", "distill", "contrast", "used"),
+    "2": ("loss", "mse", "lpips", "resnet", "d_loss", "used"),
+    "ar": ("loss", "nll", "accuracy"),
+}
+STAGE_CLASSES = {"0": StandIns, "1": Pretraining, "2": Refining, "ar": Generating}
+
+
+def measured(out: dict) -> dict[str, float]:
+    """What a step returned as plain numbers for the log, averaged over the processes; codes become the codebook's usage."""
+    names = [name for name in out if name != "codes"]
+    values = mean_over_ranks(torch.stack([torch.as_tensor(out[name], dtype=torch.float32, device=out["loss"].device).detach() for name in names]))
+    entry = dict(zip(names, values.tolist()))
+    return entry | (code_usage(codes_to_bits(out["codes"])) if "codes" in out else {})
+
+
+# ----------------------------------------------------------------------------------------------------- the command line
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line of this file. Exits with code 2 and one sentence for anything it does not know."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train SemTok, stage by stage. Results, previews (PNG), log.jsonl and training state go to --out.",
+        epilog="""stages
+  0    small stand-ins for SD3.5's VAE, SigLIP, VGG and ResNet, which cannot be shipped (tiny preset only;
+       stage 1 runs it by itself when they are missing)
+  1    the tokenizer by flow matching                      -> stage1.safetensors
+  2    the tokenizer's decoder as a one-step refiner       -> stage2.safetensors
+  ar   the masked autoregressive transformer on its tokens -> ar.safetensors
+  all  the three in order
+
+examples
+  python train.py --stage all                       the built-in pictures, on a laptop
+  python train.py --stage all --data my/pictures    my/pictures/CLASS/any.jpg
+  python train.py --stage 1 --resume                go on after an interruption
+then: python sample.py --class 1""",
+    )
+    parser.error = lambda message: parser.exit(2, f"train.py: {message}; --help explains every option\n")
+    add = parser.add_argument
+    add("--stage", required=True, choices=[*STAGES, "all"], help="what to train, see below")
+    add("--preset", default="tiny", choices=list(RECIPES), help="sizes and recipe; tiny (default) is the paper's system in small")
+    add("--data", metavar="FOLDER", help="pictures in class subfolders; default: built-in drawn shapes (tiny)")
+    add("--out", metavar="FOLDER", help="the run's folder (default: runs/PRESET)")
+    add("--steps", type=_positive(int), help="optimiser steps instead of the recipe's; warm-up and GAN start keep their share")
+    add("--batch-size", type=_positive(int), help="pictures per step over all ranks")
+    add("--lr", type=_positive(float), help="peak learning rate")
+    add("--seed", type=int, default=0, help="everything random follows from it (default 0)")
+    add("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    add("--workers", type=int, default=min(4, cores), help="processes that read pictures (default: one per core, up to 4)")
+    add(
+        "--processes", type=_positive(int), default=min(2, cores) if sys.platform == "linux" else 1,
+        help="on a CPU, processes that share each batch (default: 2 on Linux, else 1)",
+    )
+    add("--resume", action="store_true", help="go on from the last training state")
+    add("--overwrite", action="store_true", help="start again although there is a result or a state")
+    add("--bits", type=_positive(int), help="bits per token d instead of the preset's (the paper trains 18 and 32)")
+    add("--ar-size", default="L", choices=["L", "XL", "XXL"], help="the transformer's size in the paper preset (default L)")
+    for name in WEIGHTS:
+        add(f"--{name}", metavar="PATH", help=WEIGHTS_HELP[name])
+    args = parser.parse_args(arguments)
+    args.out = os.path.normpath(args.out or os.path.join("runs", args.preset))
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite exclude each other")
+    return args
+
+
+WEIGHTS_HELP = {
+    "sd35": "SD3.5-Medium, single file or diffusers folder: starts the decoder, and gives the VAE",
+    "vae": "the VAE alone, when it is not in --sd35",
+    "siglip": "SigLIP or SigLIP 2, file or folder",
+    "vgg": "torchvision's VGG16, for LPIPS",
+    "lpips": "the LPIPS heads for VGG16 (v0.1)",
+    "resnet": "torchvision's ResNet-50 (IMAGENET1K_V1)",
+}
+
+
+def _positive(kind):
+    def parse(text: str):
+        value = kind(text)
+        if value <= 0:
+            raise argparse.ArgumentTypeError(f"{text} must be above 0")
+        return value
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command. Raises UserError for what the person at the keyboard can mend."""
+    args = parse_arguments(arguments)
+    device = choose_device(args.device)
+    # A read-only folder is found out before the work, not after.
+    write_text(os.path.join(args.out, ".writable"), "")
+    os.remove(os.path.join(args.out, ".writable"))
+    size = PRESETS[args.preset].image_size
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # until the processes below have forked: a forked pool of threads would hang
+    train, val = (open_pictures(args.data, split, args.seed, size, args.workers) for split in ("train", "val"))
+    job = Job(args, device, train, val)
+    wanted = ["1", "2", "ar"] if args.stage == "all" else [args.stage]
+    if wanted[0] == "1" and args.preset == "tiny" and not all(os.path.exists(path) for path in job.weights.values()):
+        wanted = ["0"] + wanted
+
+    def work(rank: int, count: int, meeting: str) -> None:
+        torch.set_num_threads(max(1, threads // count))
+        if count > 1:
+            dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
+        try:
+            for stage in wanted:
+                run_stage(stage, job)
+        except RuntimeError:
+            if rank == 0:
+                raise
+            sys.exit(1)  # the connection broke: rank 0 has stopped, and says why
+        finally:
+            if count > 1:
+                dist.destroy_process_group()
+
+    if device.type != "cpu" or args.processes == 1:
+        return work(0, 1, "")
+    # Small networks gain little from threads: on a CPU, processes share the batch, with the engine that clusters use.
+    with tempfile.TemporaryDirectory() as folder:
+        fork, meeting = multiprocessing.get_context("fork"), os.path.join(folder, "meeting")
+        others = [fork.Process(target=work, args=(rank, args.processes, meeting)) for rank in range(1, args.processes)]
+        for other in others:
+            other.start()
+        work(0, args.processes, meeting)
+        for other in others:
+            other.join()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, fid.UserError) as error:
+        # an error out of a loader's worker carries its whole traceback: the last line is the sentence
+        print(f"train.py: {str(error).strip().splitlines()[-1].removeprefix('mmdit.UserError: ')}", file=sys.stderr)
+        sys.exit(2)
