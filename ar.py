@@ -42,7 +42,7 @@ AR_PRESETS = {
     "L": ARConfig(),
     "XL": ARConfig(depth=36, width=1280, heads=20),
     "XXL": ARConfig(depth=24, width=2048, heads=32),
-    "tiny": ARConfig(depth=4, width=96, heads=3, tokens=24, bits=16, classes=10),
+    "tiny": ARConfig(depth=4, width=128, heads=2, tokens=16, bits=24, classes=10),
 }
 
 # Best guidance scale with the linear schedule, per size (appendix A.2); tiny: found on the built-in pictures.

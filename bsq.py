@@ -62,8 +62,9 @@ def code_usage(bits: torch.Tensor) -> dict[str, float]:
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """The mean of equally shaped tensors over all ranks, differentiable; the tensor itself in a single process."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    """The mean of equally shaped tensors over all ranks, differentiable. The tensor itself in a single process, and
+    under no_grad: evaluation is one rank's own affair, and waiting there for the others would wait for ever."""
+    if not (torch.is_grad_enabled() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return value
     from torch.distributed.nn.functional import all_reduce
 

@@ -335,7 +335,7 @@ def _listed(names, most=5):
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _read_tensors(path):
+def read_tensors(path):
     """The tensors by name and the metadata of a .safetensors or .pth file; UserError where it is neither."""
     try:
         if str(path).endswith(".safetensors"):
@@ -352,7 +352,7 @@ def _read_tensors(path):
     return tensors, {}
 
 
-def _check_keys(tensors, expected, path, what):
+def check_keys(tensors, expected, path, what):
     """UserError naming the missing, unexpected and misshapen keys; expected: shapes by name."""
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     faults = {"missing": expected.keys() - shapes.keys(), "unexpected": shapes.keys() - expected.keys(),
@@ -368,7 +368,7 @@ def load_inception(path):
 
     description: path, sha256, standard (it is pytorch-fid's file), toy (other widths, or it says so itself).
     Raises UserError naming the keys of a file of another kind."""
-    tensors, metadata = _read_tensors(path)
+    tensors, metadata = read_tensors(path)
     tensors = {key: value for key, value in tensors.items() if not key.endswith("num_batches_tracked")}  # never read
     real, side = inception_widths(), metadata.get("input_size", "299")
     found = {name: tensors.get(f"{name}.conv.weight") for name in real}
@@ -379,7 +379,7 @@ def load_inception(path):
     except ValueError as error:  # too narrow for sFID, or a side that is no number
         raise UserError(f"{path} cannot be FID's Inception: {error}") from error
     expected = {k: v.shape for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
-    _check_keys(tensors, expected, path, "FID's Inception")
+    check_keys(tensors, expected, path, "FID's Inception")
     network.load_state_dict(tensors, strict=False)  # checked above; strict would ask for num_batches_tracked
     digest = _sha256(path)
     toy = "toy" in metadata or widths != real or classes != 1008 or network.input_size != 299
@@ -392,14 +392,14 @@ def load_lpips(vgg_path, heads_path):
 
     The classifier's tensors of the VGG16 file are dropped: LPIPS reads the convolutions only. Returns a frozen LPIPS.
     Raises UserError naming the keys of files of another kind."""
-    tensors, heads = _read_tensors(vgg_path)[0], _read_tensors(heads_path)[0]
+    tensors, heads = read_tensors(vgg_path)[0], read_tensors(heads_path)[0]
     tensors = {key: value for key, value in tensors.items() if not key.startswith("classifier.")}
     last = [tensors.get(f"features.{i}.weight") for i in (2, 7, 14, 21, 28)]  # the last convolution of each stage
     widths = tuple(real if weight is None else len(weight) for real, weight in zip(VGG_WIDTHS, last))
     vgg = VGG16Features(widths)
-    _check_keys(tensors, {k: v.shape for k, v in vgg.state_dict().items()}, vgg_path, "VGG16's convolutions")
+    check_keys(tensors, {k: v.shape for k, v in vgg.state_dict().items()}, vgg_path, "VGG16's convolutions")
     names = {f"lin{i}.model.1.weight": (1, width, 1, 1) for i, width in enumerate(widths)}
-    _check_keys(heads, names, heads_path, f"the LPIPS heads of a VGG16 with {widths} channels")
+    check_keys(heads, names, heads_path, f"the LPIPS heads of a VGG16 with {widths} channels")
     vgg.load_state_dict(tensors)
     return LPIPS(vgg, [heads[name] for name in names])
 

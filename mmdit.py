@@ -279,13 +279,13 @@ class UserError(Exception):
 
 # What a file seems to be, by keys that only that kind has. Most telling first.
 _KINDS = (
-    (r"(^|\.)input_blocks\..*|.*label_emb\..*", "a Stable Diffusion 1, 2 or XL U-Net"),
+    (r"(.*\.)?input_blocks\..*|.*label_emb\..*", "a Stable Diffusion 1, 2 or XL U-Net"),
     (r"down_blocks\.\d+\.attentions\..*", "a diffusers U-Net (Stable Diffusion 1, 2 or XL)"),
-    (r"double_blocks\..*|single_blocks\..*", "a FLUX transformer"),
+    (r"(.*\.)?(double_blocks|single_blocks|single_transformer_blocks)\..*", "a FLUX transformer"),
     (r"(model\.diffusion_model\.)?joint_blocks\.37\..*|transformer_blocks\.37\.attn\.add_q_proj\..*", "SD3.5-Large"),
     (r".*\.x_block\.attn2\..*|transformer_blocks\.\d+\.attn2\..*", "SD3.5-Medium"),
     (r".*joint_blocks\.\d+\..*|transformer_blocks\.\d+\.attn\.add_q_proj\..*", "SD3-Medium (no second attention)"),
-    (r".*vision_model\.embeddings\.class_embedding", "a CLIP vision model"),
+    (r"(.*\.)?embeddings\.class_embedding", "a CLIP vision model"),
     (r"(vision_model\.)?embeddings\.patch_embedding\..*|(vision_model\.)?post_layernorm\..*", "a SigLIP vision model"),
     (r"(text_model\.)?embeddings\.token_embedding\..*|text_model\..*", "a text model without a vision tower"),
     (r"(first_stage_model\.)?(encoder|decoder)\.(conv_in|mid_block|mid)\..*", "an image autoencoder (VAE)"),
@@ -304,6 +304,18 @@ def describe_keys(keys) -> str:
     return f"an unknown file (keys such as {', '.join(sorted(keys)[:3]) or 'none at all'})"
 
 
+def read_json(path: str) -> dict:
+    """The table that a model's JSON file holds. Raises UserError for anything else, such as an HTML page."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            entries = json.load(file)
+    except ValueError:  # what json and a wrong encoding raise
+        entries = None
+    if not isinstance(entries, dict):
+        raise UserError(f"{path} is not the JSON table that its name promises: download it again")
+    return entries
+
+
 class TensorFiles:
     """Tensors by name out of one safetensors file or a folder of shards, read one at a time and never held.
 
@@ -315,8 +327,7 @@ class TensorFiles:
         if os.path.isdir(path):
             names = sorted(n for n in os.listdir(path) if n.endswith(".safetensors"))
             for index in (n for n in sorted(os.listdir(path)) if n.endswith(".safetensors.index.json")):
-                with open(os.path.join(path, index), encoding="utf-8") as file:
-                    names = sorted(set(json.load(file)["weight_map"].values()))
+                names = sorted(set(read_json(os.path.join(path, index)).get("weight_map", {}).values()))
             if not names:
                 raise UserError(f"{path} holds no .safetensors file: give the file, or the folder that holds it")
             if len(names) > 1 and any("fp16" in n for n in names):  # a second copy in half precision
@@ -374,7 +385,8 @@ def load_recipes(
     recipes: parameter name -> `only(...)`. dropped: regular expression of source keys that are knowingly not used.
     new: regular expression of parameters that the file does not have and that keep their initialisation. wanted: what
     the file should be, for the message. Parameters on the meta device are made real on `device` one at a time, in the
-    dtype they were declared with, so the peak is the module plus one tensor. Raises UserError naming every missing, unexpected or misshapen key.
+    dtype they were declared with, so the peak is the module plus one tensor; what the file does not have follows them
+    there. Raises UserError naming every missing, unexpected or misshapen key.
     """
     found = f"{source.path} looks like {describe_keys(source.shapes)}"
     targets = module.state_dict()
@@ -384,25 +396,32 @@ def load_recipes(
     )
     unexpected = sorted(n for n in source.shapes if n not in used and not re.match(dropped, n))
     unexpected += sorted(n for n in recipes if n not in targets)
-    for kind, names in (("lacks", missing), ("has unexpected", unexpected)):
-        if names:
-            raise UserError(f"{found}, and {wanted} is needed: it {kind} {_some(names)}")
+    misshapen, blank = [], torch.zeros((), dtype=torch.uint8)  # not on meta, whose first operation imports 70 MB of Python
+    for name in recipes.keys() & targets.keys():  # the recipes are run on shapes alone first: nothing is half loaded
+        sources, make = recipes[name]
+        if source.shapes.keys() >= set(sources):
+            try:
+                shape = make(*(blank.expand(source.shapes[s]) for s in sources)).shape
+            except (RuntimeError, IndexError, ValueError):  # parts that do not even fit each other
+                shape = None
+            if shape != targets[name].shape:
+                parts = ", ".join(f"{s} {source.shapes[s]}" for s in sources)
+                misshapen.append(f"{parts} for {name} {tuple(targets[name].shape)}")
+    faults = (("lacks", missing), ("has unexpected", unexpected), ("has misshapen", sorted(misshapen)))
+    if any(names for _, names in faults):
+        told = "; it ".join(f"{kind} {_some(names)}" for kind, names in faults if names)
+        raise UserError(f"{found}, and {wanted} is needed: it {told}")
     for name, (sources, make) in recipes.items():
         with torch.no_grad():
-            value = make(*(source.get(s) for s in sources))
-            target = targets[name]
-            if value.shape != target.shape:
-                raise UserError(
-                    f"{found}, and {wanted} is needed: {sources[0]} gives {tuple(value.shape)} for {name}, "
-                    f"which is {tuple(target.shape)}"
-                )
+            value, target = make(*(source.get(s) for s in sources)), targets[name]
             if target.is_meta:
                 owner, _, leaf = name.rpartition(".")
                 real = value.to(device, target.dtype, copy=True)
                 module.get_submodule(owner).load_state_dict({leaf: real}, strict=False, assign=True)
             else:
                 target.copy_(value)
-    return module
+    was_meta = any(tensor.is_meta for tensor in targets.values())
+    return module.to(device) if was_meta else module  # with what the file does not have: new parameters, RoPE tables
 
 
 def _some(names: list[str]) -> str:

@@ -258,12 +258,18 @@ def main(arguments: list[str] | None = None) -> None:
     print(job(args, device))
 
 
-if __name__ == "__main__":
+def command_line(arguments: list[str] | None = None) -> int:
+    """`main` for a shell: returns the exit code, 2 with one sentence on stderr for a UserError."""
     try:
-        main()
+        main(arguments)
     except UserError as error:
         print(f"sample.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
         print("sample.py: stopped; what was finished is kept", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from bsq import BSQ
 from mmdit import (
     FeedForward, FinalLayer, MMDiT, PatchEmbed, TensorFiles, TimestepEmbedder, UserError, attend, describe_keys,
-    load_recipes, only, rope_1d, rope_2d,
+    load_recipes, only, read_json, rope_1d, rope_2d,
 )
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -183,6 +183,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.norm = _group_norm(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        nn.init.zeros_(self.proj_out.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """See the class."""
@@ -439,8 +440,7 @@ def load_siglip(path: str, dtype: torch.dtype = torch.float32, device: str | tor
     config_file = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
     heads = _SIGLIP_HEADS.get(width)
     if os.path.isfile(config_file):
-        with open(config_file, encoding="utf-8") as file:
-            entries = json.load(file)
+        entries = read_json(config_file)
         heads = entries.get("vision_config", entries).get("num_attention_heads", heads)
     if heads is None or width % heads:
         raise UserError(f"{path} is {width} wide and its number of heads is unknown: put the model's config.json beside it")
@@ -497,10 +497,10 @@ class SemTokConfig:
 PRESETS = {
     "paper": SemTokConfig(),
     "tiny": SemTokConfig(
-        image_size=32, tokens=24, bits=16,
+        image_size=32, tokens=16, bits=24,
         encoder_depth=2, encoder_width=64, encoder_heads=1,
         decoder_depth=3, decoder_width=64, decoder_heads=1, decoder_dual_depth=2,
-        semantic_width=64, vae=VAEConfig(channels=(16, 32, 32), blocks=1, latent_channels=16),
+        semantic_width=64, vae=VAEConfig(channels=(16, 16, 32), blocks=1, latent_channels=16),
     ),
 }
 
@@ -622,9 +622,13 @@ class SemTok(nn.Module):
         return {"distill": distill, "contrast": F.cross_entropy(similarity, own)}
 
     def start_refiner(self) -> None:
-        """Stage II's mask tokens start as what the image stream sees of zero noise: stage I's prior in one step."""
+        """Stage II's mask tokens start as what the image stream sees of (nearly) zero noise: stage I's prior in one step.
+        A tenth of a noise sample stays, so that the places differ from each other from the first step on."""
+        side = self.config.grid * self.config.patch
         with torch.no_grad():
-            self.decoder.mask_tokens.copy_(self.decoder.x_embedder.proj.bias.expand_as(self.decoder.mask_tokens))
+            noise = 0.1 * torch.randn(1, self.config.vae.latent_channels, side, side)
+            embedder = self.decoder.x_embedder
+            self.decoder.mask_tokens.copy_(embedder(noise.to(embedder.proj.weight))[0])
 
     # ---- use
 

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import fid
@@ -69,13 +70,13 @@ RECIPES = {
         "ar": Recipe(800_000, 2048, 2e-4, weight_decay=0.03),
     },
     "tiny": {
-        "0": Recipe(600, 32, 1.5e-3, warmup=30, ema=0.0, log_every=20, save_every=300, preview_every=600),
-        "1": Recipe(1000, 16, 3e-3, warmup=50, log_every=20, save_every=500, preview_every=500),
-        "2": Recipe(1400, 16, 3e-3, warmup=50, gan_start=1100, log_every=20, save_every=500, preview_every=700),
-        "ar": Recipe(1200, 64, 2e-3, weight_decay=0.03, warmup=50, log_every=20, save_every=600, preview_every=600),
+        "0": Recipe(750, 24, 1e-3, warmup=30, ema=0.0, log_every=25, save_every=250, preview_every=250),
+        "1": Recipe(600, 16, 3e-3, warmup=50, log_every=25, save_every=300, preview_every=300),
+        "2": Recipe(2000, 16, 3e-3, warmup=50, gan_start=1700, log_every=25, save_every=500, preview_every=500),
+        "ar": Recipe(1500, 64, 2e-3, weight_decay=0.03, warmup=50, log_every=25, save_every=500, preview_every=500),
     },
 }
-TINY_VGG, TINY_RESNET, TINY_DISCRIMINATOR = (8, 16, 24, 32, 32), 8, (16, 3, 4)
+TINY_VGG, TINY_RESNET, TINY_DISCRIMINATOR = (8, 8, 16, 24, 24), 8, (16, 3, 4)
 QUANT, SEMANTIC, PERCEPTUAL, GAN = 0.0025, 0.05, 0.1, 0.1  # lambda_q, lambda_s, lambda_p, lambda_G (section 4.1)
 LECAM = 0.001
 STAGES = ("0", "1", "2", "ar")
@@ -132,12 +133,12 @@ def draw_shape(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray
     across = np.cos(direction) * rows - np.sin(direction) * columns
     waves = [np.sin(2 * np.pi * (rng.uniform(1, 2) * axis + rng.uniform())) for axis in (along, across)]
     pattern = (along, 0.3 * np.sin(2 * np.pi * (rng.uniform(2, 3) * along + rng.uniform())), 0.3 * waves[0] * waves[1])[kind]
-    base, colour = rng.uniform(70, 185, 3), rng.uniform(20, 235, 3)
-    while np.abs(colour - base).sum() < 150:  # a shape that can be seen
-        colour = rng.uniform(20, 235, 3)
-    background = base + pattern[..., None] * rng.uniform(-50, 50, 3)
+    base, colour = rng.uniform(60, 195, 3), rng.uniform(10, 245, 3)
+    while np.abs(colour - base).sum() < 180:  # a shape that can be seen
+        colour = rng.uniform(10, 245, 3)
+    background = base + pattern[..., None] * rng.uniform(-40, 40, 3)
 
-    radius, angle = rng.uniform(0.28, 0.4), rng.uniform(0, 2 * np.pi)
+    radius, angle = rng.uniform(0.38, 0.44), rng.uniform(-0.3, 0.3)
     centre = rng.uniform(radius * 0.95, 1 - radius * 0.95, 2)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     mask = Image.new("L", (4 * size, 4 * size))  # four times too large, then averaged: smooth edges
@@ -432,7 +433,11 @@ def load_resnet(path: str) -> ResNet:
     layers = tuple(len({k.split(".")[1] for k in tensors if k.startswith(f"layer{i}.")}) for i in range(1, 5))
     width, classes = (len(tensors.get(name, ())) for name in ("conv1.weight", "fc.weight"))
     resnet = ResNet(width or 64, layers, classes or 1000, int(metadata.get("input_size", 224)))
-    return fid.load_into(resnet, tensors, path, "torchvision's ResNet-50").requires_grad_(False).eval()
+    # files differ in whether they keep num_batches_tracked, which nothing reads
+    tensors, expected = ({k: v for k, v in d.items() if not k.endswith("num_batches_tracked")} for d in (tensors, resnet.state_dict()))
+    fid.check_keys(tensors, {name: tensor.shape for name, tensor in expected.items()}, path, "torchvision's ResNet-50")
+    resnet.load_state_dict(tensors, strict=False)
+    return resnet.requires_grad_(False).eval()
 
 
 def lecam(real: torch.Tensor, fake: torch.Tensor, real_mean: torch.Tensor, fake_mean: torch.Tensor) -> torch.Tensor:
@@ -465,7 +470,7 @@ class Job:
         recipe, args = RECIPES[self.args.preset][stage], self.args
         if args.steps:  # a shorter run keeps its proportions
             share = args.steps / recipe.steps
-            recipe = replace(recipe, steps=args.steps, warmup=round(recipe.warmup * share), gan_start=round(recipe.gan_start * share))
+            recipe = replace(recipe, steps=args.steps, warmup=math.ceil(recipe.warmup * share), gan_start=round(recipe.gan_start * share))
         changes = {"batch_size": args.batch_size, "lr": args.lr}
         return replace(recipe, **{name: value for name, value in changes.items() if value})
 
@@ -502,7 +507,7 @@ class StandIns(nn.Module):
     (classification). They are saved under the real files' key names and read back by the real loaders.
     """
 
-    averaged = ()
+    averaged, players = (), ("vae.", "siglip", "vgg", "resnet.")
 
     def __init__(self, job: Job):
         super().__init__()
@@ -516,6 +521,7 @@ class StandIns(nn.Module):
         self.vgg, self.vgg_head = fid.VGG16Features(TINY_VGG), nn.Linear(TINY_VGG[-1], classes)
         self.resnet = ResNet(TINY_RESNET, (1, 1, 1, 1), classes, config.image_size)
         nn.init.constant_(self.vae.encoder.conv_out.bias[config.vae.latent_channels :], -6)  # start with little noise
+        nn.init.normal_(self.siglip.embeddings.position_embedding.weight, std=0.02)  # PyTorch's 1.0 would drown the patches
         for layer in self.vgg.features:
             if isinstance(layer, nn.Conv2d):  # no batch norm: thirteen layers deep, it starts only with He's gain
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -524,7 +530,7 @@ class StandIns(nn.Module):
         """(pictures, labels) of the loader -> the arguments of forward."""
         pictures, device, config = to_signed(batch[0].to(self.job.device)), self.job.device, self.vae.config
         # The VAE is convolutional: it learns from windows of a few pictures at a tenth of the cost, then from whole ones.
-        windows = pictures[: len(pictures) // 4]
+        windows = pictures[: -(-len(pictures) // 3)]
         if step < 0.8 * self.job.recipe("0").steps:
             side = pictures.shape[-1] // 2
             top, left = np.random.default_rng(step).integers(0, side + 1, 2)
@@ -535,7 +541,7 @@ class StandIns(nn.Module):
     def forward(
         self, pictures: torch.Tensor, labels: torch.Tensor, windows: torch.Tensor, noise: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """pictures (B, 3, H, W) in [-1, 1], labels (B,), windows (B / 4, 3, h, w) for the VAE, noise like their latents
+        """pictures (B, 3, H, W) in [-1, 1], labels (B,), windows (B / 3, 3, h, w) for the VAE, noise like their latents
         -> losses."""
         mean, log_variance = self.vae.encoder(windows.contiguous(memory_format=torch.channels_last)).chunk(2, 1)
         log_variance = log_variance.clamp(-12, 4)
@@ -598,7 +604,7 @@ class StandIns(nn.Module):
 class Pretraining(nn.Module):
     """Stage I, Eq. 6: flow matching through the tokens, entropy of the codes, alignment with SigLIP."""
 
-    averaged = ("semtok.",)
+    averaged, players = ("semtok.",), ()
 
     def __init__(self, job: Job):
         super().__init__()
@@ -657,7 +663,7 @@ class Pretraining(nn.Module):
 class Refining(nn.Module):
     """Stage II, Eq. 7: one step from mask tokens to the latent, judged in pixels; Eq. 6's other terms stay."""
 
-    averaged = ("semtok.",)
+    averaged, players = ("semtok.",), ("discriminator.",)
 
     def __init__(self, job: Job):
         super().__init__()
@@ -744,7 +750,7 @@ class Refining(nn.Module):
 class Generating(nn.Module):
     """The masked AR transformer of section 3.3 on the tokens of stage II, which are computed first."""
 
-    averaged = ("ar.",)
+    averaged, players = ("ar.",), ()
 
     def __init__(self, job: Job):
         super().__init__()
@@ -824,20 +830,27 @@ class Tokens(Dataset):
 
 @torch.no_grad()
 def tokenise(tokenizer: SemTok, fingerprint: str, job: Job) -> Tokens:
-    """The tokens of every training picture and of its mirror image, from `tokens.safetensors` when that is of the same
-    tokenizer and pictures, else computed by the first rank and written there."""
-    path, wanted = job.path("tokens.safetensors"), {"tokenizer": fingerprint, "pictures": f"{len(job.train)} of {job.args.data or job.args.seed}"}
-    if ranks()[0] == 0 and not (os.path.isfile(path) and TensorFiles(path).metadata == wanted):
-        items = [(index, flip) for index in range(len(job.train)) for flip in (False, True)]
+    """The tokens of every training picture and of its mirror image: from `tokens.safetensors` when that is of the same
+    tokenizer and pictures, else computed, each process its share, and written there."""
+    path, count, (rank, processes) = job.path("tokens.safetensors"), len(job.train), ranks()
+    wanted = {"tokenizer": fingerprint, "pictures": f"{count} of {job.args.data or job.args.seed}"}
+    if not (os.path.isfile(path) and TensorFiles(path).metadata == wanted):
+        share = range(count * rank // processes, count * (rank + 1) // processes)
+        items = [(index, flip) for index in share for flip in (False, True)]
         loader = DataLoader(Flipped(job.train), sampler=items, batch_size=128, num_workers=job.workers)
         packed, labels = [], []
-        for pictures, label in tqdm(loader, desc="tokenising", unit="x128", leave=False):
+        for pictures, label in tqdm(loader, "tokenising", unit="x128", leave=False, disable=rank > 0):
             bits = codes_to_bits(tokenizer.encode(to_signed(pictures.to(job.device)))).flatten(1)
-            packed.append(torch.from_numpy(np.packbits(bits.cpu().numpy(), axis=1)))
-            labels.append(label)
-        tensors = {"bits": torch.cat(packed).view(len(job.train), 2, -1), "labels": torch.cat(labels)[::2]}
-        write_tensors(path, tensors, wanted)
-    wait_for_all()
+            packed.append(np.packbits(bits.cpu().numpy(), axis=1))
+            labels.append(label.numpy())
+        shares = [(np.concatenate(packed), np.concatenate(labels))]
+        if processes > 1:
+            shares = shares * processes
+            dist.all_gather_object(shares, shares[rank])
+        if rank == 0:
+            packed, labels = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*shares))
+            write_tensors(path, {"bits": packed.view(count, 2, -1), "labels": labels[::2]}, wanted)
+        wait_for_all()
     source = TensorFiles(path)
     return Tokens(source.get("bits"), source.get("labels"), (tokenizer.config.tokens, tokenizer.config.bits))
 
@@ -891,17 +904,24 @@ class Trainer:
 
     def __init__(self, stage: nn.Module, recipe: Recipe, name: str, job: Job):
         self.stage, self.recipe, self.name, self.job, self.step = stage, recipe, name, job, 0
-        # stage 2's discriminator has no gradient before it joins
-        self.wrapped = stage if ranks()[1] == 1 else DistributedDataParallel(stage, find_unused_parameters=name == "2")
+        # stage 2's discriminator has no gradient before it joins, and the generator none of its
+        self.wrapped = stage if ranks()[1] == 1 else DistributedDataParallel(
+            stage, find_unused_parameters=name == "2", gradient_as_bucket_view=True
+        )
         self.parameters = {n: p for n, p in stage.named_parameters() if p.requires_grad}
-        self.players = [
-            {n: p for n, p in self.parameters.items() if n.startswith("discriminator.") == adversary}
-            for adversary in (False, True)
-        ]
+        for module in stage.modules():
+            if hasattr(module, "checkpoint_activations"):
+                module.checkpoint_activations = job.args.checkpoint_activations
+        # Players are clipped apart: one's large gradients must not shrink another's.
+        owner = {n: next((p for p in stage.players if n.startswith(p)), "") for n in self.parameters}
+        self.players = [[self.parameters[n] for n in owner if owner[n] == player] for player in dict.fromkeys(owner.values())]
         groups = []
-        for player, lr in zip(self.players, (recipe.lr, recipe.discriminator_lr)):
+        for lr, adversary in ((recipe.lr, False), (recipe.discriminator_lr, True)):
             for decay in (recipe.weight_decay, 0.0):  # matrices decay; biases, norms and single embeddings do not
-                members = [p for p in player.values() if (p.ndim > 1) == (decay > 0)]
+                members = [
+                    p for n, p in self.parameters.items()
+                    if (p.ndim > 1) == (decay > 0) and (owner[n] == "discriminator.") == adversary
+                ]
                 groups.append({"params": members, "base_lr": lr, "weight_decay": decay})
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], recipe.lr, betas=(0.9, 0.95), fused=True)
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items() if n.startswith(stage.averaged)}
@@ -918,7 +938,7 @@ class Trainer:
             draws = Draws(self.job.args.seed, self.name, self.step, device)
             losses = self.wrapped(*self.stage.inputs(batch, draws, self.step))
         losses["loss"].backward()
-        norms = [nn.utils.clip_grad_norm_(player.values(), 1.0, foreach=True) for player in self.players if player]
+        norms = [nn.utils.clip_grad_norm_(player, 1.0, foreach=True) for player in self.players]
         losses["grad_norm"] = norms[0]
         if torch.stack(norms).isfinite().all():
             self.optimizer.step()
@@ -1131,6 +1151,238 @@ def measured(out: dict) -> dict[str, float]:
     return entry | (code_usage(codes_to_bits(out["codes"])) if "codes" in out else {})
 
 
+# --------------------------------------------------------------------------------------------------- the plan of a run
+
+_SD35 = "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium/resolve/main/"
+_SIGLIP = "https://huggingface.co/google/siglip2-base-patch16-256/resolve/main/"
+WEIGHT_FILES = {  # other people's weights, by flag: the name to save as, where it is, its size, whether it is gated
+    "sd35": ("sd3.5_medium.safetensors", _SD35 + "sd3.5_medium.safetensors", "5.11 GB", True),
+    "vae": ("sd3.5_vae.safetensors", _SD35 + "vae/diffusion_pytorch_model.safetensors", "168 MB", True),
+    "siglip": ("siglip2-base-patch16-256.safetensors", _SIGLIP + "model.safetensors", "the file", False),
+    "vgg": (fid.VGG[0], fid.VGG[2], "528 MiB", False),
+    "lpips": (fid.HEADS[0], fid.HEADS[2], "7 kB", False),
+    "resnet": ("resnet50-0676ba61.pth", "https://download.pytorch.org/models/resnet50-0676ba61.pth", "98 MiB", False),
+}
+NEEDED = {"0": (), "1": ("sd35", "siglip"), "2": ("siglip", "vgg", "lpips", "resnet"), "ar": ()}
+PUBLISHED = {  # parameters in millions, by the paper, and of the VAE by SD3.5's file
+    "encoder": 113, "decoder": 2236, "AR L": 318, "AR XL": 746, "AR XXL": 1200, "VAE encoder": 34.3, "VAE decoder": 49.5,
+}
+PEAK, UTILISATION = 989e12, 0.4  # FLOP/s: an H100's dense bfloat16, and the share of it that a transformer may reach
+CARD = 78 * 2**30  # bytes: what a GPU of "80 GB" leaves to a program
+
+
+def missing_files(args: argparse.Namespace, stage: str) -> list[str]:
+    """What a stage reads and does not find: a sentence each, with the command that gets it. Empty when all is there."""
+    sentences, weights, tiny = [], Job(args, None, None, None).weights, args.preset == "tiny"
+    for flag in NEEDED[stage]:
+        path, (name, address, size, gated) = weights.get(flag), WEIGHT_FILES[flag]
+        if (path and os.path.exists(path)) or (tiny and not path):
+            continue
+        if tiny and not getattr(args, flag):
+            sentences.append(f"{path} is missing: {command(args, '0')} makes it, which stage 1 runs by itself")
+            continue
+        state = f"{path} is not there" if path else "is not given"
+        token, terms = ('-H "Authorization: Bearer $HF_TOKEN" ', " (accept the terms on its page first)") if gated else ("", "")
+        sentences.append(
+            f"--{flag} {state} ({WEIGHTS_HELP[flag]}): get {size}{terms} with\n"
+            f"    curl -fL --create-dirs {token}-o weights/{name} {address}\n  and add --{flag} weights/{name}"
+        )
+    earlier = {"2": "1", "ar": "2"}.get(stage)
+    result = os.path.join(args.out, RESULTS[earlier]) if earlier else args.out
+    if earlier and not os.path.isfile(result):
+        sentences.append(f"{result} is missing: make it first with {command(args, earlier)}")
+    return sentences
+
+
+def networks(stage: str, args: argparse.Namespace) -> dict[str, tuple]:
+    """All networks that a stage holds, on the meta device, frozen as its class freezes them: name -> (module, step, runs).
+
+    step: a function that does with one picture what a training step does, gradients flowing into its inputs where
+    something upstream is trained; None for a network that waits for previews. runs: how many forward passes that is.
+    """
+    config = replace(PRESETS[args.preset], bits=args.bits or PRESETS[args.preset].bits)
+    tiny, side = args.preset == "tiny", config.grid * config.patch
+    with torch.device("meta"):
+        if tiny:
+            toys = StandIns(Job(args, torch.device("meta"), DrawnShapes("train", 0, config.image_size), None))
+            siglip, vgg, resnet, judge = toys.siglip, toys.vgg, toys.resnet, Discriminator(*TINY_DISCRIMINATOR)
+        else:
+            given = args.siglip and os.path.exists(args.siglip)  # another tower may have other sizes
+            siglip = load_siglip(args.siglip, device="meta") if given else SigLIP(SigLIPConfig())
+            vgg, resnet, judge = fid.VGG16Features(), ResNet(), Discriminator()
+        model = SemTok(replace(config, semantic_width=siglip.config.width), toys.vae if tiny else None)
+        lpips = fid.LPIPS(vgg, [torch.empty(1, width, 1, 1) for width in (TINY_VGG if tiny else fid.VGG_WIDTHS)])
+        ar = MaskedAR(replace(AR_PRESETS["tiny" if tiny else args.ar_size], tokens=config.tokens, bits=config.bits))
+        pictures, t = torch.empty(1, 3, config.image_size, config.image_size), torch.empty(1)
+        latents, codes = torch.empty(1, config.vae.latent_channels, side, side), torch.empty(1, config.tokens, config.bits)
+        features = torch.empty(1, config.grid**2, config.encoder_width)  # the encoder's x
+        labels, masked = torch.empty(1, dtype=torch.long), torch.empty(1, config.tokens, dtype=torch.bool)
+    trained = [siglip, model.vae, vgg, resnet] if stage == "0" else [ar] if stage == "ar" else [model]
+    for module in (model, lpips, siglip, resnet, ar):
+        module.to("meta").eval().requires_grad_(False)  # rotary tables and new embedders were made on the CPU
+    for module in trained:
+        module.requires_grad_(True)
+    vae, encoder, decoder = model.vae.requires_grad_(stage == "0"), model.encoder, model.decoder
+    if stage == "0":  # an upper bound: the VAE sees a part of each batch, most of the time in small windows
+        return {
+            "VAE": (vae, lambda: vae.decode(vae.encode(pictures)), 1), "SigLIP": (siglip, lambda: siglip(pictures), 1),
+            "VGG16": (vgg, lambda: vgg(pictures), 1), "ResNet": (resnet, lambda: resnet(pictures), 1),
+        }
+    if stage == "ar":  # the tokenizer has worked before the first step
+        waiting = {"VAE encoder": vae.encoder, "encoder": encoder, "decoder": decoder, "VAE decoder": vae.decoder}
+        step = (ar, lambda: ar.loss(codes > 0, labels, masked)["loss"], 1)
+        return {name: (module, None, 0) for name, module in waiting.items()} | {f"AR {'tiny' if tiny else args.ar_size}": step}
+
+    def moving(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone().requires_grad_()
+
+    def judged():  # as Refining.adversarial_losses
+        judge.requires_grad_(False)
+        fooled = judge(moving(pictures))
+        judge.requires_grad_(True)
+        return fooled, judge(pictures), judge(pictures)
+
+    (decoder.mask_tokens if stage == "1" else decoder.x_embedder).requires_grad_(False)
+    heads = nn.ModuleList([model.w_x, model.w_z])
+    found = {
+        "VAE encoder": (vae.encoder, lambda: vae.encode(pictures), 1),
+        "SigLIP": (siglip, lambda: siglip(pictures), 1),
+        "encoder": (encoder, lambda: encoder(latents), 1),
+        "alignment": (heads, lambda: (heads[0](moving(features)), heads[1](moving(codes).flatten(1))), 1),
+        "decoder": (decoder, lambda: decoder(moving(codes), *((latents, t) if stage == "1" else ())), 1),
+        "VAE decoder": (vae.decoder, (lambda: vae.decode(moving(latents))) if stage == "2" else None, 1),
+    }
+    if stage == "2":
+        found |= {
+            "LPIPS' VGG16": (lpips, lambda: lpips(moving(pictures), pictures), 2),
+            "ResNet-50": (resnet, lambda: (resnet(pictures), resnet(moving(pictures))), 2),
+            "discriminator": (judge, judged, 3),
+        }
+    return found
+
+
+class Autocast(torch.overrides.TorchFunctionMode):
+    """CUDA's autocast for the meta device, which has none: matrix products and convolutions take bfloat16, norms and
+    resizing float32, attention the kernel that keeps no L x L map. `copies`: the weights that it cast, by parameter and
+    by whether it was being trained (a discriminator changes that within a step)."""
+
+    def __init__(self):
+        super().__init__()
+        self.copies = {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        """Run a function of torch with its tensors cast as autocast casts them."""
+        if function is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_efficient_attention(*map(self._half, args), None, True)[0]
+        if function in (F.linear, F.conv2d):
+            args = tuple(map(self._half, args))
+        elif function in (F.layer_norm, F.rms_norm, F.group_norm, F.interpolate):
+            args = tuple(a.float() if isinstance(a, torch.Tensor) else a for a in args)
+        return function(*args, **(kwargs or {}))
+
+    def _half(self, value):
+        if isinstance(value, nn.Parameter):  # cast once for the whole batch: no activation
+            return self.copies.setdefault((value, value.requires_grad), value.bfloat16())
+        return value.bfloat16() if isinstance(value, torch.Tensor) else value
+
+
+def measure(module: nn.Module, step, backward: bool = True) -> tuple[int, int, int, int]:
+    """One picture through a network's step, and back -> FLOPs forward, FLOPs in all, bytes that the forward pass keeps
+    for the backward pass, bytes of the weights' bfloat16 copies that live as long."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor  # by storage: views of one tensor are kept once
+        return tensor
+
+    with FlopCounterMode(display=False) as counter:
+        with Autocast() as autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = step()
+        forward = counter.get_total_flops()
+        for tensor in [*module.parameters(), *module.buffers(), *autocast.copies.values()]:
+            kept.pop(tensor.untyped_storage()._cdata, None)  # there once, however large the batch
+        loss = sum(o.float().sum() for o in (out if isinstance(out, (tuple, list)) else (out,)))
+        if loss.requires_grad and backward:
+            loss.backward()
+    copies = sum(copy.nbytes for copy in autocast.copies.values()) if loss.requires_grad else 0
+    return forward, counter.get_total_flops(), sum(t.untyped_storage().nbytes() for t in kept.values()), copies
+
+
+def plan(args: argparse.Namespace) -> str:
+    """What --dry-run prints: parameters, FLOPs, memory, length and missing files of a run, from the modules themselves on
+    the meta device. Raises UserError for a run that could not start."""
+    if args.stage == "all":
+        return "\n\n".join(plan(argparse.Namespace(**vars(args) | {"stage": stage})) for stage in STAGES[1:])
+    if args.stage not in RECIPES[args.preset]:
+        raise UserError(f"stage {args.stage} makes stand-ins for the tiny preset; the paper preset reads the real weights")
+    stage, paper, config = args.stage, args.preset == "paper", PRESETS[args.preset]
+    recipe = Job(args, None, None, None).recipe(stage)
+    gpus, bits, side = args.gpus or (8 if paper else 1), args.bits or config.bits, config.image_size
+    (large, flop), (room, byte), (span, clock) = (1e9, "GFLOP"), (2**20, "MiB"), (1, "seconds")
+    if paper:
+        (large, flop), (room, byte), (span, clock) = (1e12, "TFLOP"), (2**30, "GiB"), (3600, "hours")
+    if recipe.batch_size % gpus:
+        raise UserError(f"a batch of {recipe.batch_size} does not divide by {gpus} GPUs: change --batch-size or --gpus")
+    batch = recipe.batch_size // gpus
+    lines = [
+        f"stage {stage}, {NAMES[stage]}, {args.preset} preset: {recipe.steps:,} steps of {recipe.batch_size} pictures of "
+        f"{side} x {side}, {batch} a GPU, GPUs: {gpus}",
+        f"{config.tokens} tokens of {bits} bits: {config.tokens * bits / side**2:.3f} bits per pixel", "",
+        f"{'network':16}{'trained, M':>12}{'frozen, M':>12}{'published':>12}{'runs':>8}{'forward, ' + flop:>16}{'a step, ' + flop:>16}",
+    ]
+    sizes, costs, lean, block, recomputed = {}, {}, {}, 0, 0
+    for name, (module, step, runs) in networks(stage, args).items():
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        sizes[name] = trained, sum(p.numel() for p in module.parameters()) - trained
+        costs[name] = lean[name] = measure(module, step) if step else (0, 0, 0, 0)
+        blocks = getattr(module, "joint_blocks", getattr(module, "blocks", ()))
+        if trained and blocks:
+            module.checkpoint_activations = True
+            forward, total, memory, copies = costs[name]
+            lean[name] = forward, total + forward, measure(module, step, backward=False)[2], copies
+            block = max(block, *(sum(p.numel() for p in b.parameters()) for b in blocks))
+            recomputed = max(recomputed, (memory - lean[name][2]) / len(blocks))  # one block at a time is there in full
+        flops = [f"{value / large:.4f}" for value in (costs[name][0] / runs, costs[name][1])] if step else ("-", "-")
+        figures = PUBLISHED.get(name, "-") if paper else "-", runs if step else "-"
+        lines.append("{:16}{:12.2f}{:12.2f}{:>12}{:>8}{:>16}{:>16}".format(name, *(n / 1e6 for n in sizes[name]), *figures, *flops))
+    (trained, frozen), totals, lean_totals = (list(map(sum, zip(*table.values()))) for table in (sizes, costs, lean))
+    lines.append(f"{'all':16}{trained / 1e6:12.2f}{frozen / 1e6:12.2f}{'':20}{totals[0] / large:16.4f}{totals[1] / large:16.4f}")
+    lines.append("FLOPs of one picture: forward is one run of the network ('all': every run), a step adds the backward passes")
+    if "decoder" in sizes and paper:  # SD3.5's pooled-text embedder, 2048 -> width -> width, ends as a bias: see load_sd35
+        folded = (2048 + 1 + config.decoder_width + 1) * config.decoder_width
+        vae = sum(sizes["VAE encoder"] + sizes["VAE decoder"]) / 1e6
+        whole = (sum(sizes["decoder"]) + folded) / 1e6
+        lines.append(f"the decoder has {whole:.0f}M before SD3.5's pooled-text embedder is folded; the VAE has {vae:.1f}M")
+
+    averaged = trained - sizes.get("discriminator", (0,))[0] if STAGE_CLASSES[stage].averaged else 0
+    rows = [  # bytes on a GPU: under DDP, under FSDP
+        ("trained weights, float32", 4 * trained, 4 * trained / gpus), ("frozen weights, float32", 4 * frozen, 4 * frozen),
+        ("gradients, float32", 4 * trained, 4 * trained / gpus),  # DDP's with gradient_as_bucket_view, else twice
+        ("AdamW, two moments", 8 * trained, 8 * trained / gpus),
+        ("EMA", 4 * averaged, 4 * averaged / gpus),
+        ("bfloat16 copies (autocast)", totals[3], 2 * 4 * block),  # FSDP gathers two blocks, weights and gradients
+    ]
+    fixed = [sum(row[i] for row in rows) for i in (1, 2)]
+    for note, kept in (("", totals[2] * batch), (", checkpointed", (lean_totals[2] + recomputed) * batch)):
+        rows += [(f"activations{note}", kept, kept), (f"total{note}", fixed[0] + kept, fixed[1] + kept)]
+    lines += ["", f"{f'memory of a GPU, {byte}':28}{'DDP':>12}{'FSDP':>12}"]
+    for name, *amounts in rows:
+        marks = ["!" if name.startswith("total") and amount > CARD else " " for amount in amounts]
+        lines.append(f"{name:28}{''.join(f'{amount / room:12.2f}{mark}' for amount, mark in zip(amounts, marks))}".rstrip())
+    lines += [
+        "!: more than a GPU of 80 GB has. Activations are what one picture's forward pass on the meta device saves for the",
+        "backward pass (types as autocast's, attention fused), times the batch. The CUDA context, workspaces and fragments,",
+        "a few GiB, come on top. FSDP shards what is trained.", "",
+    ]
+    for note, flops in (("", totals[1]), (", checkpointed", lean_totals[1])):
+        length = recipe.steps * recipe.batch_size * flops / (PEAK * UTILISATION) / span
+        lines.append(f"length{note}: {length:,.4g} GPU-{clock}, {length / gpus:,.3g} {clock} on {gpus} GPU{'s' * (gpus > 1)}")
+    speed = f"{UTILISATION:.0%} of an H100's {PEAK / 1e12:.0f} TFLOP/s, dense bfloat16"
+    lines.append(f"  at {speed}; a floor for convolutions and small networks, which reach less")
+    missing = missing_files(args, stage)
+    return "\n".join([*lines, "", f"missing files: {len(missing) or 'none'}", *(f"- {sentence}" for sentence in missing)])
+
+
 # ----------------------------------------------------------------------------------------------------- the command line
 
 
@@ -1174,6 +1426,12 @@ then: python sample.py --class 1""",
     add("--overwrite", action="store_true", help="start again although there is a result or a state")
     add("--bits", type=_positive(int), help="bits per token d instead of the preset's (the paper trains 18 and 32)")
     add("--ar-size", default="L", choices=["L", "XL", "XXL"], help="the transformer's size in the paper preset (default L)")
+    add(
+        "--checkpoint-activations", action="store_true",
+        help="recompute blocks in the backward pass: much less memory, about a third more work",
+    )
+    add("--dry-run", action="store_true", help="print the plan of the run (sizes, FLOPs, memory, hours, missing files) and stop")
+    add("--gpus", type=_positive(int), help="in a --dry-run, how many GPUs share the batch (default: 8 for paper, 1 for tiny)")
     for name in WEIGHTS:
         add(f"--{name}", metavar="PATH", help=WEIGHTS_HELP[name])
     args = parser.parse_args(arguments)
@@ -1206,6 +1464,8 @@ def _positive(kind):
 def main(arguments: list[str] | None = None) -> None:
     """The command. Raises UserError for what the person at the keyboard can mend."""
     args = parse_arguments(arguments)
+    if args.dry_run:
+        return print(plan(args))
     device = choose_device(args.device)
     # A read-only folder is found out before the work, not after.
     write_text(os.path.join(args.out, ".writable"), "")
@@ -1218,6 +1478,9 @@ def main(arguments: list[str] | None = None) -> None:
     wanted = ["1", "2", "ar"] if args.stage == "all" else [args.stage]
     if wanted[0] == "1" and args.preset == "tiny" and not all(os.path.exists(path) for path in job.weights.values()):
         wanted = ["0"] + wanted
+
+    if args.preset == "paper" and (missing := missing_files(args, wanted[0])):
+        raise UserError("; ".join(" ".join(text.split()) for text in missing))
 
     def work(rank: int, count: int, meeting: str) -> None:
         torch.set_num_threads(max(1, threads // count))
@@ -1247,10 +1510,16 @@ def main(arguments: list[str] | None = None) -> None:
             other.join()
 
 
-if __name__ == "__main__":
+def command_line(arguments: list[str] | None = None) -> int:
+    """`main` for a shell: returns the exit code, 2 with one sentence on stderr for a UserError."""
     try:
-        main()
+        main(arguments)
     except (UserError, fid.UserError) as error:
         # an error out of a loader's worker carries its whole traceback: the last line is the sentence
         print(f"train.py: {str(error).strip().splitlines()[-1].removeprefix('mmdit.UserError: ')}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())

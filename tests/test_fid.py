@@ -317,7 +317,7 @@ def test_toy_trains_from_75_pixels_unfused():
 
 
 def test_inception_loader_names_faults(tmp_path, toy):
-    state = {name: tensor.clone() for name, tensor in fid._read_tensors(toy)[0].items()}
+    state = {name: tensor.clone() for name, tensor in fid.read_tensors(toy)[0].items()}
     state["surprise"] = torch.zeros(1)
     del state["Mixed_6a.branch3x3.bn.bias"]
     state["Mixed_7b.branch1x1.bn.bias"] = torch.zeros(5)
@@ -716,7 +716,7 @@ def bad_inputs(folder, toy):
     np.savez(folder / "four.npz", mu=np.zeros(4), sigma=np.eye(4))
     np.savez(folder / "nine.npz", mu=np.zeros(9), sigma=np.eye(9))
     np.savez(folder / "half.npz", mu=np.zeros(9))
-    state = fid._read_tensors(toy)[0]
+    state = fid.read_tensors(toy)[0]
     state["Mixed_7c.branch1x1.bn.weight"] = state["Mixed_7c.branch1x1.bn.weight"] * np.nan
     save_file(state, folder / "nan.safetensors", {"toy": "random", "input_size": "75"})
     state = {"conv.weight": torch.zeros(3)}

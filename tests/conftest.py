@@ -1,0 +1,26 @@
+"""What the tests share: torchvision, importable on a torch without CUDA too."""
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the reference libraries only ever see files that a test has written
+
+
+def import_torchvision():
+    """torchvision; its wheel on a CPU-only torch imports only once its compiled operators have been declared.
+
+    Call it before diffusers or transformers are imported: both import torchvision where it is installed."""
+    try:
+        import torchvision
+    except ModuleNotFoundError:
+        pytest.skip("torchvision is not installed: see tests/requirements.txt")
+    except RuntimeError:  # "operator torchvision::nms does not exist"
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        pairs = ("roi_align", "ps_roi_align", "roi_pool", "ps_roi_pool", "deform_conv2d")
+        for name in ("nms", "qnms", *pairs, *(f"_{pair}_backward" for pair in pairs)):
+            library.define(f"{name}(Tensor a) -> Tensor")
+        import_torchvision.library = library  # the declarations last as long as this object
+        import torchvision
+    return torchvision

@@ -1,0 +1,91 @@
+"""Section 1 of the budgets: every network has the paper's number of parameters. Counted on the meta device."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import ar  # noqa: E402
+import semtok  # noqa: E402
+
+
+def millions(module):
+    """Parameters, in millions."""
+    assert all(parameter.numel() for parameter in module.parameters())
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+
+
+@pytest.fixture(scope="module")
+def paper():
+    """The tokenizer of the paper."""
+    with torch.device("meta"):
+        return semtok.SemTok(semtok.PRESETS["paper"])
+
+
+def test_encoder_has_113m(paper):
+    assert millions(paper.encoder.joint_blocks) == pytest.approx(113.36, abs=0.01)
+    assert round(millions(paper.encoder)) in (113, 114)  # with patch embedder, mask tokens and the way to 18 bits
+
+
+def test_encoder_is_dual_stream_without_adaln(paper):
+    names = {name for name, _ in paper.encoder.named_parameters()}
+    assert not any("adaLN" in name or "t_embedder" in name for name in names)
+    last = paper.encoder.joint_blocks[-1]
+    x, context = ({n: p.shape for n, p in stream.named_parameters()} for stream in (last.x_block, last.context_block))
+    assert x == context and "proj.weight" in {name.removeprefix("attn.") for name in x}  # both leave the last block
+
+
+def test_decoder_has_2231m_after_folding_and_2237m_before(paper):
+    decoder = paper.decoder
+    blocks = millions(decoder.joint_blocks)
+    assert blocks == pytest.approx(2223.7, abs=0.05)
+    token_side = millions(decoder.token_embedder) + decoder.mask_tokens.numel() / 1e6
+    assert round(millions(decoder) - decoder.mask_tokens.numel() / 1e6) == 2231
+    assert token_side < 0.5
+    with torch.device("meta"):  # SD3.5's embedder of the pooled text, which loading folds into a bias
+        y_embedder = torch.nn.Sequential(torch.nn.Linear(2048, 1536), torch.nn.SiLU(), torch.nn.Linear(1536, 1536))
+    before = millions(decoder) - decoder.mask_tokens.numel() / 1e6 + millions(y_embedder)
+    assert millions(y_embedder) == pytest.approx(5.5, abs=0.05)
+    assert round(before) == 2237 and abs(before - 2236) < 1.1  # the paper says 2236M
+
+
+def test_decoder_is_the_mmdit_x_of_sd35_medium(paper):
+    blocks = paper.decoder.joint_blocks
+    assert [block.x_block.dual for block in blocks] == [True] * 13 + [False] * 11
+    assert [block.x_block.chunks for block in blocks] == [9] * 13 + [6] * 11
+    assert [block.context_block.pre_only for block in blocks] == [False] * 23 + [True]
+    assert paper.decoder.x_embedder.proj.weight.shape == (1536, 16, 2, 2)
+
+
+@pytest.mark.parametrize("size, expected, paper_says", [("L", 317.9, 318), ("XL", 746.0, 746), ("XXL", 1269.0, 1200)])
+def test_ar_has_318m_746m_and_1269m(size, expected, paper_says):
+    with torch.device("meta"):
+        model = ar.MaskedAR(ar.AR_PRESETS[size])
+    found = millions(model)
+    assert found == pytest.approx(expected, abs=0.6)
+    assert found == pytest.approx(paper_says, rel=0.06 if size == "XXL" else 0.002)  # "1.2B" is rounded
+    shared = millions(model.modulation)
+    assert shared == pytest.approx(6 * model.config.width**2 / 1e6, rel=0.001)  # one AdaLN for all blocks
+
+
+def test_vae_has_34_3m_and_49_5m(paper):
+    vae = paper.vae
+    assert millions(vae.encoder) == pytest.approx(34.3, abs=0.05)
+    assert millions(vae.decoder) == pytest.approx(49.5, abs=0.05)
+    assert millions(vae) == pytest.approx(83.8, abs=0.05)
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
+
+
+def test_siglip_base_is_twelve_layers_of_768():
+    with torch.device("meta"):
+        tower = semtok.SigLIP(semtok.SigLIPConfig())
+    assert millions(tower) == pytest.approx(85.8, abs=0.1)  # without the pooling head
+
+
+@pytest.mark.parametrize("bits, expected", [(18, 0.070), (32, 0.125)])
+def test_bits_per_pixel(bits, expected):
+    assert round(semtok.SemTokConfig(bits=bits).bits_per_pixel, 3) == expected

@@ -1,0 +1,454 @@
+"""The mathematics of each room against hand-computed and brute-force values."""
+
+import itertools
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import ar  # noqa: E402
+import bsq  # noqa: E402
+import mmdit  # noqa: E402
+import semtok  # noqa: E402
+import train  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------------- BSQ
+
+
+def test_first_channel_is_the_least_significant_bit():
+    bits = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1], [1, 1, 0, 1]]).bool()
+    assert bsq.bits_to_index(bits).tolist() == [1, 2, 8, 11]
+
+
+@pytest.mark.parametrize("d", [1, 18, 32])
+def test_index_round_trip(d):
+    torch.manual_seed(d)
+    bits = torch.rand(500, d) > 0.5
+    bits[0], bits[1] = True, False
+    index = bsq.bits_to_index(bits)
+    assert index.dtype == torch.int64 and index[0] == 2**d - 1 and index[1] == 0
+    assert torch.equal(bsq.index_to_bits(index, d), bits)
+    codes = bsq.bits_to_codes(bits)
+    assert torch.equal(bsq.codes_to_bits(codes), bits) and torch.equal(bsq.codes_to_index(codes), index)
+    assert torch.allclose(codes.norm(dim=-1), torch.ones(500), atol=1e-6)
+
+
+def test_codes_are_the_nearest_corner_and_never_zero():
+    z = torch.randn(64, 5)
+    z[0] = 0  # the sign of zero must still be a corner
+    z[1, 2] = 0
+    codes, u = bsq.BSQ(5)(z)
+    assert torch.equal(codes.abs(), torch.full_like(codes, 5**-0.5))
+    corners = torch.tensor(list(itertools.product([-1, 1], repeat=5))) * 5**-0.5
+    nearest = corners[torch.cdist(u[2:], corners).argmin(1)]
+    assert torch.allclose(codes[2:], nearest)
+
+
+def test_straight_through_gradient_goes_to_the_point_on_the_sphere():
+    z = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 6)
+    (bsq.BSQ(6)(z)[0] * weight).sum().backward()
+    norm = z.detach().norm(dim=-1, keepdim=True)
+    u = z.detach() / norm
+    by_hand = (weight - u * (u * weight).sum(-1, keepdim=True)) / norm  # the Jacobian of z / |z|
+    assert torch.allclose(z.grad, by_hand, atol=1e-5)
+
+
+@pytest.mark.parametrize("d, group, temperature, spherical", [(4, 4, 1.0, True), (6, 3, 2.0, True), (6, 1, 0.5, False)])
+def test_entropy_loss_against_enumeration(d, group, temperature, spherical):
+    torch.manual_seed(0)
+    quantizer = bsq.BSQ(d, group, temperature, spherical)
+    _, u = quantizer(torch.randn(3, 11, d))
+    corners = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=d)), dtype=torch.float64) * quantizer.magnitude
+    q = (2 * temperature * u.double().flatten(0, 1) @ corners.T).softmax(-1)  # (33, 2^d), Eq. 4's soft assignment
+    token = -(q * q.log()).sum(-1).mean()
+    positive = corners > 0
+    code = 0.0
+    for start in range(0, d, group):  # marginals of each group of bits, from the full table
+        for pattern in itertools.product([False, True], repeat=group):
+            members = (positive[:, start : start + group] == torch.tensor(pattern)).all(1)
+            p = q[:, members].sum(1).mean()
+            code = code - p * p.log()
+    out = quantizer.entropy_loss(u)
+    assert out["token_entropy"].item() == pytest.approx(token.item(), rel=1e-5)
+    assert out["code_entropy"].item() == pytest.approx(code.item(), rel=1e-5)
+    assert out["quant"].item() == pytest.approx((token - code).item(), abs=1e-5)
+
+
+def test_one_group_of_all_bits_is_the_exact_entropy_and_bits_alone_bound_it():
+    torch.manual_seed(1)
+    z = torch.randn(40, 6) + 1.5 * torch.randn(40, 1)  # correlated bits
+    exact, bound = (bsq.BSQ(6, g, 4.0).entropy_loss(bsq.BSQ(6)(z)[1])["code_entropy"].item() for g in (6, 1))
+    assert exact < bound - 1e-3 <= 6 * math.log(2)
+
+
+def test_code_usage_counts():
+    bits = torch.tensor([[[1, 0, 1], [1, 0, 0]], [[1, 1, 1], [1, 0, 1]]]).bool()
+    usage = bsq.code_usage(bits)
+    assert usage["used"] == 3 / 4 and usage["dead_bits"] == 1
+    assert usage["imbalance"] == pytest.approx((0.5 + 0.25 + 0.25) / 3)
+
+
+def test_group_size_must_divide():
+    with pytest.raises(ValueError, match="do not divide"):
+        bsq.BSQ(18, 4)
+
+
+# --------------------------------------------------------------------------------------------------------------- MMDiT
+
+
+def test_rope_scores_depend_on_distance_alone():
+    q, k = torch.randn(64), torch.randn(64)
+    table = mmdit.rope_1d(40, 64)
+    rotated_q, rotated_k = (mmdit.apply_rope(x.expand(40, 64), table) for x in (q, k))
+    scores = rotated_q @ rotated_k.T
+    for distance in (0, 1, 7):
+        diagonal = scores.diagonal(distance)
+        assert torch.allclose(diagonal, diagonal[0].expand_as(diagonal), atol=1e-4)
+    assert torch.allclose(scores[0, 0], q @ k, atol=1e-4) and not torch.allclose(scores[0, 1], q @ k, atol=1e-2)
+
+
+def test_rope_1d_rotates_pairs_by_position_times_frequency():
+    x = torch.zeros(4, 8)
+    x[:, 1] = 1.0  # channel 1 pairs with channel 5, at frequency 10000^(-1/4) = 0.1
+    rotated = mmdit.apply_rope(x, mmdit.rope_1d(4, 8))
+    angles = 0.1 * torch.arange(4)
+    assert torch.allclose(rotated[:, 1], angles.cos(), atol=1e-6) and torch.allclose(rotated[:, 5], angles.sin(), atol=1e-6)
+
+
+def test_rope_2d_gives_half_of_the_head_to_rows_and_half_to_columns():
+    table = mmdit.rope_2d(3, 5, 16).unflatten(1, (3, 5))
+    rows, columns = mmdit.rope_1d(3, 8), mmdit.rope_1d(5, 8)
+    for start, low in ((0, 0), (8, 4)):  # both halves of each pair
+        assert torch.allclose(table[:, :, 0, start : start + 4], rows[:, :, low : low + 4])
+        assert torch.allclose(table[:, :, 4, start : start + 4], rows[:, :, low : low + 4])
+        assert torch.allclose(table[:, 0, :, start + 4 : start + 8], columns[:, :, low : low + 4])
+        assert torch.allclose(table[:, 2, :, start + 4 : start + 8], columns[:, :, low : low + 4])
+
+
+def test_joint_block_against_one_written_out():
+    torch.manual_seed(0)
+    width, heads = 32, 2
+    block = mmdit.JointBlock(width, heads, adaln=True, dual=True)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x, context, c = torch.randn(2, 6, width), torch.randn(2, 4, width), torch.randn(2, width)
+    ropes = mmdit.rope_2d(2, 3, 16), mmdit.rope_1d(4, 16)
+    got_x, got_context = block(x, context, *ropes, c)
+
+    def norm(y):
+        return (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+
+    def project(weights, y, rope):
+        out = []
+        for part, scale in zip(weights.qkv(y).split(width, -1), (weights.ln_q.weight, weights.ln_k.weight, None)):
+            part = part.view(*y.shape[:2], heads, width // heads)
+            if scale is not None:
+                part = part / (part.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
+                first, second = part[..., :8], part[..., 8:]
+                cos, sin = rope[0][:, None, :8], rope[1][:, None, 8:]
+                part = torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
+            out.append(part)
+        return out
+
+    def attention(q, k, v):
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) / (width // heads) ** 0.5
+        return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v).flatten(2)
+
+    mx = block.x_block.adaLN_modulation[1](F.silu(c)).view(2, 9, 1, width).unbind(1)
+    mc = block.context_block.adaLN_modulation[1](F.silu(c)).view(2, 6, 1, width).unbind(1)
+    qx = project(block.x_block.attn, norm(x) * (1 + mx[1]) + mx[0], ropes[0])
+    qc = project(block.context_block.attn, norm(context) * (1 + mc[1]) + mc[0], ropes[1])
+    joint = attention(*(torch.cat([a, b], 1) for a, b in zip(qx, qc)))
+    own = attention(*project(block.x_block.attn2, norm(x) * (1 + mx[7]) + mx[6], ropes[0]))
+    x = x + mx[2] * block.x_block.attn.proj(joint[:, :6]) + mx[8] * block.x_block.attn2.proj(own)
+    x = x + mx[5] * block.x_block.mlp(norm(x) * (1 + mx[4]) + mx[3])
+    context = context + mc[2] * block.context_block.attn.proj(joint[:, 6:])
+    context = context + mc[5] * block.context_block.mlp(norm(context) * (1 + mc[4]) + mc[3])
+    assert torch.allclose(got_x, x, atol=1e-4) and torch.allclose(got_context, context, atol=1e-4)
+
+
+def test_checkpointed_activations_change_nothing():
+    torch.manual_seed(0)
+    net = mmdit.MMDiT(2, 32, 2, dual_depth=1, adaln=True)
+    torch.nn.init.normal_(net.joint_blocks[0].x_block.adaLN_modulation[1].weight, std=0.2)
+    inputs = torch.randn(1, 4, 32), torch.randn(1, 3, 32), mmdit.rope_2d(2, 2, 16), mmdit.rope_1d(3, 16), torch.randn(1, 32)
+    gradients = []
+    for net.checkpoint_activations in (False, True):
+        net.zero_grad()
+        sum(out.square().sum() for out in net(*inputs)).backward()
+        gradients.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+    assert len(gradients[0]) > 20 and all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+# -------------------------------------------------------------------------------------------------------------- SemTok
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    model = semtok.SemTok(replace(semtok.PRESETS["tiny"], **changes))
+    for parameter in model.parameters():  # nothing that is zero by initialisation may hide an error
+        if parameter.ndim > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_euler_follows_a_closed_form_velocity():
+    target, noise = torch.randn(3, 4), torch.randn(3, 4)
+
+    def velocity(x, t):  # the exact field of Eq. 5 when the data is one point: x_v - eps with eps = (x - (1-t) x_v) / t
+        return target - (x - (1 - t) * target) / t
+
+    for steps, shift in ((1, 1.0), (25, 1.0), (7, 3.0)):  # the paths are straight lines: any number of steps is exact
+        assert torch.allclose(semtok.euler(velocity, noise, steps, shift), target, atol=1e-4)
+    times = []
+    semtok.euler(lambda x, t: times.append(t.item()) or torch.zeros_like(x), noise, 4, 3.0)
+    assert times == pytest.approx([3 * t / (1 + 2 * t) for t in (1, 0.75, 0.5, 0.25)])
+
+
+def test_stage_one_losses_by_hand():
+    model = tiny()
+    config = model.config
+    latents, noise = torch.randn(3, 16, 8, 8), torch.randn(3, 16, 8, 8)
+    x_sig, t = torch.randn(3, config.semantic_width, 4, 4), torch.tensor([0.0, 0.4, 1.0])
+    out = model(latents, x_sig, noise, t)
+    x, z = model.encoder(latents)
+    codes = torch.where(z > 0, 1.0, -1.0) * config.bits**-0.5
+    assert torch.equal(out["codes"] > 0, codes > 0)
+    mixed = torch.stack([t[i] * noise[i] + (1 - t[i]) * latents[i] for i in range(3)])
+    target = latents - noise
+    assert out["diff"].item() == pytest.approx((model.decoder(codes, mixed, t) - target).square().mean().item(), rel=1e-4)
+    features = x_sig.permute(0, 2, 3, 1).reshape(3, 16, -1)
+    assert out["distill"].item() == pytest.approx((model.w_x(x) - features).square().mean().item(), rel=1e-5)
+    u = F.normalize(features.mean(1), dim=-1)
+    v = F.normalize(model.w_z(codes.reshape(3, -1)), dim=-1)
+    scores = (v @ u.T / 0.07).exp()
+    contrast = -torch.stack([(scores[i, i] / scores[i].sum()).log() for i in range(3)]).mean()
+    assert out["contrast"].item() == pytest.approx(contrast.item(), rel=1e-4)
+
+
+def test_siglip_grid_is_resized_when_it_differs():
+    model = tiny()
+    x, codes = torch.randn(2, 16, 64), torch.randn(2, 16, 24)
+    coarse = torch.randn(2, 64, 4, 4)
+    fine = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)  # (2, 64, 8, 8): averaging gives the 4 x 4 grid back
+    small, large = (model.alignment_losses(x, codes, f) for f in (coarse, fine))
+    assert large["contrast"].item() == pytest.approx(small["contrast"].item(), rel=1e-5)
+    assert torch.isfinite(large["distill"])
+
+
+def test_refiner_ignores_noise_and_the_sampler_does_not():
+    model = tiny()
+    codes = model.encode(torch.rand(2, 3, 32, 32) * 2 - 1)
+    assert torch.equal(model.refine(codes), model.refine(codes))
+    first, again, other = (
+        model.sample(codes, 3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again) and not torch.allclose(first, other)
+
+
+def test_every_token_depends_on_every_part_of_the_picture():
+    model = tiny()
+    latents = torch.randn(1, 16, 8, 8, requires_grad=True)
+    _, z = model.encoder(latents)
+    for token in (0, 15):
+        (gradient,) = torch.autograd.grad(z[0, token].sum(), latents, retain_graph=True)
+        assert (gradient.abs().amax((0, 1)) > 0).all()
+
+
+def test_picture_ranges():
+    values = torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0]).view(1, 1, 1, 5)
+    assert semtok.to_uint8(values).flatten().tolist() == [0, 0, 128, 255, 255]
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(semtok.to_uint8(semtok.to_signed(every)), every)
+
+
+# -------------------------------------------------------------------------------------------------------------------- AR
+
+
+def small_ar(**changes):
+    torch.manual_seed(0)
+    model = ar.MaskedAR(replace(ar.AR_PRESETS["tiny"], **{"tokens": 9, "bits": 6, "depth": 2, **changes}))
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 24, 100, 256])
+@pytest.mark.parametrize("steps", [1, 2, 12, 64, 300])
+def test_schedule_fills_every_position_once(tokens, steps):
+    counts = ar.fill_counts(tokens, steps)
+    assert sum(counts) == tokens and min(counts) >= 1 and len(counts) <= min(tokens, steps)
+    left = tokens
+    for n, count in enumerate(counts, 1):
+        left -= count
+        wanted = math.floor(tokens * math.cos(math.pi / 2 * n / steps)) if n < steps else 0
+        assert left <= max(wanted, 0) or count == 1  # the cosine, except where a step must fill at least one
+
+
+def test_schedule_rejects_no_steps():
+    with pytest.raises(ValueError, match="at least 1"):
+        ar.fill_counts(16, 0)
+
+
+def test_guidance_schedule():
+    assert ar.guidance(6.0, 0.5, "linear") == 3.5 and ar.guidance(6.0, 1.0, "linear") == 6.0
+    assert ar.guidance(6.0, 0.1, "constant") == 6.0 and ar.guidance(1.0, 0.7, "linear") == 1.0
+
+
+def test_top_p_keeps_the_smallest_sufficient_set_per_bit():
+    torch.manual_seed(0)
+    p = torch.tensor([0.80, 0.60, 0.50, 0.20, 0.74])  # of the value 1
+    logits = torch.stack([(1 - p).log(), p.log()], -1).expand(20_000, 5, 2)
+    values, confidence = ar.sample_groups(logits, 0.75)
+    share = values.float().mean(0)
+    assert share[0] == 1 and share[3] == 0  # surer than 0.75: taken outright
+    assert torch.allclose(share[[1, 2, 4]], p[[1, 2, 4]], atol=0.02)  # else both values stay, unchanged
+    chosen = torch.where(values.bool(), p, 1 - p).log().sum(-1)
+    assert torch.allclose(confidence, chosen, atol=1e-4)
+
+
+def test_top_p_on_larger_groups():
+    torch.manual_seed(0)
+    p = torch.tensor([0.05, 0.5, 0.3, 0.15])
+    values, _ = ar.sample_groups(p.log().expand(20_000, 1, 4), 0.75)
+    counts = torch.bincount(values.flatten(), minlength=4) / 20_000
+    assert counts[0] == 0 and counts[3] == 0 and torch.allclose(counts[1:3], torch.tensor([0.625, 0.375]), atol=0.02)
+
+
+@pytest.mark.parametrize("order", ["random", "confidence"])
+def test_generation_fills_each_token_once_and_keeps_it(order):
+    model = small_ar()
+    rng = torch.Generator().manual_seed(0)
+    before = torch.zeros(3, 9, 6, dtype=torch.bool)
+    masked = torch.ones(3, 9, dtype=torch.bool)
+    for bits, still in model.generate_steps(torch.tensor([0, 3, 9]), steps=4, cfg=2.0, order=order, generator=rng):
+        assert not (still & ~masked).any()  # nothing is masked again
+        assert torch.equal(bits[~masked], before[~masked])  # what was there stays
+        before, masked = bits, still
+    assert not masked.any()
+
+
+def test_generation_is_a_function_of_the_seed():
+    model, labels = small_ar(), torch.tensor([1, 2])
+    a, b, c = (model.generate(labels, steps=5, cfg=3.0, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_guided_logits_are_u_plus_g_times_c_minus_u(monkeypatch):
+    model, seen = small_ar(), []
+    original = ar.sample_groups
+    monkeypatch.setattr(ar, "sample_groups", lambda logits, *rest: seen.append(logits) or original(logits, *rest))
+    bits, labels = torch.zeros(2, 9, 6, dtype=torch.bool), torch.tensor([4, 5])
+    model.generate(labels, steps=1, cfg=3.0, order="confidence", generator=torch.Generator().manual_seed(0))
+    everything = torch.ones(2, 9, dtype=torch.bool)
+    conditional = model(bits, labels, everything)
+    unconditional = model(bits, torch.full_like(labels, 10), everything)
+    assert torch.allclose(seen[0], unconditional + 3.0 * (conditional - unconditional), atol=1e-4)
+
+
+def test_attention_is_bidirectional():
+    model = small_ar()
+    bits, labels = torch.rand(1, 9, 6) > 0.5, torch.tensor([2])
+    known = torch.zeros(1, 9, dtype=torch.bool)
+    base = model(bits, labels, known)
+    for position in range(9):
+        changed = bits.clone()
+        changed[0, position] ^= True
+        assert ((model(changed, labels, known) - base).abs().amax((0, 2, 3)) > 1e-6).all()
+
+
+def test_masked_tokens_are_not_seen_and_loss_is_on_them_alone():
+    model = small_ar()
+    bits, labels = torch.rand(2, 9, 6) > 0.5, torch.tensor([2, 7])
+    masked = torch.zeros(2, 9, dtype=torch.bool)
+    masked[:, 3:7] = True
+    hidden_change = bits.clone()
+    hidden_change[:, 3:7] ^= True
+    assert torch.equal(model(bits, labels, masked), model(hidden_change, labels, masked))
+    logits = model(bits, labels, masked).double()
+    losses, right = [], []
+    for b, k in masked.nonzero().tolist():
+        for i in range(6):
+            log_p, truth = logits[b, k, i].log_softmax(-1), int(bits[b, k, i])
+            losses.append(-(0.99 * log_p[truth] + 0.01 * log_p.mean()).item())
+            right.append(int(logits[b, k, i].argmax()) == truth)
+    out = model.loss(bits, labels, masked, smoothing=0.01)
+    assert out["loss"].item() == pytest.approx(np.mean(losses), rel=1e-5)
+    assert out["accuracy"].item() == pytest.approx(np.mean(right))
+
+
+def test_grouped_head_predicts_joint_values():
+    model = small_ar(group_bits=3)
+    bits, labels = torch.rand(2, 9, 6) > 0.5, torch.tensor([2, 7])
+    masked = torch.ones(2, 9, dtype=torch.bool)
+    logits = model(bits, labels, masked)
+    assert logits.shape == (2, 9, 2, 8)
+    values = (bits.unflatten(-1, (2, 3)) * torch.tensor([1, 2, 4])).sum(-1)
+    nll = -logits.log_softmax(-1).gather(-1, values[..., None]).mean() / 3
+    assert model.loss(bits, labels, masked, 0.0)["nll"].item() == pytest.approx(nll.item(), rel=1e-5)
+    assert model.generate(labels, steps=3, cfg=2.0, generator=torch.Generator().manual_seed(0)).shape == (2, 9, 6)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def test_masks_have_ratios_between_seven_tenths_and_one():
+    masks = train.draw_masks(4000, 100, train.Draws(0, "ar", 0, torch.device("cpu")))
+    ratios = masks.float().mean(1)
+    assert ratios.min() >= 0.7 and ratios.max() == 1.0
+    assert torch.allclose(ratios.mean(), torch.tensor(0.855), atol=0.01)  # mean of ceil(100 r) / 100 is half a token more
+    assert (masks.float().mean(0) - ratios.mean()).abs().max() < 0.03  # no position is favoured
+
+
+def test_every_epoch_shows_every_picture_once_and_resuming_repeats_none():
+    def flat(first, last):
+        return [item for batch in train.Schedule(10, 4, 3, first, last) for item in batch]
+
+    whole = flat(0, 10)
+    assert [sorted(i for i, _ in whole[e : e + 10]) for e in (0, 10, 20, 30)] == [list(range(10))] * 4
+    assert [i for i, _ in whole[:10]] != [i for i, _ in whole[10:20]]
+    assert flat(0, 3) + flat(3, 10) == whole
+    assert {flip for _, flip in whole} == {False, True}
+
+
+def test_drawn_pictures_are_a_function_of_split_seed_and_index():
+    first, label = train.draw_shape("train", 0, 13, 32)
+    assert first.shape == (32, 32, 3) and first.dtype == np.uint8 and label == 3
+    assert np.array_equal(first, train.draw_shape("train", 0, 13, 32)[0])
+    for other in (("val", 0, 13, 32), ("train", 1, 13, 32), ("train", 0, 23, 32)):
+        assert not np.array_equal(first, train.draw_shape(*other)[0])
+
+
+def test_lecam_and_blur_by_hand():
+    real, fake = torch.tensor([2.0, -1.0]), torch.tensor([0.5, -3.0])
+    value = train.lecam(real, fake, real_mean=torch.tensor(1.0), fake_mean=torch.tensor(-0.5))
+    assert value.item() == pytest.approx((2.5**2 + 0) / 2 + (0.5**2 + 4.0**2) / 2)
+    net = train.Discriminator(16, 3, 4)
+    assert net.blur.sum().item() == pytest.approx(1.0) and net(torch.randn(2, 3, 32, 32)).shape == (2, 1, 4, 4)
+
+
+def test_one_backward_pass_gives_each_player_its_own_gradient():
+    net, output = train.Discriminator(16, 2, 4), torch.randn(2, 3, 16, 16, requires_grad=True)
+    real = torch.randn(2, 3, 16, 16)
+
+    class Stage:
+        discriminator, real_mean, fake_mean = net, torch.zeros(()), torch.zeros(())
+
+    train.Refining.adversarial_losses(Stage(), real, output, {}).backward()
+    (generator_only,) = torch.autograd.grad(-train.GAN * net(output).mean(), output)
+    assert torch.allclose(output.grad, generator_only, atol=1e-6)  # nothing of the discriminator's loss reaches the picture
+    on_real, on_fake = net(real), net(output.detach())
+    loss = 0.5 * (F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean())
+    loss = loss + train.LECAM * train.lecam(on_real, on_fake, Stage.real_mean, Stage.fake_mean)
+    for parameter, wanted in zip(net.parameters(), torch.autograd.grad(loss, list(net.parameters()))):
+        assert torch.allclose(parameter.grad, wanted, atol=1e-5)

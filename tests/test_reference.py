@@ -1,0 +1,1050 @@
+"""The loaders and networks against the reference libraries and against formulations written here.
+
+Random weights are written by diffusers, transformers, torchvision and lpips, read by our loaders, and the OUTPUTS are
+compared in float32. What has no library to compare with (discriminator, BSQ, the AR blocks) is computed a second time
+below in plain loops. FULL=1 or -m full adds the test at the real sizes. The libraries: tests/requirements.txt.
+"""
+
+import ast
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import ar  # noqa: E402
+import bsq  # noqa: E402
+import fid  # noqa: E402
+import mmdit  # noqa: E402
+import semtok  # noqa: E402
+from conftest import import_torchvision  # noqa: E402
+from mmdit import UserError  # noqa: E402
+
+SUMS = 1e-5  # nothing but the order of sums differs
+SAME = 1e-4  # the same function by other operations
+
+with warnings.catch_warnings():  # the name is registered nowhere else
+    warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
+    full_mark = pytest.mark.full
+
+
+@pytest.fixture
+def full(request):
+    """Leaves out the test that asks for it, unless FULL=1 or -m full says that it is wanted."""
+    if os.environ.get("FULL") != "1" and "full" not in (request.config.getoption("-m") or ""):
+        pytest.skip("real sizes: run with FULL=1 or -m full, it takes two minutes, 6 GB of memory and 6 of disk")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_gradients():
+    """Everything here is a forward pass."""
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def diffusers():
+    """The library, or a skip."""
+    import_torchvision()
+    library = pytest.importorskip("diffusers")
+    library.utils.logging.set_verbosity_error()
+    return library
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    """The library, or a skip."""
+    import_torchvision()
+    library = pytest.importorskip("transformers")
+    library.utils.logging.set_verbosity_error()
+    library.utils.logging.disable_progress_bar()
+    return library
+
+
+def agree(ours, theirs, limit, what=""):
+    """The largest difference, as a share of the largest value, is under the limit; and there is something to compare."""
+    assert ours.shape == theirs.shape
+    spread = theirs.double().std().item()
+    error = ((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()).item()
+    print(f"relative error {error:.1e} {what}")
+    assert spread > 1e-3, "the reference's output is constant: nothing was compared"
+    assert error < limit, f"{what}: relative error {error:.1e}, allowed {limit:.0e}"
+
+
+def scramble(module, seed=0):
+    """Random weights under which every parameter matters: no zero biases, no unit norms, signals of size one."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim > 1:
+            parameter.copy_(noise * parameter[0].numel() ** -0.5)
+        elif name.endswith("weight"):
+            parameter.copy_(1 + 0.2 * noise)  # a norm's gain
+        else:
+            parameter.copy_(0.1 * noise)
+    for module_ in module.modules():
+        if isinstance(module_, torch.nn.BatchNorm2d):
+            module_.running_mean.normal_(0, 0.1, generator=generator)
+            module_.running_var.uniform_(0.5, 1.5, generator=generator)
+    return module.eval()
+
+
+def shrink(*layers):
+    """Make what leaves these layers so small that the epsilon of the norm behind them shows."""
+    for parameter in itertools.chain(*(layer.parameters() for layer in layers)):
+        parameter.mul_(0.01)
+
+
+def random(*shape, seed=1):
+    """A reproducible normal tensor."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pictures(count, height, width=None, seed=2):
+    """Pictures (count, 3, height, width) in [-1, 1], no two places alike."""
+    return torch.rand(count, 3, height, width or height, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+# ------------------------------------------------------------------------------------------------------------- the VAE
+
+VAE_CHANNELS = (128, 128, 256, 256)
+
+
+@pytest.fixture(scope="module")
+def vae_files(diffusers, tmp_path_factory):
+    """diffusers' AutoencoderKL in SD3.5's form, and a folder with its weights in every layout."""
+    levels = len(VAE_CHANNELS)
+    reference = scramble(diffusers.AutoencoderKL(
+        block_out_channels=VAE_CHANNELS, layers_per_block=2, latent_channels=16, norm_num_groups=32,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5305,
+    ))
+    folder = tmp_path_factory.mktemp("vae")
+    shrink(reference.encoder.conv_in, reference.decoder.conv_in)
+    reference.save_pretrained(folder / "model" / "vae")
+    shutil.copy(folder / "model/vae/diffusion_pytorch_model.safetensors", folder / "alone_diffusers.safetensors")
+    single = vae_to_single_file(reference.state_dict(), levels)
+    save_file(single, folder / "alone.safetensors")
+    rest = {"model.diffusion_model.x_embedder.proj.bias": torch.zeros(3), "text_encoders.clip_l.logit_scale": torch.zeros(1)}
+    save_file({f"first_stage_model.{name}": tensor for name, tensor in single.items()} | rest, folder / "all.safetensors")
+    return reference, folder
+
+
+def vae_to_single_file(weights, levels):
+    """A diffusers VAE's state dict under the names and shapes of the single file, written down block by block."""
+    pairs = {}
+
+    def resnet(theirs, single):
+        for part in ("norm1", "conv1", "norm2", "conv2"):
+            pairs[f"{theirs}.{part}"] = f"{single}.{part}"
+        pairs[f"{theirs}.conv_shortcut"] = f"{single}.nin_shortcut"
+
+    for half, blocks in (("encoder", 2), ("decoder", 3)):
+        for layer in ("conv_in", "conv_out"):
+            pairs[f"{half}.{layer}"] = f"{half}.{layer}"
+        pairs[f"{half}.conv_norm_out"] = f"{half}.norm_out"
+        resnet(f"{half}.mid_block.resnets.0", f"{half}.mid.block_1")
+        resnet(f"{half}.mid_block.resnets.1", f"{half}.mid.block_2")
+        for theirs, single in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
+            pairs[f"{half}.mid_block.attentions.0.{theirs}"] = f"{half}.mid.attn_1.{single}"
+        for i in range(levels):
+            for j in range(blocks):
+                if half == "encoder":
+                    resnet(f"encoder.down_blocks.{i}.resnets.{j}", f"encoder.down.{i}.block.{j}")
+                else:  # diffusers starts at the coarsest level, the single file at the finest
+                    resnet(f"decoder.up_blocks.{i}.resnets.{j}", f"decoder.up.{levels - 1 - i}.block.{j}")
+        for i in range(levels):
+            pairs[f"encoder.down_blocks.{i}.downsamplers.0.conv"] = f"encoder.down.{i}.downsample.conv"
+            pairs[f"decoder.up_blocks.{i}.upsamplers.0.conv"] = f"decoder.up.{levels - 1 - i}.upsample.conv"
+    single = {}
+    for name, tensor in weights.items():
+        stem, leaf = name.rsplit(".", 1)
+        as_conv = "attn_1" in pairs[stem] and tensor.ndim == 2
+        single[f"{pairs[stem]}.{leaf}"] = (tensor[:, :, None, None] if as_conv else tensor).contiguous()
+    return single
+
+
+def test_our_single_file_vae_is_what_the_library_converts_back(vae_files):
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    reference, folder = vae_files
+    back = convert_ldm_vae_checkpoint(load_file(folder / "all.safetensors"), dict(reference.config))
+    expected = reference.state_dict()
+    assert back.keys() == expected.keys()
+    assert all(torch.equal(back[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("layout", ["model", "model/vae", "all.safetensors", "alone.safetensors", "alone_diffusers.safetensors"])
+def test_vae_equals_diffusers(vae_files, layout):
+    reference, folder = vae_files
+    ours = semtok.load_vae(str(folder / layout))
+    assert ours.config == semtok.VAEConfig(VAE_CHANNELS, 2, 16)
+    x, latents = pictures(2, 40, 64), random(2, 16, 5, 8)
+    moments = ours.encoder(x)
+    agree(moments, reference.encode(x).latent_dist.parameters, SAME, "VAE moments")
+    mean = (reference.encode(x).latent_dist.mode() - 0.0609) * 1.5305
+    agree(ours.encode(x), mean, SAME, "VAE encode")
+    agree(ours.decode(latents), reference.decode(latents / 1.5305 + 0.0609).sample, SAME, "VAE decode")
+
+
+# -------------------------------------------------------------------------------------------------------------- SigLIP
+
+SIGLIP = {"hidden_size": 60, "intermediate_size": 116, "num_hidden_layers": 3, "num_attention_heads": 5, "image_size": 48,
+          "patch_size": 8}
+
+
+def siglip_tower(transformers, **sizes):
+    """transformers' vision tower without text, all weights random."""
+    reference = scramble(transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIGLIP | sizes)))
+    shrink(reference.embeddings)
+    return reference
+
+
+def siglip_agrees(path, reference, side=48):
+    """The tower read from `path` gives the reference's patch features. Returns it."""
+    ours, x = semtok.load_siglip(str(path)), pictures(2, side)
+    theirs = reference(pixel_values=x).last_hidden_state  # (B, grid^2, width), after post_layernorm
+    agree(ours(x).flatten(2).transpose(1, 2), theirs, SAME, "SigLIP features")
+    return ours
+
+
+def test_siglip_vision_file_without_prefix_equals_transformers(transformers, tmp_path):
+    reference = siglip_tower(transformers)
+    reference.save_pretrained(tmp_path)
+    assert not any(name.startswith("vision_model.") for name in load_file(tmp_path / "model.safetensors"))
+    ours = siglip_agrees(tmp_path, reference)
+    assert ours.config == semtok.SigLIPConfig(60, 3, 5, 116, 8, 6)
+    siglip_agrees(tmp_path / "model.safetensors", reference)  # the file: its config.json stands beside it
+
+
+def test_siglip_vision_file_with_prefix_equals_transformers(transformers, tmp_path):
+    reference = siglip_tower(transformers)
+    reference.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    positions = {"embeddings.position_ids": torch.arange(36)[None]}  # older files keep this buffer too
+    save_file({f"vision_model.{k}": v for k, v in (weights | positions).items()}, tmp_path / "model.safetensors")
+    siglip_agrees(tmp_path, reference)
+
+
+@pytest.mark.parametrize("vocabulary", [32000, 256000])  # SigLIP; SigLIP 2 of fixed resolution is the same class
+def test_siglip_with_text_tower_equals_transformers(transformers, tmp_path, vocabulary):
+    text = {"hidden_size": 60, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 3, "projection_size": 60}
+    config = transformers.SiglipConfig(vision_config=SIGLIP, text_config=text | {"vocab_size": vocabulary // 100})
+    reference = scramble(transformers.SiglipModel(config))
+    reference.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert {"logit_scale", "logit_bias"} <= names and any(name.startswith("text_model.") for name in names)
+    siglip_agrees(tmp_path, reference.vision_model)
+
+
+@pytest.mark.parametrize("width, heads", [(384, 6), (768, 12), (1152, 16)])
+def test_siglip_heads_of_published_widths_need_no_config(transformers, tmp_path, width, heads):
+    patch = 14 if width == 1152 else 16
+    reference = siglip_tower(transformers, hidden_size=width, num_attention_heads=heads, num_hidden_layers=1,
+                             patch_size=patch, image_size=2 * patch, intermediate_size=4304 if width == 1152 else 256)
+    reference.save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    ours = siglip_agrees(tmp_path, reference, 2 * patch)
+    assert ours.config.heads == heads
+    # the hub's config.json lists only what differs from the library's defaults: here no heads
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": {"image_size": 256}}))
+    assert semtok.load_siglip(str(tmp_path)).config.heads == heads
+
+
+def test_siglip_of_unknown_width_asks_for_its_config(transformers, tmp_path):
+    siglip_tower(transformers).save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="60 wide.*config.json"):
+        semtok.load_siglip(str(tmp_path))
+
+
+def test_siglip_resizes_pictures_of_another_size_with_antialias(transformers, tmp_path):
+    reference = siglip_tower(transformers)
+    reference.save_pretrained(tmp_path)
+    x = pictures(2, 112)
+
+    def resized(channel):  # Pillow's triangle filter, on floats
+        return np.asarray(Image.fromarray(channel.numpy()).resize((48, 48), Image.Resampling.BILINEAR))
+
+    small = torch.tensor(np.stack([[resized(channel) for channel in picture] for picture in x]))
+    theirs = reference(pixel_values=small).last_hidden_state
+    agree(semtok.load_siglip(str(tmp_path))(x).flatten(2).transpose(1, 2), theirs, SAME, "SigLIP, resized")
+
+
+# ----------------------------------------------------------------------------------------------------- SD3.5's decoder
+
+CONFIG = replace(
+    semtok.PRESETS["tiny"], tokens=7, bits=10, decoder_depth=4, decoder_width=128, decoder_heads=4, decoder_dual_depth=2
+)
+
+
+def transformer_to_single_file(weights, depth, dual):
+    """A diffusers SD3 transformer's state dict under the single file's names (no prefix), written down layer by layer."""
+    single, used = {}, set()
+
+    def take(target, *names, swap=False):
+        for leaf in ("weight", "bias"):
+            parts = [weights[f"{name}.{leaf}"] for name in names if f"{name}.{leaf}" in weights]
+            if parts:
+                used.update(f"{name}.{leaf}" for name in names)
+                tensor = torch.cat(parts)
+                half = len(tensor) // 2
+                single[f"{target}.{leaf}"] = torch.cat([tensor[half:], tensor[:half]]) if swap else tensor.clone()
+
+    take("x_embedder.proj", "pos_embed.proj")
+    take("context_embedder", "context_embedder")
+    for number, index in ((1, 0), (2, 2)):
+        take(f"t_embedder.mlp.{index}", f"time_text_embed.timestep_embedder.linear_{number}")
+        take(f"y_embedder.mlp.{index}", f"time_text_embed.text_embedder.linear_{number}")
+    take("final_layer.linear", "proj_out")
+    take("final_layer.adaLN_modulation.1", "norm_out.linear", swap=True)
+    for i in range(depth):
+        theirs, x, context = f"transformer_blocks.{i}", f"joint_blocks.{i}.x_block", f"joint_blocks.{i}.context_block"
+        last = i == depth - 1
+        for attention in ("attn", "attn2") if i < dual else ("attn",):
+            take(f"{x}.{attention}.qkv", *(f"{theirs}.{attention}.to_{part}" for part in "qkv"))
+            take(f"{x}.{attention}.proj", f"{theirs}.{attention}.to_out.0")
+            take(f"{x}.{attention}.ln_q", f"{theirs}.{attention}.norm_q")
+            take(f"{x}.{attention}.ln_k", f"{theirs}.{attention}.norm_k")
+        take(f"{context}.attn.qkv", *(f"{theirs}.attn.add_{part}_proj" for part in "qkv"))
+        take(f"{context}.attn.ln_q", f"{theirs}.attn.norm_added_q")
+        take(f"{context}.attn.ln_k", f"{theirs}.attn.norm_added_k")
+        take(f"{x}.adaLN_modulation.1", f"{theirs}.norm1.linear")
+        take(f"{context}.adaLN_modulation.1", f"{theirs}.norm1_context.linear", swap=last)
+        take(f"{x}.mlp.fc1", f"{theirs}.ff.net.0.proj")
+        take(f"{x}.mlp.fc2", f"{theirs}.ff.net.2")
+        if not last:
+            take(f"{context}.attn.proj", f"{theirs}.attn.to_add_out")
+            take(f"{context}.mlp.fc1", f"{theirs}.ff_context.net.0.proj")
+            take(f"{context}.mlp.fc2", f"{theirs}.ff_context.net.2")
+    single["pos_embed"] = weights["pos_embed.pos_embed"]
+    assert used | {"pos_embed.pos_embed"} == set(weights)
+    return single
+
+
+def sd3_transformer(diffusers, config=CONFIG, **sizes):
+    """diffusers' SD3 transformer in SD3.5-Medium's form at a config's sizes; its position table is zero."""
+    reference = scramble(diffusers.SD3Transformer2DModel(**dict(
+        sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=config.decoder_depth,
+        attention_head_dim=config.decoder_width // config.decoder_heads, num_attention_heads=config.decoder_heads,
+        joint_attention_dim=40, caption_projection_dim=config.decoder_width, pooled_projection_dim=24, pos_embed_max_size=12,
+        dual_attention_layers=tuple(range(config.decoder_dual_depth)), qk_norm="rms_norm",
+    ) | sizes))
+    reference.pos_embed.pos_embed.zero_()
+    first = reference.transformer_blocks[0].attn
+    shrink(reference.pos_embed.proj, reference.context_embedder, first.to_k, first.add_q_proj)
+    return reference
+
+
+@pytest.fixture(scope="module")
+def sd35_files(diffusers, tmp_path_factory):
+    """The reference, and a folder with its weights as model/transformer and as a single file with VAE and text encoders."""
+    reference, folder = sd3_transformer(diffusers), tmp_path_factory.mktemp("sd35")
+    reference.save_pretrained(folder / "model" / "transformer")
+    weights = {k: v.clone() for k, v in reference.state_dict().items()}
+    single = transformer_to_single_file(weights, CONFIG.decoder_depth, CONFIG.decoder_dual_depth)
+    others = ("first_stage_model.decoder.conv_in.weight", "text_encoders.clip_l.transformer.text_model.final_layer_norm.bias")
+    whole = {f"model.diffusion_model.{k}": v for k, v in single.items()} | {name: torch.zeros(3) for name in others}
+    save_file(whole, folder / "sd3.5_medium.safetensors")
+    save_file(single, folder / "no_prefix.safetensors")
+    return reference, folder
+
+
+def fresh_decoder(path, config=CONFIG):
+    """A stage-I decoder just loaded from `path`."""
+    with torch.device("meta"):
+        decoder = semtok.Decoder(config)
+    return mmdit.load_sd35(decoder, str(path))
+
+
+def unrotated(decoder):
+    """Rotation by zero: SD3.5 has none. The grid is made oblong, so that rows and columns cannot be confused."""
+    decoder.grid = (3, 5)
+    for name, length in (("x_rope", 15), ("z_rope", CONFIG.tokens)):
+        head_dim = CONFIG.decoder_width // CONFIG.decoder_heads
+        setattr(decoder, name, torch.stack([torch.ones(length, head_dim), torch.zeros(length, head_dim)]))
+    return decoder
+
+
+def same_context(decoder, reference, seed=3):
+    """Codes for us and text features for them that become one context. Returns (codes, text)."""
+    text = random(2, CONFIG.tokens, 40, seed=seed)
+    decoder.token_embedder = torch.nn.Linear(40, CONFIG.decoder_width)
+    decoder.token_embedder.load_state_dict(reference.context_embedder.state_dict())
+    return text, text
+
+
+def test_our_single_file_transformer_is_what_the_library_converts_back(sd35_files):
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+
+    reference, folder = sd35_files
+    single = {k: v for k, v in load_file(folder / "sd3.5_medium.safetensors").items() if k.startswith("model.diff")}
+    back, expected = convert_sd3_transformer_checkpoint_to_diffusers(single), reference.state_dict()
+    assert back.keys() == expected.keys()
+    assert all(torch.equal(back[name], expected[name]) for name in expected)
+
+
+LAYOUTS = ["model", "model/transformer", "sd3.5_medium.safetensors", "no_prefix.safetensors"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fresh_decoder_is_minus_the_prior_of_sd35(sd35_files, layout):
+    """Times, sign, patch order, halves of AdaLN and the folded text embedder at once: x_v - eps = -(eps - x_v)."""
+    reference, folder = sd35_files
+    decoder = unrotated(fresh_decoder(folder / layout))
+    codes, text = same_context(decoder, reference)
+    noisy, t = random(2, 16, 6, 10), torch.tensor([0.13, 0.94])
+    theirs = reference(noisy, text, torch.zeros(2, 24), 1000 * t, return_dict=False)[0]  # no pooled text: zeros
+    agree(decoder(codes, noisy, t), -theirs, SAME, "decoder velocity")
+
+
+def test_decoder_through_codes_of_the_quantiser(sd35_files):
+    """The same, through a chosen token embedder on real codes of +-1/sqrt(d)."""
+    reference, folder = sd35_files
+    decoder = unrotated(fresh_decoder(folder / "model"))
+    codes = bsq.BSQ(CONFIG.bits)(random(2, CONFIG.tokens, CONFIG.bits))[0]
+    into_text = torch.nn.Linear(CONFIG.bits, 40)
+    decoder.token_embedder.weight.copy_(reference.context_embedder.weight @ into_text.weight)
+    decoder.token_embedder.bias.copy_(reference.context_embedder.weight @ into_text.bias + reference.context_embedder.bias)
+    noisy, t = random(2, 16, 6, 10), torch.tensor([0.5, 1.0])
+    theirs = reference(noisy, into_text(codes), torch.zeros(2, 24), 1000 * t, return_dict=False)[0]
+    agree(decoder(codes, noisy, t), -theirs, SAME, "decoder velocity from codes")
+
+
+def test_fresh_refiner_starts_as_the_prior_at_time_one_on_zero_noise(sd35_files):
+    """Stage II's mask tokens, once started, see what the pretrained patch embedder makes of a zero latent; t is held at 1."""
+    reference, folder = sd35_files
+    config = replace(CONFIG, image_size=48)  # latents of 12 x 12, patches of 2: a 6 x 6 grid
+    decoder = fresh_decoder(folder / "model", config)
+    model = semtok.SemTok(config, decoder=decoder)
+    model.start_refiner()
+    head_dim = config.decoder_width // config.decoder_heads
+    for name in ("x_rope", "z_rope"):
+        length = getattr(decoder, name).shape[1]
+        setattr(decoder, name, torch.stack([torch.ones(length, head_dim), torch.zeros(length, head_dim)]))
+    codes, text = same_context(decoder, reference)
+    theirs = reference(torch.zeros(2, 16, 12, 12), text, torch.zeros(2, 24), torch.full((2,), 1000.0), return_dict=False)[0]
+    agree(model.refine(codes), -theirs, SAME, "refiner")
+
+
+def test_both_layouts_give_bitwise_the_same_decoder(sd35_files):
+    _, folder = sd35_files
+    first, *others = [fresh_decoder(folder / layout).state_dict() for layout in LAYOUTS]
+    ours = {"token_embedder.weight", "token_embedder.bias", "mask_tokens"}  # new in SemTok, initialised
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first.keys() - ours)
+    assert all(first[name].isfinite().all() for name in ours) and first["mask_tokens"].std() > 0
+
+
+# ------------------------------------------------------------------------------ perceptual networks against torchvision
+
+
+@pytest.fixture(scope="module")
+def vgg_file(tmp_path_factory):
+    """torchvision's VGG16 convolutions with random weights, and a .pth as torchvision publishes it (classifier cut short)."""
+    vgg = import_torchvision().models.vgg
+    features = vgg.make_layers(vgg.cfgs["D"], batch_norm=False)
+    for layer in scramble(features):
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.weight.mul_(2**0.5)  # what a ReLU halves
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
+    weights = {f"features.{name}": tensor for name, tensor in features.state_dict().items()}
+    torch.save(weights | {"classifier.0.weight": torch.zeros(4, 4)}, path)
+    return features, path
+
+
+def test_vgg16_features_equal_torchvision(vgg_file):
+    theirs, path = vgg_file
+    ours = fid.VGG16Features()
+    ours.load_state_dict({k: v for k, v in torch.load(path, weights_only=True).items() if k.startswith("features.")})
+    x, maps = random(2, 3, 64, 48), []
+    for layer in theirs:  # torchvision's ReLUs work in place: what a pool is given is what we are after
+        if isinstance(layer, torch.nn.MaxPool2d):
+            maps.append(x.clone())
+        x = layer(x.clone())
+    assert len(maps) == 5
+    for i, (a, b) in enumerate(zip(ours(random(2, 3, 64, 48)), maps, strict=True)):
+        agree(a, b, SUMS, f"VGG16 map {i}")
+
+
+def test_lpips_with_random_heads_equals_the_package(vgg_file, tmp_path):
+    package = pytest.importorskip("lpips")
+    features, path = vgg_file
+    reference = package.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).eval()
+    slices = reference.net.state_dict()
+    reference.net.load_state_dict({name: features.state_dict()[name.split(".", 1)[1]] for name in slices})
+    heads = {}
+    for i in range(5):
+        linear = getattr(reference, f"lin{i}").model[1].weight
+        linear.copy_(random(*linear.shape, seed=i).abs())
+        heads[f"lin{i}.model.1.weight"] = linear.clone()
+    torch.save(heads, tmp_path / "vgg.pth")
+    a, b = pictures(3, 64, 48), pictures(3, 64, 48, seed=5)
+    agree(fid.load_lpips(str(path), str(tmp_path / "vgg.pth"))(a, b), reference(a, b).flatten(), SUMS, "LPIPS")
+
+
+@pytest.fixture(scope="module")
+def resnet_reference():
+    """torchvision's ResNet-50, random weights and statistics."""
+    return scramble(import_torchvision().models.resnet50(weights=None))
+
+
+@pytest.mark.parametrize("form", ["pth", "pth, older", "safetensors"])
+def test_resnet50_logits_equal_torchvision(resnet_reference, tmp_path, form):
+    import train
+
+    torchvision, weights = import_torchvision(), resnet_reference.state_dict()
+    path = tmp_path / ("resnet50.safetensors" if form == "safetensors" else "resnet50-0676ba61.pth")
+    if form == "pth, older":  # files from before 2018 do not count batches
+        weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
+    save_file(weights, path) if form == "safetensors" else torch.save(weights, path)
+    ours, transforms = train.load_resnet(str(path)), torchvision.transforms
+    normalise = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    for side in (224, 256):
+        x = pictures(2, side)
+        small = transforms.functional.resize((x + 1) / 2, [224, 224], antialias=True)  # bilinear is its default
+        agree(ours(x), resnet_reference(normalise(small)), SAME, f"ResNet-50 logits at {side}")
+
+
+# ------------------------------------------------------------------------------------------ formulations of our own
+
+
+def slow_convolution(x, weight, bias, padding):
+    """A convolution as the sum over its taps of shifted pictures."""
+    x, size = F.pad(x, [padding] * 4), weight.shape[-1]
+    height, width = x.shape[2] - size + 1, x.shape[3] - size + 1
+    out = sum(
+        torch.einsum("bchw,oc->bohw", x[:, :, i : i + height, j : j + width], weight[:, :, i, j])
+        for i in range(size) for j in range(size)
+    )
+    return out + bias[:, None, None]
+
+
+def test_discriminator_equals_loops():
+    import train
+
+    ours = scramble(train.Discriminator(base=128, stages=2, map_size=4))
+    weights = ours.state_dict()
+
+    def leaky(y):
+        return torch.where(y > 0, y, 0.1 * y)
+
+    def convolve(y, name, padding):
+        return slow_convolution(y, weights[f"{name}.weight"], weights[f"{name}.bias"], padding)
+
+    x = pictures(2, 36)
+    y = leaky(convolve(x, "conv_in", 2))
+    for stage in range(2):
+        y = F.pad(convolve(y, f"convs.{stage}", 1), [1, 1, 1, 1])
+        side = (y.shape[-1] - 2) // 2
+        taps = [tap / 8 for tap in (1, 3, 3, 1)]  # along rows, then along columns
+        y = sum(tap * y[:, :, k : k + 2 * side : 2] for k, tap in enumerate(taps))
+        y = sum(tap * y[:, :, :, k : k + 2 * side : 2] for k, tap in enumerate(taps))
+        groups = y.reshape(2, 32, -1)
+        groups = (groups - groups.mean(-1, keepdim=True)) / (groups.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        gain, offset = weights[f"norms.{stage}.weight"], weights[f"norms.{stage}.bias"]
+        y = leaky(groups.reshape(y.shape) * gain[:, None, None] + offset[:, None, None])
+    bounds = [(i * 9 // 4, -(-(i + 1) * 9 // 4)) for i in range(4)]  # 9 x 9 to 4 x 4: windows that overlap
+    y = torch.stack([torch.stack([y[:, :, a:b, c:d].amax((2, 3)) for c, d in bounds], -1) for a, b in bounds], -2)
+    theirs = convolve(leaky(convolve(y, "mix", 0)), "conv_out", 2)
+    agree(ours(x), theirs, SUMS, "discriminator")
+
+
+def test_discriminator_has_the_widths_of_the_paper():
+    import train
+
+    with torch.device("meta"):
+        ours = train.Discriminator()
+    shapes = [tuple(conv.weight.shape[:2]) for conv in (ours.conv_in, *ours.convs, ours.mix, ours.conv_out)]
+    assert shapes == [(128, 3), (128, 128), (256, 128), (512, 256), (1024, 512), (1024, 1024), (1, 1024)]
+    assert [norm.num_groups for norm in ours.norms] == [32] * 4 and ours.map_size == 16
+    assert ours(torch.zeros(1, 3, 256, 256, device="meta")).shape == (1, 1, 16, 16)
+
+
+@pytest.mark.parametrize("bits", [4, 18, 32])
+def test_bsq_codes_and_index_equal_loops(bits):
+    z = random(50, bits)
+    z[0, 1] = 0.0  # no sign: must still become a corner
+    codes, u = bsq.BSQ(bits)(z)
+    for row, code, point, index in zip(z.tolist(), codes.tolist(), u.tolist(), bsq.codes_to_index(codes).tolist()):
+        length = math.sqrt(sum(value * value for value in row))
+        assert point == pytest.approx([value / length for value in row], abs=1e-6)
+        assert code == pytest.approx([(1 if value > 0 else -1) / math.sqrt(bits) for value in row], rel=1e-6)
+        assert index == sum(2**i for i, value in enumerate(row) if value > 0)  # Eq. 3: the first channel counts 1
+    back = bsq.bits_to_codes(bsq.index_to_bits(bsq.codes_to_index(codes), bits))
+    assert torch.equal(back > 0, codes > 0)
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 3, 6])
+@pytest.mark.parametrize("spherical", [True, False])
+def test_bsq_entropies_equal_a_softmax_over_all_corners(group_size, spherical):
+    bits, tau = 6, 0.7
+    quantizer = bsq.BSQ(bits, group_size, tau, spherical)
+    _, u = quantizer(random(40, bits))
+    corners = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=bits)))  # all 64 of them, written out
+    scale = bits**-0.5 if spherical else 1.0
+    q = (2 * tau * u @ (scale * corners).T).softmax(-1).double()  # (40, 64), Eq. 4's soft assignment
+    token_entropy = -(q * q.log()).sum(-1).mean()
+    code_entropy = 0.0
+    for start in range(0, bits, group_size):  # the entropy of the average assignment's marginal on a group of bits
+        group = corners[:, start : start + group_size]
+        for values in itertools.product([-1.0, 1.0], repeat=group_size):
+            p = q.mean(0)[(group == torch.tensor(values)).all(-1)].sum()
+            code_entropy -= p * p.log()
+    ours = quantizer.entropy_loss(u)
+    found = torch.stack([ours["token_entropy"], ours["code_entropy"], ours["quant"]])
+    agree(found, torch.stack([token_entropy, code_entropy, token_entropy - code_entropy]), SUMS, "entropies")
+
+
+def slow_ar_block(weights, x, modulation, heads):
+    """A LlamaGen block with shared AdaLN and qk-norm, one head at a time, rotations as complex numbers."""
+    def normed(y, gain):
+        return y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
+
+    def rotated(y):  # channel i and channel i + head_dim/2 are a complex number; position p turns it by p * 10000^(-2i/head_dim)
+        half = y.shape[-1] // 2
+        speeds = torch.tensor([10000.0 ** (-i / half) for i in range(half)])
+        turns = torch.polar(torch.ones(y.shape[1], half), torch.arange(y.shape[1])[:, None] * speeds)
+        turned = torch.complex(y[..., :half], y[..., half:]) * turns
+        return torch.cat([turned.real, turned.imag], -1)
+
+    shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + weights["table"]).transpose(0, 1)[:, :, None]
+    y = normed(x, weights["attention_norm.weight"]) * (1 + scale1) + shift1
+    queries, keys, values = torch.einsum("blc,koc->kblo", y, weights["attention.wqkv.weight"].view(3, -1, x.shape[-1]))
+    head_dim, out = x.shape[-1] // heads, []
+    for h in range(heads):
+        part = slice(h * head_dim, (h + 1) * head_dim)
+        q = rotated(normed(queries[..., part], weights["attention.q_norm.weight"]))
+        k = rotated(normed(keys[..., part], weights["attention.k_norm.weight"]))
+        scores = torch.einsum("bqc,bkc->bqk", q, k) / math.sqrt(head_dim)  # every place sees every other
+        scores = scores.exp() / scores.exp().sum(-1, keepdim=True)
+        out.append(torch.einsum("bqk,bkc->bqc", scores, values[..., part]))
+    x = x + gate1 * torch.einsum("blc,oc->blo", torch.cat(out, -1), weights["attention.wo.weight"])
+    y = normed(x, weights["ffn_norm.weight"]) * (1 + scale2) + shift2
+    gate, up = (torch.einsum("blc,oc->blo", y, weights[f"feed_forward.w{i}.weight"]) for i in (1, 3))
+    return x + gate2 * torch.einsum("blc,oc->blo", gate / (1 + (-gate).exp()) * up, weights["feed_forward.w2.weight"])
+
+
+def test_ar_block_equals_loops():
+    block = scramble(ar.Block(96, 3))
+    shrink(block.attention.wo)
+    x, modulation = 0.01 * random(2, 11, 96), random(2, 6, 96, seed=4)  # small, so that the norms' epsilons show
+    theirs = slow_ar_block(block.state_dict(), x, modulation, 3)
+    agree(block(x, modulation, mmdit.rope_1d(11, 32)), theirs, SUMS, "AR block")
+
+
+@pytest.mark.parametrize("group_bits", [1, 5])
+def test_masked_ar_equals_loops(group_bits):
+    config = ar.ARConfig(depth=3, width=96, heads=3, tokens=9, bits=10, classes=4, group_bits=group_bits)
+    model = scramble(ar.MaskedAR(config))
+    weights = model.state_dict()
+    bits, masked, labels = random(3, 9, 10) > 0, random(3, 9, seed=8) > 0, torch.tensor([0, 2, 4])  # 4: no class
+    assert masked.any() and not masked.all()
+    rows = []
+    for picture in range(3):
+        class_token = weights["class_embedding.weight"][labels[picture]]
+        row = [class_token]
+        for k in range(9):
+            code = torch.tensor([(1.0 if bit else -1.0) / math.sqrt(10) for bit in bits[picture, k].tolist()])
+            known = weights["token_embedding.weight"] @ code + weights["token_embedding.bias"]
+            row.append(weights["mask_embedding"] if masked[picture, k] else known)
+        x = torch.stack(row)[None]
+        silu = class_token / (1 + (-class_token).exp())
+        modulation = (weights["modulation.1.weight"] @ silu + weights["modulation.1.bias"]).view(1, 6, 96)
+        for i in range(3):
+            prefix = f"blocks.{i}."
+            x = slow_ar_block({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, x, modulation, 3)
+        shift, scale = (weights["final_modulation.1.weight"] @ silu + weights["final_modulation.1.bias"]).view(2, 96)
+        x = x[0, 1:]  # without the class token
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weights["norm.weight"] * (1 + scale) + shift
+        logits = x @ weights["head.weight"].T + weights["head.bias"]
+        rows.append(logits.view(9, 10 // group_bits, 2**group_bits))
+    agree(model(bits, labels, masked), torch.stack(rows), SUMS, "masked AR")
+
+
+# --------------------------------------------------------------------------------------------------------- wrong files
+
+
+def written(path, *names, **tensors):
+    """A safetensors file with little tensors of these names. Returns its path as a string."""
+    path.parent.mkdir(exist_ok=True)
+    save_file({name: torch.zeros(2) for name in names} | {k: v.contiguous() for k, v in tensors.items()}, path)
+    return str(path)
+
+
+def one_sentence(error, *needles):
+    """The message is one sentence for a person and says each of these."""
+    text = str(error.value)
+    assert "\n" not in text and not text.endswith(".")
+    for needle in needles:
+        assert needle in text, f"{needle!r} is not in: {text}"
+
+
+LOADERS = {"SD3.5-Medium": fresh_decoder, "the VAE of SD3": semtok.load_vae, "SigLIP": semtok.load_siglip}
+
+
+@pytest.mark.parametrize("wanted", LOADERS)
+@pytest.mark.parametrize("kind, names", {
+    "a Stable Diffusion 1, 2 or XL U-Net": ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.quant_conv.bias",
+                                            "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias"],
+    "a diffusers U-Net": ["down_blocks.1.attentions.0.norm.weight", "conv_in.weight"],
+    "a FLUX transformer": ["transformer_blocks.0.attn.add_q_proj.weight", "single_transformer_blocks.0.proj_out.weight"],
+    "SD3-Medium (no second attention)": ["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"],
+    "SD3.5-Large": ["model.diffusion_model.joint_blocks.37.x_block.attn.qkv.weight", "first_stage_model.encoder.conv_in.bias"],
+    "a CLIP vision model": ["vision_model.embeddings.class_embedding", "vision_model.embeddings.patch_embedding.weight"],
+    "a text model": ["text_model.embeddings.token_embedding.weight", "text_model.encoder.layers.0.layer_norm1.weight"],
+    "a ResNet": ["layer1.0.conv1.weight"],
+}.items())
+def test_a_file_of_the_wrong_kind_gets_one_sentence(tmp_path, wanted, kind, names):
+    path = written(tmp_path / "model.safetensors", *names)
+    with pytest.raises(UserError) as error:
+        LOADERS[wanted](path)
+    one_sentence(error, path, kind, wanted, "needed")
+
+
+def test_published_forms_that_resemble_the_right_ones_are_told_apart(diffusers, transformers, tmp_path):
+    """What the libraries themselves write for the neighbours of the models that we want."""
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    naflex = transformers.Siglip2VisionConfig(**small, patch_size=8, num_patches=4)
+    tiny = {"block_out_channels": (32, 32), "cross_attention_dim": 16, "attention_head_dim": 2,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    wanted = {
+        "a diffusers U-Net": (fresh_decoder, diffusers.UNet2DConditionModel(**tiny)),
+        "post_quant_conv.bias": (semtok.load_vae, diffusers.AutoencoderKL(latent_channels=4)),  # the VAE of SD 1, 2 and XL
+        "SD3-Medium": (fresh_decoder, sd3_transformer(diffusers, dual_attention_layers=(), qk_norm=None)),
+        "SD3.5-Large": (fresh_decoder, sd3_transformer(diffusers, replace(CONFIG, decoder_width=32, decoder_heads=2),
+                                                      dual_attention_layers=(), num_layers=38)),
+        "a NaFlex SigLIP 2": (semtok.load_siglip, transformers.Siglip2VisionModel(naflex)),
+        "a text model": (semtok.load_siglip, transformers.SiglipTextModel(
+            transformers.SiglipTextConfig(**small, vocab_size=50, projection_size=32))),
+        "a CLIP vision model": (semtok.load_siglip, transformers.CLIPVisionModel(
+            transformers.CLIPVisionConfig(**small, patch_size=8, image_size=16))),
+    }
+    for kind, (load, model) in wanted.items():
+        folder = tmp_path / re.sub(r"\W", "", kind)
+        model.save_pretrained(folder)
+        with pytest.raises(UserError) as error:
+            load(str(folder))
+        one_sentence(error, str(folder), kind, next(name for name, loader in LOADERS.items() if loader is load), "needed")
+    weights = load_file(tmp_path / "aNaFlexSigLIP2" / "model.safetensors")  # and as the hub's files name them
+    save_file({f"vision_model.{k}": v for k, v in weights.items()}, tmp_path / "naflex.safetensors")
+    with pytest.raises(UserError, match="NaFlex"):
+        semtok.load_siglip(str(tmp_path / "naflex.safetensors"))
+
+
+@pytest.mark.parametrize("content", ["<html>Sign in</html>", "[1, 2]", "{"])
+def test_a_broken_json_beside_the_weights_gets_one_sentence(transformers, tmp_path, content):
+    siglip_tower(transformers).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match="config.json is not the JSON"):
+        semtok.load_siglip(str(tmp_path))
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match="index.json is not the JSON"):
+        semtok.load_vae(str(tmp_path))
+
+
+@pytest.mark.parametrize("wanted", LOADERS)
+def test_damaged_and_missing_files_get_one_sentence(sd35_files, tmp_path, wanted):
+    def put(content, name="model.safetensors"):
+        (tmp_path / name).write_bytes(content)
+        return str(tmp_path / name)
+
+    whole = (sd35_files[1] / "sd3.5_medium.safetensors").read_bytes()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "shards").mkdir()
+    put(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}).encode(), "shards/model.safetensors.index.json")
+    load = LOADERS[wanted]
+    for content, told in (
+        (whole[: len(whole) // 2], "truncated"),
+        (whole[:100], "truncated"),
+        (b"", "truncated"),
+        (b"\n <!DOCTYPE html><html><body>Sign in</body></html>" * 9, "HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5107104168\n", "git-lfs pointer"),
+        (b"PK\x03\x04" + bytes(400), "pickled"),
+    ):
+        path = put(content)
+        with pytest.raises(UserError) as error:
+            load(path)
+        one_sentence(error, path, told)
+    for path, told in (("absent.safetensors", "does not exist"), ("empty", "no .safetensors file"), ("shards", "does not exist")):
+        with pytest.raises(UserError) as error:
+            load(str(tmp_path / path))
+        one_sentence(error, str(tmp_path / path), told)
+
+
+def test_every_missing_unexpected_and_misshapen_key_is_named(sd35_files, vae_files, transformers, tmp_path):
+    siglip_tower(transformers).save_pretrained(tmp_path / "siglip")
+    cases = [
+        (fresh_decoder, sd35_files[1] / "sd3.5_medium.safetensors", "model.diffusion_model.t_embedder.mlp.0.bias",
+         "model.diffusion_model.joint_blocks.1.x_block.attn2.ln_q.weight"),
+        (fresh_decoder, sd35_files[1] / "model/transformer/diffusion_pytorch_model.safetensors",
+         "transformer_blocks.2.attn.add_k_proj.bias", "transformer_blocks.0.attn.to_v.weight"),
+        (fresh_decoder, sd35_files[1] / "no_prefix.safetensors", "joint_blocks.3.context_block.attn.qkv.bias",
+         "y_embedder.mlp.2.weight"),
+        (semtok.load_vae, vae_files[1] / "all.safetensors", "first_stage_model.decoder.up.2.block.1.conv2.bias",
+         "first_stage_model.encoder.mid.attn_1.q.weight"),
+        (semtok.load_vae, vae_files[1] / "alone_diffusers.safetensors", "decoder.conv_norm_out.weight",
+         "encoder.mid_block.attentions.0.to_q.weight"),
+        (semtok.load_siglip, tmp_path / "siglip/model.safetensors", "encoder.layers.2.mlp.fc2.bias", "post_layernorm.weight"),
+    ]
+    for load, file, missing, misshapen in cases:
+        weights = load_file(file)
+        del weights[missing]
+        weights[misshapen] = weights[misshapen][:-1].clone()
+        extra = ("model.diffusion_model." if "diffusion_model" in missing else "") + "surplus.layer.weight"
+        weights[extra] = torch.zeros(2)
+        folder = tmp_path / "bad"
+        folder.mkdir(exist_ok=True)
+        save_file(weights, folder / "bad.safetensors")
+        if load is semtok.load_siglip:
+            shutil.copy(tmp_path / "siglip/config.json", folder)
+        with pytest.raises(UserError) as error:
+            load(str(folder / "bad.safetensors"))
+        text = str(error.value)
+        for kind, name in (("lacks", missing), ("unexpected", extra), ("misshapen", misshapen)):
+            assert re.search(rf"{kind}[^;]*{re.escape(name)}", text), f"{kind} {name} is not in: {text}"
+
+
+def test_loading_puts_everything_on_the_wanted_device(sd35_files, vae_files):
+    """What the file lacks (token embedder, mask tokens, rotations) goes along; here the other device is meta."""
+    with torch.device("meta"):
+        decoder = semtok.Decoder(CONFIG)
+    mmdit.load_sd35(decoder, str(sd35_files[1] / "model"), device="meta")
+    assert all(tensor.is_meta for tensor in (*decoder.parameters(), *decoder.buffers()))
+    assert all(parameter.is_meta for parameter in semtok.load_vae(str(vae_files[1] / "model"), device="meta").parameters())
+
+
+def test_position_and_text_tables_are_the_only_keys_dropped_of_the_transformer(sd35_files, tmp_path):
+    """Changing any other tensor of the file changes the decoder that is read from it."""
+    weights = load_file(sd35_files[1] / "no_prefix.safetensors")
+    before = fresh_decoder(sd35_files[1] / "no_prefix.safetensors").state_dict()
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, tmp_path / "all.safetensors")
+    after = fresh_decoder(tmp_path / "all.safetensors").state_dict()
+    new = {"token_embedder.weight", "token_embedder.bias", "mask_tokens"}
+    assert all(not torch.equal(before[name], after[name]) for name in before.keys() - new)
+    dropped = {"pos_embed", "context_embedder.weight", "context_embedder.bias", "y_embedder.mlp.0.weight"}  # ... times zero
+    folded = {"y_embedder.mlp.0.bias", "y_embedder.mlp.2.weight", "y_embedder.mlp.2.bias"}
+    assert weights.keys() - dropped - folded == before.keys() - new
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def stream_file(path, shapes, dtype=torch.float32, seed=0):
+    """A safetensors file of random tensors, written one at a time so that the writer needs no memory."""
+    size, header, offset = torch.empty((), dtype=dtype).element_size(), {}, 0
+    for name, shape in shapes.items():
+        end = offset + size * math.prod(shape)
+        header[name] = {"dtype": {4: "F32", 2: "BF16"}[size], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    generator = torch.Generator().manual_seed(seed)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        for shape in shapes.values():
+            tensor = torch.randn(shape, generator=generator) * (math.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.1)
+            file.write(memoryview(tensor.to(dtype).flatten().view(torch.uint8).numpy()))
+
+
+def sd35_shapes(config, prefix="model.diffusion_model."):
+    """The single file's transformer at a config's sizes: name -> shape, position and text tables too."""
+    with torch.device("meta"):
+        decoder = semtok.Decoder(config)
+    new, width = ("token_embedder.", "mask_tokens"), config.decoder_width
+    shapes = {k: tuple(v.shape) for k, v in decoder.state_dict().items() if not k.startswith(new)}
+    shapes |= {"y_embedder.mlp.0.weight": (width, 2048), "y_embedder.mlp.2.weight": (width, width)}
+    shapes |= {"y_embedder.mlp.0.bias": (width,), "y_embedder.mlp.2.bias": (width,)}
+    shapes |= {"pos_embed": (1, 384 * 384, width), "context_embedder.weight": (width, 4096), "context_embedder.bias": (width,)}
+    return {prefix + name: shape for name, shape in shapes.items()}
+
+
+MEASURE = """
+import sys
+sys.path.insert(0, {root!r})
+import torch, mmdit, semtok
+torch.set_num_threads(1)
+config = semtok.SemTokConfig(decoder_depth=3, decoder_width=1024, decoder_heads=16, decoder_dual_depth=2)
+torch.zeros(1, dtype=torch.float32).to(torch.bfloat16)
+with torch.device("meta"):
+    decoder = semtok.Decoder(config).to(torch.bfloat16)
+def resident(key):  # getrusage's peak would begin with that of the process that started this one
+    return int(open("/proc/self/status").read().split(key)[1].split()[0]) * 1024
+before = resident("VmRSS:")
+model = {load}
+peak = resident("VmHWM:")
+held = sum(p.numel() * p.element_size() for p in model.parameters())
+assert all(p.dtype == torch.bfloat16 and not p.is_meta for p in model.parameters())
+print(peak - before, held)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="measured through Linux's /proc")
+@pytest.mark.parametrize("kind", ["transformer, single file", "transformer, diffusers", "VAE, diffusers"])
+def test_loading_takes_the_target_and_one_tensor(diffusers, tmp_path, kind):
+    load = "mmdit.load_sd35(decoder, sys.argv[1])"
+    if kind == "transformer, single file":
+        config = semtok.SemTokConfig(decoder_depth=3, decoder_width=1024, decoder_heads=16, decoder_dual_depth=2)
+        shapes = sd35_shapes(config)
+    elif kind == "transformer, diffusers":
+        with torch.device("meta"):
+            reference = diffusers.SD3Transformer2DModel(
+                num_layers=3, attention_head_dim=64, num_attention_heads=16, caption_projection_dim=1024,
+                joint_attention_dim=4096, pooled_projection_dim=2048, out_channels=16, pos_embed_max_size=384,
+                dual_attention_layers=(0, 1), qk_norm="rms_norm")
+        shapes = {name: tuple(tensor.shape) for name, tensor in reference.state_dict().items()}
+    else:
+        with torch.device("meta"):
+            state = semtok.VAE(semtok.VAEConfig()).state_dict()
+        shapes = {semtok._vae_diffusers_name(k, 4): tuple(v.shape)[: 2 if "attn_1" in k else 4] for k, v in state.items()}
+        load = "semtok.load_vae(sys.argv[1], torch.bfloat16)"
+    file = tmp_path / "model.safetensors"
+    stream_file(file, shapes)
+    assert file.stat().st_size > 3e8
+    script = MEASURE.format(root=str(ROOT), load=load)
+    out = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    growth, held = map(int, out.stdout.split())
+    largest = max(4 * math.prod(shape) for name, shape in shapes.items() if not name.endswith(".pos_embed"))  # never read
+    sizes = {"file": file.stat().st_size, "model": held, "growth": growth, "largest tensor": largest}
+    print(kind, {name: f"{size / 1e6:.0f} MB" for name, size in sizes.items()})
+    assert growth < held + largest + 16e6  # the file itself is twice the model: holding it would not fit
+
+
+# ------------------------------------------------------------------------------------------------------- copying out
+
+CARDS = {  # file -> (packages its card allows, files that stand beside it)
+    "bsq.py": ({"torch"}, ()),
+    "mmdit.py": ({"torch", "safetensors"}, ()),
+    "fid.py": ({"torch", "numpy", "PIL", "safetensors", "scipy", "tqdm"}, ()),
+    "semtok.py": ({"torch", "numpy", "PIL", "safetensors"}, ("bsq.py", "mmdit.py")),
+    "ar.py": ({"torch"}, ("bsq.py", "mmdit.py")),
+}
+CHECKS = {  # what the example's own comments promise
+    "bsq.py": "assert codes.shape == (2, 256, 18) and loss.item() < 0",
+    "mmdit.py": "assert image.shape == (1, 64, 128)",
+    "fid.py": "assert fid.psnr(noisy, pictures).shape == (4,)",
+    "semtok.py": "assert codes.shape == (2, 24, 16) and pictures.shape == (2, 3, 32, 32)",
+    "ar.py": "assert bits.shape == (3, 24, 16) and bits.dtype == torch.bool",
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_copied_file_imports_only_what_its_card_says(name):
+    packages, siblings = CARDS[name]
+    allowed = packages | {Path(sibling).stem for sibling in siblings} | sys.stdlib_module_names
+    for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert {module.split(".")[0] for module in modules} <= allowed, f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_copied_file_runs_its_example_in_an_empty_folder(name, tmp_path):
+    for file in (name, *CARDS[name][1]):
+        shutil.copy(ROOT / file, tmp_path)
+    docstring = ast.get_docstring(ast.parse((tmp_path / name).read_text(encoding="utf-8")))
+    blocks = [block for block in re.findall(r"(?:^    .*\n?)+", docstring, re.M) if "import torch" in block]
+    assert len(blocks) == 1, "the module's docstring shows one example"
+    example = textwrap.dedent(blocks[0])
+    ours = sorted({path.stem for path in ROOT.glob("*.py")} - {Path(file).stem for file in (name, *CARDS[name][1])})
+    script = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n{example}\n{CHECKS[name]}\n"
+    script += f"assert not set(sys.modules) & set({ours!r})\n"
+    # -I: neither this folder nor PYTHONPATH; the card's packages come from where python keeps them
+    out = subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ the real sizes
+
+FULL = """
+import json, sys, time
+sys.path.insert(0, {root!r})
+import torch, ar, bsq, mmdit, semtok
+
+started, times = time.time(), {{}}
+def lap(name):
+    global started
+    times[name], started = round(time.time() - started, 1), time.time()
+
+torch.manual_seed(0)
+path, photo = sys.argv[1:]
+pictures = semtok.to_signed(semtok.read_picture(photo, 256))[None].to(torch.bfloat16)
+config = semtok.PRESETS["paper"]
+with torch.device("meta"):
+    decoder = semtok.Decoder(config).to(torch.bfloat16)
+    vae = semtok.VAE(config.vae)
+mmdit.load_sd35(decoder, path)
+vae = semtok.load_vae(path, torch.bfloat16)
+lap("load transformer and VAE from the single file")
+torch.set_default_dtype(torch.bfloat16)
+model = semtok.SemTok(config, vae, decoder).eval()
+transformer = ar.MaskedAR(ar.AR_PRESETS["L"]).eval()
+torch.set_default_dtype(torch.float32)
+lap("build encoder and AR-L")
+counts = {{name: sum(p.numel() for p in m.parameters()) for name, m in
+          (("vae", model.vae), ("encoder", model.encoder), ("decoder", model.decoder), ("ar", transformer))}}
+everything = [p for m in (model.vae, model.encoder, model.decoder, transformer) for p in m.parameters()]
+assert all(p.dtype == torch.bfloat16 and not p.is_meta for p in everything)
+with torch.no_grad():
+    latents = model.vae.encode(pictures); lap("VAE encode")
+    codes, u = model.quantizer(model.encoder(latents)[1]); lap("encoder and quantiser")
+    index = bsq.codes_to_index(codes)
+    refined = model.refine(codes); lap("refiner, one step")
+    out = model.decode(refined); lap("VAE decode")
+    bits, masked = next(transformer.generate_steps(torch.tensor([207]), steps=64, cfg=6.0)); lap("AR-L, one guided step")
+assert latents.shape == refined.shape == (1, 16, 32, 32) and codes.shape == (1, 256, 18)
+assert index.unique().numel() > 1 and 0 <= index.min() and index.max() < 2**18
+assert out.shape == (1, 3, 256, 256) and out.isfinite().all() and out.float().std() > 0
+assert bits.shape == (1, 256, 18) and 0 < (~masked).sum() < 256
+peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+print(json.dumps({{"seconds": times, "parameters": counts, "peak_GB": round(peak / 1e9, 2)}}))
+"""
+
+
+@full_mark
+def test_the_real_sizes_carry_one_photo(full, tmp_path):
+    """A random file of SD3.5-Medium's own form and size (5.1 GB on disk, bf16) -> models -> one picture there and back.
+
+    PHOTO=some.jpg gives the picture; otherwise one is drawn."""
+    with torch.device("meta"):
+        vae = semtok.VAE(semtok.VAEConfig()).state_dict()
+    shapes = sd35_shapes(semtok.PRESETS["paper"]) | {f"first_stage_model.{k}": tuple(v.shape) for k, v in vae.items()}
+    file, photo = tmp_path / "sd3.5_medium.safetensors", os.environ.get("PHOTO", str(tmp_path / "drawn.png"))
+    if shutil.disk_usage(tmp_path).free < 1.2 * 2 * sum(map(math.prod, shapes.values())):
+        pytest.skip("needs 6 GB of disk")
+    if "PHOTO" not in os.environ:
+        smooth = F.interpolate(torch.rand(1, 3, 7, 9), (300, 400), mode="bicubic")[0].clamp(0, 1)
+        Image.fromarray((smooth * 255).byte().permute(1, 2, 0).numpy()).save(photo)
+    started = time.time()
+    stream_file(file, shapes, torch.bfloat16)
+    print(f"wrote {file.stat().st_size / 1e9:.2f} GB in {time.time() - started:.0f} s")
+    try:
+        script = FULL.format(root=str(ROOT))
+        out = subprocess.run([sys.executable, "-c", script, str(file), photo], capture_output=True, text=True)
+    finally:
+        file.unlink()
+    assert out.returncode == 0, out.stderr
+    print(out.stdout)
+    told = json.loads(out.stdout)
+    assert told["peak_GB"] < 10
