@@ -70,10 +70,10 @@ RECIPES = {
         "ar": Recipe(800_000, 2048, 2e-4, weight_decay=0.03),
     },
     "tiny": {
-        "0": Recipe(750, 24, 1e-3, warmup=30, ema=0.0, log_every=25, save_every=250, preview_every=250),
-        "1": Recipe(600, 16, 3e-3, warmup=50, log_every=25, save_every=300, preview_every=300),
-        "2": Recipe(2000, 16, 3e-3, warmup=50, gan_start=1700, log_every=25, save_every=500, preview_every=500),
-        "ar": Recipe(1500, 64, 2e-3, weight_decay=0.03, warmup=50, log_every=25, save_every=500, preview_every=500),
+        "0": Recipe(800, 24, 1e-3, warmup=30, ema=0.0, log_every=25, save_every=400, preview_every=400),
+        "1": Recipe(400, 16, 3e-3, warmup=50, log_every=25, save_every=200, preview_every=200),
+        "2": Recipe(1900, 16, 3e-3, warmup=50, gan_start=1700, log_every=25, save_every=500, preview_every=500),
+        "ar": Recipe(1200, 64, 2e-3, weight_decay=0.03, warmup=50, log_every=25, save_every=400, preview_every=400),
     },
 }
 TINY_VGG, TINY_RESNET, TINY_DISCRIMINATOR = (8, 8, 16, 24, 24), 8, (16, 3, 4)
@@ -133,9 +133,9 @@ def draw_shape(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray
     across = np.cos(direction) * rows - np.sin(direction) * columns
     waves = [np.sin(2 * np.pi * (rng.uniform(1, 2) * axis + rng.uniform())) for axis in (along, across)]
     pattern = (along, 0.3 * np.sin(2 * np.pi * (rng.uniform(2, 3) * along + rng.uniform())), 0.3 * waves[0] * waves[1])[kind]
-    base, colour = rng.uniform(60, 195, 3), rng.uniform(10, 245, 3)
-    while np.abs(colour - base).sum() < 180:  # a shape that can be seen
-        colour = rng.uniform(10, 245, 3)
+    base, colour = rng.uniform(80, 175, 3), rng.uniform(30, 225, 3)
+    while np.abs(colour - base).sum() < 160:  # a shape that can be seen
+        colour = rng.uniform(30, 225, 3)
     background = base + pattern[..., None] * rng.uniform(-40, 40, 3)
 
     radius, angle = rng.uniform(0.38, 0.44), rng.uniform(-0.3, 0.3)
@@ -575,6 +575,12 @@ class StandIns(nn.Module):
         guesses = {"resnet": self.resnet(signed), "vgg": self.vgg_head(self.vgg(signed)[-1].mean((2, 3)))}
         return figures | {f"{name}_accuracy": (g.argmax(1) == labels).float().mean().item() for name, g in guesses.items()}
 
+    @staticmethod
+    def scale_(layer: nn.Module, factor: float | torch.Tensor) -> None:
+        """Multiply a last layer's weight and bias."""
+        layer.weight *= factor
+        layer.bias *= factor
+
     def export(self, figures: dict[str, float]) -> str:
         """Write the four networks as the real files look; returns the folder."""
         pictures, _ = self.job.held_out(200)
@@ -583,10 +589,9 @@ class StandIns(nn.Module):
             for tensor in (self.vae.encoder.conv_out.weight, self.vae.encoder.conv_out.bias):
                 tensor[: len(std)] /= std.view(-1, *[1] * (tensor.ndim - 1))
             self.vae.decoder.conv_in.weight *= std.view(1, -1, 1, 1)
-            # ... and hold the logits to the size at which lambda_p balances the pixel loss
-            scale = 0.5 / self.resnet(to_signed(pictures)).std()
-            self.resnet.fc.weight *= scale
-            self.resnet.fc.bias *= scale
+            # ... and hold logits and features to the size at which lambda_p and lambda_s leave room for the pixels
+            self.scale_(self.resnet.fc, 0.5 / self.resnet(to_signed(pictures)).std())
+            self.scale_(self.siglip.post_layernorm, 0.25)
         folder = self.job.path("standins")
         os.makedirs(os.path.join(folder, "siglip"), exist_ok=True)
         toy = {"toy": "trained by train.py --stage 0"}
@@ -1489,13 +1494,12 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             for stage in wanted:
                 run_stage(stage, job)
-        except RuntimeError:
+        except (UserError, fid.UserError, RuntimeError):
             if rank == 0:
                 raise
-            sys.exit(1)  # the connection broke: rank 0 has stopped, and says why
-        finally:
-            if count > 1:
-                dist.destroy_process_group()
+            sys.exit(1)  # rank 0 has stopped too, and says why
+        if count > 1:
+            dist.destroy_process_group()
 
     if device.type != "cpu" or args.processes == 1:
         return work(0, 1, "")
@@ -1505,7 +1509,12 @@ def main(arguments: list[str] | None = None) -> None:
         others = [fork.Process(target=work, args=(rank, args.processes, meeting)) for rank in range(1, args.processes)]
         for other in others:
             other.start()
-        work(0, args.processes, meeting)
+        try:
+            work(0, args.processes, meeting)
+        except BaseException:
+            for other in others:  # they may be waiting for this one; rank 0 alone has files open
+                other.kill()
+            raise
         for other in others:
             other.join()
 

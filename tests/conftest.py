@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers are the parallelism
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the reference libraries only ever see files that a test has written
 
 

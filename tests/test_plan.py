@@ -1,11 +1,15 @@
 """train.py --dry-run: the plan of a run has the paper's sizes, FLOPs that can be checked by hand, and honest memory."""
 
+import contextlib
+import io
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,16 +21,17 @@ import mmdit  # noqa: E402
 import train  # noqa: E402
 
 
-def run(arguments, folder, **options):
-    """`python train.py ARGUMENTS --dry-run` in a folder, finished: code, stdout, stderr."""
-    words = [sys.executable, str(ROOT / "train.py"), *arguments.split(), "--dry-run"]
-    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300, **options)
+def run(arguments, folder):
+    """`train.py ARGUMENTS --dry-run` in a folder, within this process: code, stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = train.command_line([*arguments.split(), "--dry-run"])
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @cache
 def printed(arguments):
     """What a dry run prints; the folder that it runs in has nothing in it and stays so."""
-    import tempfile
     with tempfile.TemporaryDirectory() as folder:
         done = run(arguments, folder)
         assert done.returncode == 0, done.stderr
