@@ -1491,13 +1491,15 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(max(1, threads // count))
         if count > 1:
             dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
+            wait_for_all()
         try:
             for stage in wanted:
                 run_stage(stage, job)
         except (UserError, fid.UserError, RuntimeError):
             if rank == 0:
                 raise
-            sys.exit(1)  # rank 0 has stopped too, and says why
+            time.sleep(5)  # rank 0 has stopped too, says why, and ends this process; were it gone, this one would end now
+            sys.exit(1)
         if count > 1:
             dist.destroy_process_group()
 

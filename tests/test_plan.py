@@ -173,18 +173,18 @@ def test_length_follows_from_flops_and_utilisation():
     assert long == pytest.approx(4 * short, rel=0.01)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="resource is of Unix")
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is of Linux")
 def test_it_takes_little_memory_and_time(tmp_path):
-    code = (
-        "import resource, sys, time; start = time.process_time(); sys.path.insert(0, sys.argv.pop(1))\n"
+    code = (  # VmHWM and not ru_maxrss: that one remembers the size of the process that forked this one
+        "import re, sys, time; start = time.process_time(); sys.path.insert(0, sys.argv.pop(1))\n"
         "import train; train.main(sys.argv[1:])\n"
-        "usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'linux' else 2**30)\n"
+        "usage = int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 2**20\n"
         "print('cost', usage, time.process_time() - start)"
     )
     words = [sys.executable, "-c", code, str(ROOT), *STAGE2.split(), "--dry-run"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
     gib, seconds = map(float, done.stdout.splitlines()[-1].split()[1:])
-    assert gib < 1 and seconds < 60
+    assert gib < 1 and seconds < 60, (gib, seconds)
 
 
 # ---------------------------------------------------------------------------------------------- files, presets, mistakes
