@@ -211,7 +211,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="sample.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Draw pictures from a trained SemTok, or put pictures through its tokenizer. Prints where the result is.",
-        epilog="The defaults of --cfg and --steps are those that the run's size was tuned for.",
+        epilog="The default of --cfg is the paper's for its sizes; the tiny preset's was never swept.",
     )
     parser.error = lambda message: parser.exit(2, f"sample.py: {message}; --help explains every option\n")
     what = parser.add_mutually_exclusive_group(required=True)

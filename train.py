@@ -124,7 +124,8 @@ def draw_shape(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray
     """Picture `index` of the built-in world: (size, size, 3) uint8 and its class, index % 10 of SHAPES.
 
     A function of (split, seed, index) alone; `split`, "train" or "val", is part of the random key, so the two are
-    disjoint. One shape of random colour, size, place and rotation on a gradient, stripes or a woven texture.
+    disjoint. One shape of random colour, size, place and rotation (within 17 degrees) on a gradient, stripes or a woven
+    texture, of moderate contrast: easy enough to be learned in minutes.
     """
     rng = np.random.default_rng([list(DRAWN).index(split), seed, index])
     label, kind, direction = index % len(SHAPES), rng.integers(3), rng.uniform(0, 2 * np.pi)
