@@ -381,7 +381,7 @@ def unrotated(decoder):
     decoder.grid = (3, 5)
     for name, length in (("x_rope", 15), ("z_rope", CONFIG.tokens)):
         head_dim = CONFIG.decoder_width // CONFIG.decoder_heads
-        setattr(decoder, name, torch.stack([torch.ones(length, head_dim), torch.zeros(length, head_dim)]))
+        getattr(decoder, name).table = torch.stack([torch.ones(length, head_dim), torch.zeros(length, head_dim)])
     return decoder
 
 
@@ -440,10 +440,9 @@ def test_fresh_refiner_starts_as_the_prior_at_time_one_on_little_noise(sd35_file
     model.start_refiner()
     torch.manual_seed(5)
     noise = 0.1 * torch.randn(1, 16, 12, 12).expand(2, -1, -1, -1)
-    head_dim = config.decoder_width // config.decoder_heads
     for name in ("x_rope", "z_rope"):
-        length = getattr(decoder, name).shape[1]
-        setattr(decoder, name, torch.stack([torch.ones(length, head_dim), torch.zeros(length, head_dim)]))
+        rope = getattr(decoder, name)
+        rope.table = torch.stack([torch.ones_like(rope.table[0]), torch.zeros_like(rope.table[1])])
     codes, text = same_context(decoder, reference)
     theirs = reference(noise, text, torch.zeros(2, 24), torch.full((2,), 1000.0), return_dict=False)[0]
     agree(model.refine(codes), -theirs, SAME, "refiner")
