@@ -299,6 +299,16 @@ def test_siglip_in_shards(transformers, tmp_path):
     siglip_agrees(tmp_path, reference)
 
 
+def test_the_stated_size_of_siglip_2_is_what_its_architecture_gives(transformers):
+    import train
+
+    with torch.device("meta"):
+        sizes = {"vision_config": {"image_size": 256}, "text_config": {"vocab_size": 256_000}}
+        model = transformers.SiglipModel(transformers.SiglipConfig(**sizes))
+    assert sum(p.numel() for p in model.parameters()) == 375_234_050
+    assert train.WEIGHT_FILES["siglip"][2] == f"{4 * 375_234_050 / 1e9:.2f} GB"
+
+
 def test_siglip_of_unknown_width_asks_for_its_config(transformers, tmp_path):
     siglip_tower(transformers).save_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
