@@ -235,8 +235,9 @@ def fill_counts(tokens: int, steps: int) -> list[int]:
 
 
 def guidance(scale: float, share: float, schedule: str) -> float:
-    """The guidance scale when `share` of the tokens, this step's counted, is predicted: linear 1 + (s-1) share, or s."""
-    return 1 + (scale - 1) * share if schedule == "linear" else scale
+    """The guidance scale when `share` of the tokens, this step's counted, is predicted: "linear" 1 + (s-1) share, or
+    "constant" s. Raises KeyError for another schedule."""
+    return {"linear": 1 + (scale - 1) * share, "constant": scale}[schedule]
 
 
 def sample_groups(
@@ -277,4 +278,4 @@ def load_ar(path: str, device: str | torch.device = "cpu") -> tuple[MaskedAR, di
     with torch.device("meta"):
         model = MaskedAR(ARConfig(**json.loads(source.metadata["config"])))
     recipes = {name: only(name) for name in model.state_dict()}
-    return load_recipes(model, source, recipes, r"^$", "a SemTok AR transformer", device=device).eval().to(device), source.metadata
+    return load_recipes(model, source, recipes, r"^$", "a SemTok AR transformer", device=device).eval(), source.metadata

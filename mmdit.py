@@ -357,6 +357,8 @@ class TensorFiles:
         for file in files:
             if not os.path.isfile(file):
                 raise UserError(f"{file} does not exist: give a .safetensors file, or a folder that holds one")
+            if not os.access(file, os.R_OK):
+                raise UserError(f"{file} is there, and you have no permission to read it: change that, or give another file")
             try:
                 with safe_open(file, "pt") as handle:
                     self.metadata = self.metadata or handle.metadata() or {}

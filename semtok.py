@@ -481,7 +481,10 @@ def load_siglip(path: str, dtype: torch.dtype = torch.float32, device: str | tor
 
 @dataclass(frozen=True)
 class SemTokConfig:
-    """Sizes of a tokenizer. The defaults are the paper's (Table 8, 2^18 codes)."""
+    """Sizes of a tokenizer. The defaults are the paper's (Table 8, 2^18 codes).
+
+    Raises ValueError for a picture size that patches of the VAE's latents do not fill: its rest would silently be cut off.
+    """
 
     image_size: int = 256
     tokens: int = 256  # K
@@ -498,6 +501,10 @@ class SemTokConfig:
     quantizer: str = "bsq"  # or "lfq", Table 10
     entropy_group: int = 1
     vae: VAEConfig = field(default_factory=VAEConfig)
+
+    def __post_init__(self):
+        if self.image_size % (side := self.vae.factor * self.patch):
+            raise ValueError(f"pictures of {self.image_size} pixels a side are not made of patches of {side}")
 
     @property
     def grid(self) -> int:
@@ -562,7 +569,8 @@ class Decoder(MMDiT):
         self.x_embedder = PatchEmbed(config.vae.latent_channels, config.patch, width)
         self.t_embedder = TimestepEmbedder(width)
         self.final_layer = FinalLayer(width, config.patch, config.vae.latent_channels)
-        # SD3.5 has none of these two: on the CPU even when the rest is on the meta device, so that they are initialised
+        # SD3.5 has none of these two: on the CPU even when the rest is on the meta device, so that they are initialised.
+        # (A decoder built under another `with torch.device(...)` needs a .to() afterwards for them.)
         self.token_embedder = nn.Linear(config.bits, width, device="cpu")
         self.mask_tokens = nn.Parameter(torch.randn(config.grid**2, width, device="cpu") * 0.02)
         self.x_rope = RotaryTable(rope_2d(*self.grid, head_dim))
@@ -595,7 +603,7 @@ class SemTok(nn.Module):
         self.config = config
         self.vae = (vae or VAE(config.vae)).requires_grad_(False).eval()
         self.encoder = Encoder(config)
-        self.quantizer = BSQ(config.bits, config.entropy_group, spherical=config.quantizer == "bsq")
+        self.quantizer = BSQ(config.bits, config.entropy_group, spherical={"bsq": True, "lfq": False}[config.quantizer])
         self.decoder = decoder or Decoder(config)
         self.w_x = nn.Linear(config.encoder_width, config.semantic_width)
         # On the flattened tokens: each has its own identity, and a mean over them would leave only d numbers.
@@ -656,7 +664,7 @@ class SemTok(nn.Module):
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> codes (B, K, d), +-1/sqrt(d); `bsq.codes_to_bits` makes bits of them."""
+        """Pictures (B, 3, H, W) in [-1, 1] -> codes (B, K, d), +-1/sqrt(d) (LFQ: +-1); `bsq.codes_to_bits` makes bits of them."""
         return self.quantizer(self.encoder(self.vae.encode(pictures))[1])[0]
 
     @torch.no_grad()
@@ -707,7 +715,7 @@ def load_semtok(path: str, device: str | torch.device = "cpu") -> tuple[SemTok, 
     with torch.device("meta"):
         model = SemTok(SemTokConfig.from_dict(json.loads(source.metadata["config"])))
     recipes = {name: only(name) for name in model.state_dict()}
-    return load_recipes(model, source, recipes, r"^$", "a SemTok tokenizer", device=device).eval().to(device), source.metadata
+    return load_recipes(model, source, recipes, r"^$", "a SemTok tokenizer", device=device).eval(), source.metadata
 
 
 def tokenizer_metadata(model: SemTok, **entries) -> dict[str, str]:

@@ -88,6 +88,15 @@ def test_siglip_base_is_twelve_layers_of_768():
     assert millions(tower) == pytest.approx(85.8, abs=0.1)  # without the pooling head
 
 
+def test_choices_that_do_not_exist_are_errors():
+    with pytest.raises(ValueError, match="250 pixels"):
+        semtok.SemTokConfig(image_size=250)
+    with torch.device("meta"), pytest.raises(KeyError, match="BSQ"):
+        semtok.SemTok(semtok.SemTokConfig(quantizer="BSQ", decoder_depth=1, encoder_depth=1))
+    with pytest.raises(KeyError, match="cosine"):
+        ar.guidance(3.0, 0.5, "cosine")
+
+
 @pytest.mark.parametrize("bits, expected", [(18, 0.070), (32, 0.125)])
 def test_bits_per_pixel(bits, expected):
     assert round(semtok.SemTokConfig(bits=bits).bits_per_pixel, 3) == expected

@@ -680,6 +680,16 @@ def test_bsq_codes_and_index_equal_loops(bits):
     assert torch.equal(back > 0, codes > 0)
 
 
+def test_codes_beyond_63_bits_have_no_number_but_are_counted():
+    bits = torch.ones(3, 63, dtype=torch.bool)
+    assert bsq.bits_to_index(bits).tolist() == [2**63 - 1] * 3
+    bits = torch.zeros(4, 80, dtype=torch.bool)
+    bits[2, 79] = bits[3, 70] = True
+    assert bsq.code_usage(bits)["used"] == 0.75
+    with pytest.raises(ValueError, match="80 bits"):
+        bsq.bits_to_index(bits)
+
+
 @pytest.mark.parametrize("group_size", [1, 2, 3, 6])
 @pytest.mark.parametrize("spherical", [True, False])
 def test_bsq_entropies_equal_a_softmax_over_all_corners(group_size, spherical):
@@ -840,6 +850,14 @@ def test_published_forms_that_resemble_the_right_ones_are_told_apart(diffusers, 
     (tmp_path / "scaling_factor018215" / "config.json").unlink()
     with pytest.raises(UserError, match="unexpected.* post_quant_conv.bias"):
         semtok.load_vae(str(tmp_path / "scaling_factor018215"))
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    path = written(tmp_path / "model.safetensors", "encoder.conv_in.weight")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # who runs the tests may be allowed everything
+    with pytest.raises(UserError) as error:
+        semtok.load_vae(path)
+    one_sentence(error, path, "permission")
 
 
 def test_two_copies_in_one_folder_are_not_chosen_between(tmp_path):
