@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bsq import bits_to_codes, bits_to_index, index_to_bits, mean_over_ranks
-from mmdit import TensorFiles, UserError, attend, describe_keys, gated, load_recipes, modulate, normed_rotated, only, rope_1d
+from mmdit import (
+    RotaryTable, TensorFiles, UserError, attend, describe_keys, gated, load_recipes, modulate, normed_rotated, only, rope_1d,
+)
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class MaskedAR(nn.Module):
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.final_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.head = nn.Linear(width, config.bits // config.group_bits * 2**config.group_bits)
-        self.register_buffer("rope", rope_1d(config.tokens + 1, width // config.heads), persistent=False)
+        self.rope = RotaryTable(rope_1d(config.tokens + 1, width // config.heads))
         self.checkpoint_activations = False
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2 and name.endswith("weight"):
@@ -137,9 +139,9 @@ class MaskedAR(nn.Module):
         modulation = self.modulation(class_token).unflatten(-1, (6, -1))
         for block in self.blocks:
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulation, self.rope, use_reentrant=False)
+                x = checkpoint(block, x, modulation, self.rope.table, use_reentrant=False)
             else:
-                x = block(x, modulation, self.rope)
+                x = block(x, modulation, self.rope.table)
         shift, scale = self.final_modulation(class_token)[:, None].chunk(2, -1)
         return modulate(self.norm(x[:, 1:]), shift, scale)
 
@@ -233,8 +235,9 @@ def fill_counts(tokens: int, steps: int) -> list[int]:
 
 
 def guidance(scale: float, share: float, schedule: str) -> float:
-    """The guidance scale when `share` of the tokens, this step's counted, is predicted: linear 1 + (s-1) share, or s."""
-    return 1 + (scale - 1) * share if schedule == "linear" else scale
+    """The guidance scale when `share` of the tokens, this step's counted, is predicted: "linear" 1 + (s-1) share, or
+    "constant" s. Raises KeyError for another schedule."""
+    return {"linear": 1 + (scale - 1) * share, "constant": scale}[schedule]
 
 
 def sample_groups(
@@ -275,4 +278,4 @@ def load_ar(path: str, device: str | torch.device = "cpu") -> tuple[MaskedAR, di
     with torch.device("meta"):
         model = MaskedAR(ARConfig(**json.loads(source.metadata["config"])))
     recipes = {name: only(name) for name in model.state_dict()}
-    return load_recipes(model, source, recipes, r"^$", "a SemTok AR transformer", device=device).eval().to(device), source.metadata
+    return load_recipes(model, source, recipes, r"^$", "a SemTok AR transformer", device=device).eval(), source.metadata

@@ -30,7 +30,12 @@ def bits_to_codes(bits: torch.Tensor, spherical: bool = True) -> torch.Tensor:
 
 
 def bits_to_index(bits: torch.Tensor) -> torch.Tensor:
-    """Eq. 3, the code number: the FIRST channel is the LEAST significant bit. (..., d) -> (...) int64, d <= 62."""
+    """Eq. 3, the code number: the FIRST channel is the LEAST significant bit. (..., d) -> (...) int64.
+
+    Raises ValueError above 63 bits, which int64 cannot number.
+    """
+    if bits.shape[-1] > 63:
+        raise ValueError(f"codes of {bits.shape[-1]} bits have no number in int64: keep the bits themselves")
     # int64, because 2^32 codes do not fit in int32 (nor 2^24 of them in a float).
     return (bits.long() << torch.arange(bits.shape[-1], device=bits.device)).sum(-1)
 
@@ -53,7 +58,7 @@ def code_usage(bits: torch.Tensor) -> dict[str, float]:
     """
     flat = bits.reshape(-1, bits.shape[-1])
     share = flat.float().mean(0)
-    distinct = bits_to_index(flat).unique().numel()
+    distinct = len(bits_to_index(flat).unique() if flat.shape[-1] <= 63 else flat.unique(dim=0))
     return {
         "used": distinct / min(len(flat), 2 ** flat.shape[-1]),
         "imbalance": (share - 0.5).abs().mean().item(),
@@ -75,8 +80,9 @@ class BSQ(nn.Module):
     """The quantiser of Eq. 3 and its entropy loss, Eq. 4. It has no parameters.
 
     bits: d, channels of a token. group_size: bits whose joint distribution the entropy of the average code is taken
-    over (1: per bit, as BSQ does at 18 bits; FlowMo takes 9); it must divide `bits`. temperature: tau of the soft
-    assignment. spherical: False is LFQ. Raises ValueError for a group size that does not divide the bits.
+    over (1: per bit, as BSQ does at 18 bits; FlowMo takes 9); it must divide `bits`, and its tables take 2^group_size
+    numbers a group and token. temperature: tau of the soft assignment. spherical: False is LFQ. Raises ValueError for a
+    group size that does not divide the bits.
     """
 
     def __init__(self, bits: int, group_size: int = 1, temperature: float = 1.0, spherical: bool = True):

@@ -26,9 +26,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 def _angles(length: int, count: int, theta: float) -> torch.Tensor:
-    # The device is named, so that a model built on the meta device still has real tables.
-    frequencies = theta ** (-torch.arange(count, device="cpu") / count)
-    return torch.arange(length, device="cpu")[:, None] * frequencies  # (length, count)
+    # Device and type are named: a model built on the meta device still has real tables, one built in bfloat16 exact ones.
+    steps, positions = (torch.arange(n, dtype=torch.float32, device="cpu") for n in (count, length))
+    return positions[:, None] * theta ** (-steps / count)  # (length, count)
 
 
 def _table(angles: torch.Tensor) -> torch.Tensor:
@@ -42,7 +42,8 @@ def rope_1d(length: int, head_dim: int, theta: float = 10000.0) -> torch.Tensor:
 
 
 def rope_2d(height: int, width: int, head_dim: int, theta: float = 10000.0) -> torch.Tensor:
-    """Rotations on a grid, half of each head by row and half by column: a table (2, height * width, head_dim)."""
+    """Rotations on a grid, half of each head by row and half by column: a table (2, height * width, head_dim), tokens row
+    by row. head_dim must divide by 4."""
     rows = _angles(height, head_dim // 4, theta)[:, None].expand(-1, width, -1)  # (height, width, head_dim/4)
     columns = _angles(width, head_dim // 4, theta)[None].expand(height, -1, -1)
     return _table(torch.cat([rows, columns], -1).flatten(0, 1))
@@ -52,6 +53,19 @@ def apply_rope(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     """Rotate x (..., L, head_dim) by rope (2, L, head_dim): channel i turns with channel i + head_dim/2."""
     cos, sin = rope.to(x.dtype)
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+class RotaryTable(nn.Module):
+    """Holds a `table` of `rope_1d` or `rope_2d` that moves with its model and stays float32 whatever the model is cast to:
+    bfloat16's 8 bits of cosine and sine would make every rotation a slightly different one. Not part of the state dict."""
+
+    def __init__(self, table: torch.Tensor):
+        super().__init__()
+        self.register_buffer("table", table, persistent=False)
+
+    def _apply(self, fn, recurse=True):  # what .to(), .cuda(), .bfloat16() and their like all come down to
+        self.table = self.table.to(fn(self.table).device)
+        return self
 
 
 def normed_rotated(qkv: torch.Tensor, heads: int, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm, rope: torch.Tensor):
@@ -167,7 +181,7 @@ class JointBlock(nn.Module):
 
         attention = gated(x_block.attn.proj(from_x), xm[2])
         if x_block.dual:
-            own = attend(*x_block.attn2(modulate(x_norm, *(xm[6:8] if x_block.adaln else (None, None))), x_rope))
+            own = attend(*x_block.attn2(modulate(x_norm, xm[6], xm[7]), x_rope))
             attention = attention + gated(x_block.attn2.proj(own), xm[8])
         x = x_block.finish(x, attention, xm)
         if not context_block.pre_only:
@@ -218,7 +232,8 @@ def _init_linear(module: nn.Module) -> None:
 
 
 class PatchEmbed(nn.Module):
-    """Cut latents into patches and project them: (B, channels, H, W) -> (B, H/p * W/p, width), row by row."""
+    """Cut latents into patches and project them: (B, channels, H, W) -> (B, H/p * W/p, width), row by row. Latents of any
+    float type: they take the weights'."""
 
     def __init__(self, channels: int, patch: int, width: int):
         super().__init__()
@@ -228,7 +243,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        return self.proj(latents).flatten(2).transpose(1, 2)
+        return self.proj(latents.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
 
 
 class TimestepEmbedder(nn.Module):
@@ -243,7 +258,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """See the class."""
         half = self.frequencies // 2
-        scales = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / half))
+        scales = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / half))
         angles = 1000 * t.float()[:, None] * scales
         waves = torch.cat([angles.cos(), angles.sin()], -1)
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
@@ -279,6 +294,8 @@ class UserError(Exception):
 
 # What a file seems to be, by keys that only that kind has. Most telling first.
 _KINDS = (
+    (r"(weights|ema|adam)/.*", "a training state of SemTok"),
+    (r"(encoder|decoder)\.joint_blocks\..*", "a SemTok tokenizer"),
     (r"(.*\.)?input_blocks\..*|.*label_emb\..*", "a Stable Diffusion 1, 2 or XL U-Net"),
     (r"down_blocks\.\d+\.attentions\..*", "a diffusers U-Net (Stable Diffusion 1, 2 or XL)"),
     (r"(.*\.)?(double_blocks|single_blocks|single_transformer_blocks)\..*", "a FLUX transformer"),
@@ -299,7 +316,7 @@ _KINDS = (
 def describe_keys(keys) -> str:
     """In a few words, what a state dict with these keys seems to be."""
     for pattern, name in _KINDS:
-        if any(re.fullmatch(pattern, key) or re.match(pattern, key) for key in keys):
+        if any(re.match(pattern, key) for key in keys):
             return name
     return f"an unknown file (keys such as {', '.join(sorted(keys)[:3]) or 'none at all'})"
 
@@ -320,7 +337,8 @@ class TensorFiles:
     """Tensors by name out of one safetensors file or a folder of shards, read one at a time and never held.
 
     `shapes`: name -> shape. `metadata`: of the first file. `get(name)` reads one tensor (CPU). Raises UserError
-    for a path that is not there, a folder without safetensors, and files that are truncated or something else.
+    for a path that is not there, a folder without safetensors or with two files of the same tensor, and files that are
+    truncated or something else.
     """
 
     def __init__(self, path: str):
@@ -339,10 +357,14 @@ class TensorFiles:
         for file in files:
             if not os.path.isfile(file):
                 raise UserError(f"{file} does not exist: give a .safetensors file, or a folder that holds one")
+            if not os.access(file, os.R_OK):
+                raise UserError(f"{file} is there, and you have no permission to read it: change that, or give another file")
             try:
                 with safe_open(file, "pt") as handle:
                     self.metadata = self.metadata or handle.metadata() or {}
                     for name in handle.keys():
+                        if name in self.shapes:  # two models, or two copies of one: reading the last would be a guess
+                            raise UserError(f"{file} and {self._file_of[name]} both hold {name}: give the one file that is meant")
                         self.shapes[name] = tuple(handle.get_slice(name).get_shape())
                         self._file_of[name] = file
             except (SafetensorError, OSError) as error:
@@ -386,7 +408,7 @@ def load_recipes(
     new: regular expression of parameters that the file does not have and that keep their initialisation. wanted: what
     the file should be, for the message. Parameters on the meta device are made real on `device` one at a time, in the
     dtype they were declared with, so the peak is the module plus one tensor; what the file does not have follows them
-    there. Raises UserError naming every missing, unexpected or misshapen key.
+    there. Raises UserError naming the missing, unexpected and misshapen keys: eight of each, and how many more there are.
     """
     found = f"{source.path} looks like {describe_keys(source.shapes)}"
     targets = module.state_dict()

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from bsq import BSQ
 from mmdit import (
-    FeedForward, FinalLayer, MMDiT, PatchEmbed, TensorFiles, TimestepEmbedder, UserError, attend, describe_keys,
+    FeedForward, FinalLayer, MMDiT, PatchEmbed, RotaryTable, TensorFiles, TimestepEmbedder, UserError, attend, describe_keys,
     load_recipes, only, read_json, rope_1d, rope_2d,
 )
 
@@ -295,12 +295,12 @@ class VAE(nn.Module):
 
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> normalised latents (B, latent_channels, H/f, W/f): the posterior's mean."""
-        pictures = pictures.contiguous(memory_format=torch.channels_last)  # convolutions run up to twice as fast in it
+        pictures = pictures.to(self.encoder.conv_in.weight.dtype, memory_format=torch.channels_last)  # up to twice as fast
         return (self.encoder(pictures).chunk(2, 1)[0] - self.SHIFT) * self.SCALE
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Normalised latents (B, latent_channels, h, w) -> (B, 3, f h, f w), about [-1, 1], not clamped."""
-        latents = (latents / self.SCALE + self.SHIFT).contiguous(memory_format=torch.channels_last)
+        latents = (latents / self.SCALE + self.SHIFT).to(self.decoder.conv_in.weight.dtype, memory_format=torch.channels_last)
         return self.decoder(latents)
 
 
@@ -316,18 +316,31 @@ def _vae_diffusers_name(name: str, levels: int) -> str:
     return name.replace("nin_shortcut", "conv_shortcut").replace("norm_out", "conv_norm_out")
 
 
+def _config_beside(path: str) -> dict:
+    """The config.json in a folder, or in that of a file; empty without one."""
+    file = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
+    return read_json(file) if os.path.isfile(file) else {}
+
+
 def load_vae(path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> VAE:
     """The VAE out of `sd3.5_medium.safetensors`, a diffusers `vae/` folder (or the folder above it), or a file of its own.
 
-    Its sizes are read off the tensors' shapes. Raises UserError for files of another kind.
+    Its sizes are read off the tensors' shapes. Raises UserError for files of another kind. FLUX's VAE has the very same
+    shapes: what gives it away is its diffusers config.json; as a lone `ae.safetensors` it passes for SD3's.
     """
     wanted = "the VAE of SD3 or SD3.5 (sd3.5_medium.safetensors, or the model's vae folder)"
     if os.path.isdir(os.path.join(path, "vae")):
         path = os.path.join(path, "vae")
-    source = TensorFiles(path)
+    source, constants = TensorFiles(path), _config_beside(path)
+    theirs = constants.get("shift_factor"), constants.get("scaling_factor")
+    if "scaling_factor" in constants and theirs != (VAE.SHIFT, VAE.SCALE):
+        raise UserError(
+            f"{path} is another model's VAE (its config.json has shift_factor {theirs[0]} and scaling_factor {theirs[1]}, SD3.5's "
+            f"are {VAE.SHIFT} and {VAE.SCALE}), and {wanted} is needed"
+        )
     prefix = "first_stage_model." if any(key.startswith("first_stage_model.") for key in source.shapes) else ""
-    theirs = "encoder.down_blocks.0.resnets.0.conv1.weight" in source.shapes
-    pattern = r"encoder\.down_blocks\.(\d)\.resnets\.(\d)" if theirs else rf"{re.escape(prefix)}encoder\.down\.(\d)\.block\.(\d)"
+    diffusers = "encoder.down_blocks.0.resnets.0.conv1.weight" in source.shapes
+    pattern = r"encoder\.down_blocks\.(\d)\.resnets\.(\d)" if diffusers else rf"{re.escape(prefix)}encoder\.down\.(\d)\.block\.(\d)"
     blocks = {m.groups(): s[0] for k, s in source.shapes.items() if (m := re.fullmatch(pattern + r"\.conv1\.weight", k))}
     conv_in = source.shapes.get(f"{prefix}decoder.conv_in.weight")
     if not blocks or conv_in is None:
@@ -338,7 +351,7 @@ def load_vae(path: str, dtype: torch.dtype = torch.float32, device: str | torch.
         vae = VAE(config).to(dtype)
 
     def recipe(name: str, shape: torch.Size):
-        if not theirs:
+        if not diffusers:
             return only(prefix + name)
         reshape = (lambda t: t[:, :, None, None] if t.ndim == 2 else t) if len(shape) == 4 else None
         return only(_vae_diffusers_name(name, len(channels)), make=reshape)
@@ -362,6 +375,12 @@ class SigLIPConfig:
     hidden: int = 3072
     patch: int = 16
     grid: int = 16
+    margin: int = 0  # pixels right and below that no patch covers: 6 in so400m-patch14-384, where 27 patches make 378
+
+    @property
+    def side(self) -> int:
+        """The pixels a side that the tower was trained on."""
+        return self.grid * self.patch + self.margin
 
 
 class SigLIPAttention(nn.Module):
@@ -409,10 +428,11 @@ class SigLIP(nn.Module):
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1], resized to the tower's own size -> patch features (B, width, grid, grid)."""
-        side = self.config.patch * self.config.grid
+        side = self.config.side
         if pictures.shape[-2:] != (side, side):
             pictures = F.interpolate(pictures, (side, side), mode="bilinear", antialias=True)
-        x = self.embeddings.patch_embedding(pictures).flatten(2).transpose(1, 2)  # (B, grid^2, width)
+        patches = self.embeddings.patch_embedding(pictures.to(self.post_layernorm.weight.dtype))  # (B, width, grid, grid)
+        x = patches.flatten(2).transpose(1, 2)  # (B, grid^2, width)
         x = x + self.embeddings.position_embedding.weight
         for layer in self.encoder.layers:
             x = layer(x)
@@ -425,8 +445,9 @@ _SIGLIP_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 16}  # published wid
 def load_siglip(path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> SigLIP:
     """A vision tower out of a SigLIP or SigLIP 2 file or folder (fixed resolution), with or without its text tower.
 
-    Sizes are read off the shapes; the number of heads from a config.json beside the file, else from the table of
-    published widths. Raises UserError for other files, NaFlex models and text models among them.
+    Sizes are read off the shapes; what they do not tell (heads, and pixels that the patches leave over) from SigLIP's
+    config.json beside the file, else from the published sizes. Raises UserError for other files, NaFlex models and text
+    models among them.
     """
     wanted = "the vision tower of a fixed-resolution SigLIP or SigLIP 2 (such as siglip2-base-patch16-256)"
     source = TensorFiles(path)
@@ -437,16 +458,17 @@ def load_siglip(path: str, dtype: torch.dtype = torch.float32, device: str | tor
         kind = "a NaFlex SigLIP 2 (its patches are a Linear)" if patches and len(patches) == 2 else describe_keys(source.shapes)
         raise UserError(f"{path} looks like {kind}, and {wanted} is needed")
     width, layers = patches[0], rf"{prefix}encoder\.layers\.(\d+)\.layer_norm1\.weight"
-    config_file = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
-    heads = _SIGLIP_HEADS.get(width)
-    if os.path.isfile(config_file):
-        entries = read_json(config_file)
-        heads = entries.get("vision_config", entries).get("num_attention_heads", heads)
+    entries = _config_beside(path)
+    if "_class_name" in entries or not str(entries.get("model_type", "siglip")).startswith("siglip"):
+        entries = {}  # of another model that is kept in the same folder
+    entries, grid = entries.get("vision_config", entries), round(positions[0] ** 0.5)
+    heads = entries.get("num_attention_heads", _SIGLIP_HEADS.get(width))
+    size = entries.get("image_size", 384 if (patches[2], grid) == (14, 27) else 0)
     if heads is None or width % heads:
         raise UserError(f"{path} is {width} wide and its number of heads is unknown: put the model's config.json beside it")
     hidden = source.shapes.get(f"{prefix}encoder.layers.0.mlp.fc1.weight", (4 * width,))[0]
     depth = sum(bool(re.fullmatch(layers, key)) for key in source.shapes)
-    config = SigLIPConfig(width, depth, heads, hidden, patches[2], round(positions[0] ** 0.5))
+    config = SigLIPConfig(width, depth, heads, hidden, patches[2], grid, size % patches[2])
     with torch.device("meta"):
         tower = SigLIP(config).to(dtype)
     # Not used: the attention pooling head (SemTok pools by the mean), the text tower and the loss's two scalars.
@@ -459,7 +481,10 @@ def load_siglip(path: str, dtype: torch.dtype = torch.float32, device: str | tor
 
 @dataclass(frozen=True)
 class SemTokConfig:
-    """Sizes of a tokenizer. The defaults are the paper's (Table 8, 2^18 codes)."""
+    """Sizes of a tokenizer. The defaults are the paper's (Table 8, 2^18 codes).
+
+    Raises ValueError for a picture size that patches of the VAE's latents do not fill: its rest would silently be cut off.
+    """
 
     image_size: int = 256
     tokens: int = 256  # K
@@ -476,6 +501,10 @@ class SemTokConfig:
     quantizer: str = "bsq"  # or "lfq", Table 10
     entropy_group: int = 1
     vae: VAEConfig = field(default_factory=VAEConfig)
+
+    def __post_init__(self):
+        if self.image_size % (side := self.vae.factor * self.patch):
+            raise ValueError(f"pictures of {self.image_size} pixels a side are not made of patches of {side}")
 
     @property
     def grid(self) -> int:
@@ -515,13 +544,13 @@ class Encoder(MMDiT):
         self.mask_tokens = nn.Parameter(torch.randn(config.tokens, width) * 0.02)
         self.norm_out = nn.LayerNorm(width, eps=1e-6)
         self.to_bits = nn.Linear(width, config.bits)
-        self.register_buffer("x_rope", rope_2d(config.grid, config.grid, head_dim), persistent=False)
-        self.register_buffer("z_rope", rope_1d(config.tokens, head_dim), persistent=False)
+        self.x_rope = RotaryTable(rope_2d(config.grid, config.grid, head_dim))
+        self.z_rope = RotaryTable(rope_1d(config.tokens, head_dim))
 
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised latents (B, channels, h, w) -> x (B, h w / p^2, width), z (B, K, d)."""
         tokens = self.mask_tokens.expand(len(latents), -1, -1)
-        x, z = super().forward(self.x_embedder(latents), tokens, self.x_rope, self.z_rope)
+        x, z = super().forward(self.x_embedder(latents), tokens, self.x_rope.table, self.z_rope.table)
         return x, self.to_bits(self.norm_out(z))
 
 
@@ -540,11 +569,12 @@ class Decoder(MMDiT):
         self.x_embedder = PatchEmbed(config.vae.latent_channels, config.patch, width)
         self.t_embedder = TimestepEmbedder(width)
         self.final_layer = FinalLayer(width, config.patch, config.vae.latent_channels)
-        # SD3.5 has none of these two: on the CPU even when the rest is on the meta device, so that they are initialised
+        # SD3.5 has none of these two: on the CPU even when the rest is on the meta device, so that they are initialised.
+        # (A decoder built under another `with torch.device(...)` needs a .to() afterwards for them.)
         self.token_embedder = nn.Linear(config.bits, width, device="cpu")
         self.mask_tokens = nn.Parameter(torch.randn(config.grid**2, width, device="cpu") * 0.02)
-        self.register_buffer("x_rope", rope_2d(*self.grid, head_dim), persistent=False)
-        self.register_buffer("z_rope", rope_1d(config.tokens, head_dim), persistent=False)
+        self.x_rope = RotaryTable(rope_2d(*self.grid, head_dim))
+        self.z_rope = RotaryTable(rope_1d(config.tokens, head_dim))
 
     def forward(self, codes: torch.Tensor, noisy: torch.Tensor | None = None, t: torch.Tensor | None = None):
         """codes (B, K, d) -> (B, channels, h, w).
@@ -557,7 +587,7 @@ class Decoder(MMDiT):
         else:
             x = self.x_embedder(noisy)
         context, conditioning = self.token_embedder(codes.to(self.token_embedder.weight.dtype)), self.t_embedder(t)
-        x, _ = super().forward(x, context, self.x_rope, self.z_rope, conditioning)
+        x, _ = super().forward(x, context, self.x_rope.table, self.z_rope.table, conditioning)
         return self.final_layer(x, conditioning, self.grid)
 
 
@@ -573,7 +603,7 @@ class SemTok(nn.Module):
         self.config = config
         self.vae = (vae or VAE(config.vae)).requires_grad_(False).eval()
         self.encoder = Encoder(config)
-        self.quantizer = BSQ(config.bits, config.entropy_group, spherical=config.quantizer == "bsq")
+        self.quantizer = BSQ(config.bits, config.entropy_group, spherical={"bsq": True, "lfq": False}[config.quantizer])
         self.decoder = decoder or Decoder(config)
         self.w_x = nn.Linear(config.encoder_width, config.semantic_width)
         # On the flattened tokens: each has its own identity, and a mean over them would leave only d numbers.
@@ -634,7 +664,7 @@ class SemTok(nn.Module):
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> codes (B, K, d), +-1/sqrt(d); `bsq.codes_to_bits` makes bits of them."""
+        """Pictures (B, 3, H, W) in [-1, 1] -> codes (B, K, d), +-1/sqrt(d) (LFQ: +-1); `bsq.codes_to_bits` makes bits of them."""
         return self.quantizer(self.encoder(self.vae.encode(pictures))[1])[0]
 
     @torch.no_grad()
@@ -685,7 +715,7 @@ def load_semtok(path: str, device: str | torch.device = "cpu") -> tuple[SemTok, 
     with torch.device("meta"):
         model = SemTok(SemTokConfig.from_dict(json.loads(source.metadata["config"])))
     recipes = {name: only(name) for name in model.state_dict()}
-    return load_recipes(model, source, recipes, r"^$", "a SemTok tokenizer", device=device).eval().to(device), source.metadata
+    return load_recipes(model, source, recipes, r"^$", "a SemTok tokenizer", device=device).eval(), source.metadata
 
 
 def tokenizer_metadata(model: SemTok, **entries) -> dict[str, str]:

@@ -616,8 +616,8 @@ class Pretraining(nn.Module):
         super().__init__()
         self.job, self.dataset = job, Flipped(job.train)
         # Frozen networks stand in a dict, not among the submodules: never trained, averaged, saved or put in train mode.
-        self.frozen = {"siglip": load_siglip(job.weights["siglip"]).requires_grad_(False).to(job.device)}
-        vae = load_vae(job.weights["vae"])
+        self.frozen = {"siglip": load_siglip(job.weights["siglip"], device=job.device).requires_grad_(False)}
+        vae = load_vae(job.weights["vae"], device=job.device)
         config = replace(PRESETS[job.args.preset], semantic_width=self.frozen["siglip"].config.width, vae=vae.config)
         if job.args.bits:
             config = replace(config, bits=job.args.bits)
@@ -625,7 +625,7 @@ class Pretraining(nn.Module):
         if "sd35" in job.weights:
             with torch.device("meta"):
                 decoder = Decoder(config)
-            load_sd35(decoder, job.weights["sd35"])
+            load_sd35(decoder, job.weights["sd35"], job.device)  # straight there: in float32 it is 9 GB
         self.semtok = SemTok(config, vae, decoder)
         self.semtok.decoder.mask_tokens.requires_grad_(False)  # they join in stage II
 
@@ -674,13 +674,13 @@ class Refining(nn.Module):
     def __init__(self, job: Job):
         super().__init__()
         self.job, self.dataset = job, Flipped(job.train)
-        self.semtok, _ = load_semtok(need(job.path("stage1.safetensors"), "1", job))
+        self.semtok, _ = load_semtok(need(job.path("stage1.safetensors"), "1", job), job.device)
         self.first_samples = None  # stage 1's row of the preview: drawn once, before anything moves
         self.semtok.train().start_refiner()
         self.semtok.vae.requires_grad_(False)
         self.semtok.decoder.x_embedder.requires_grad_(False)  # nothing noisy comes in any more
         networks = {
-            "siglip": load_siglip(job.weights["siglip"]).requires_grad_(False),
+            "siglip": load_siglip(job.weights["siglip"], device=job.device).requires_grad_(False),
             "lpips": fid.load_lpips(job.weights["vgg"], job.weights["lpips"]),
             "resnet": load_resnet(job.weights["resnet"]),
         }
@@ -1164,16 +1164,18 @@ _SIGLIP = "https://huggingface.co/google/siglip2-base-patch16-256/resolve/main/"
 WEIGHT_FILES = {  # other people's weights, by flag: the name to save as, where it is, its size, whether it is gated
     "sd35": ("sd3.5_medium.safetensors", _SD35 + "sd3.5_medium.safetensors", "5.11 GB", True),
     "vae": ("sd3.5_vae.safetensors", _SD35 + "vae/diffusion_pytorch_model.safetensors", "168 MB", True),
-    "siglip": ("siglip2-base-patch16-256.safetensors", _SIGLIP + "model.safetensors", "the file", False),
+    # its size is computed, not looked up: 375,234,050 float32 numbers, text tower included
+    "siglip": ("siglip2-base-patch16-256.safetensors", _SIGLIP + "model.safetensors", "1.50 GB", False),
     "vgg": (fid.VGG[0], fid.VGG[2], "528 MiB", False),
     "lpips": (fid.HEADS[0], fid.HEADS[2], "7 kB", False),
     "resnet": ("resnet50-0676ba61.pth", "https://download.pytorch.org/models/resnet50-0676ba61.pth", "98 MiB", False),
 }
-NEEDED = {"0": (), "1": ("sd35", "siglip"), "2": ("siglip", "vgg", "lpips", "resnet"), "ar": ()}
+NEEDED = {"0": (), "1": ("sd35", "vae", "siglip"), "2": ("siglip", "vgg", "lpips", "resnet"), "ar": ()}
 PUBLISHED = {  # parameters in millions, by the paper, and of the VAE by SD3.5's file
     "encoder": 113, "decoder": 2236, "AR L": 318, "AR XL": 746, "AR XXL": 1200, "VAE encoder": 34.3, "VAE decoder": 49.5,
 }
 PEAK, UTILISATION = 989e12, 0.4  # FLOP/s: an H100's dense bfloat16, and the share of it that a transformer may reach
+CPU_PEAK, CPU_UTILISATION = 92e9, 0.3  # of two cores on large float32 products, and what the tiny stages got: 12% to 43%
 CARD = 78 * 2**30  # bytes: what a GPU of "80 GB" leaves to a program
 
 
@@ -1182,8 +1184,8 @@ def missing_files(args: argparse.Namespace, stage: str) -> list[str]:
     sentences, weights, tiny = [], Job(args, None, None, None).weights, args.preset == "tiny"
     for flag in NEEDED[stage]:
         path, (name, address, size, gated) = weights.get(flag), WEIGHT_FILES[flag]
-        if (path and os.path.exists(path)) or (tiny and not path):
-            continue
+        if (path and os.path.exists(path)) or (tiny and not path) or (flag == "vae" and path == weights.get("sd35")):
+            continue  # the VAE comes with --sd35
         if tiny and not getattr(args, flag):
             sentences.append(f"{path} is missing: {command(args, '0')} makes it, which stage 1 runs by itself")
             continue
@@ -1324,9 +1326,7 @@ def plan(args: argparse.Namespace) -> str:
     stage, paper, config = args.stage, args.preset == "paper", PRESETS[args.preset]
     recipe = Job(args, None, None, None).recipe(stage)
     gpus, bits, side = args.gpus or (8 if paper else 1), args.bits or config.bits, config.image_size
-    (large, flop), (room, byte), (span, clock) = (1e9, "GFLOP"), (2**20, "MiB"), (1, "seconds")
-    if paper:
-        (large, flop), (room, byte), (span, clock) = (1e12, "TFLOP"), (2**30, "GiB"), (3600, "hours")
+    (large, flop), (room, byte) = ((1e12, "TFLOP"), (2**30, "GiB")) if paper else ((1e9, "GFLOP"), (2**20, "MiB"))
     if recipe.batch_size % gpus:
         raise UserError(f"a batch of {recipe.batch_size} does not divide by {gpus} GPUs: change --batch-size or --gpus")
     batch = recipe.batch_size // gpus
@@ -1381,11 +1381,23 @@ def plan(args: argparse.Namespace) -> str:
         "a few GiB, come on top. FSDP shards what is trained.", "",
     ]
     for note, flops in (("", totals[1]), (", checkpointed", lean_totals[1])):
-        length = recipe.steps * recipe.batch_size * flops / (PEAK * UTILISATION) / span
-        lines.append(f"length{note}: {length:,.4g} GPU-{clock}, {length / gpus:,.3g} {clock} on {gpus} GPU{'s' * (gpus > 1)}")
-    speed = f"{UTILISATION:.0%} of an H100's {PEAK / 1e12:.0f} TFLOP/s, dense bfloat16"
-    lines.append(f"  at {speed}; a floor for convolutions and small networks, which reach less")
+        work = recipe.steps * recipe.batch_size * flops
+        hours, seconds = work / (PEAK * UTILISATION) / 3600, work / (CPU_PEAK * CPU_UTILISATION)
+        took = f"{hours:,.4g} GPU-hours, {hours / gpus:,.3g} hours on {gpus} GPU{'s' * (gpus > 1)}"
+        lines.append(f"length{note}: {took if paper else f'{seconds:,.3g} seconds on two CPU cores'}")
+    if paper:
+        lines.append(f"  at {UTILISATION:.0%} of an H100's {PEAK / 1e12:.0f} TFLOP/s, dense bfloat16; a floor for convolutions, which reach less")
+    else:
+        lines.append(f"  at {CPU_UTILISATION:.0%} of the {CPU_PEAK / 1e9:.0f} GFLOP/s that they reach on large products: the right order, not more")
     missing = missing_files(args, stage)
+    if paper and not os.path.isdir(args.data or ""):
+        missing.append(
+            f"--data {args.data + ' is no folder' if args.data else 'is not given'} (ImageNet-1k's training pictures, a folder for each "
+            "class): get 138 GiB (sign in and accept the terms first)\n    from https://image-net.org/download.php, unpack them with\n"
+            "    mkdir -p imagenet/train && tar -xf ILSVRC2012_img_train.tar -C imagenet/train && (cd imagenet/train &&\n"
+            '    for file in *.tar; do mkdir "${file%.tar}" && tar -xf "$file" -C "${file%.tar}" && rm "$file"; done)\n'
+            "  and add --data imagenet/train"
+        )
     return "\n".join([*lines, "", f"missing files: {len(missing) or 'none'}", *(f"- {sentence}" for sentence in missing)])
 
 

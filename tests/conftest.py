@@ -1,4 +1,4 @@
-"""What the tests share: torchvision, importable on a torch without CUDA too."""
+"""What the tests share: the marker `full`, and torchvision, importable on a torch without CUDA too."""
 
 import os
 
@@ -8,6 +8,20 @@ import torch
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are the parallelism
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the reference libraries only ever see files that a test has written
+
+
+def pytest_configure(config):
+    """The marker of what CI leaves out."""
+    config.addinivalue_line("markers", "full: the real sizes; minutes, gigabytes of memory and disk; only run with -m full")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what is marked full, saying so, unless -m asks for it."""
+    if "full" not in config.getoption("-m"):
+        reason = "the real sizes: python -m pytest tests -m full -s runs it (2 to 5 minutes on two cores, 6 GB of memory, 6 GB of disk)"
+        for item in items:
+            if "full" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def import_torchvision():

@@ -10,7 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import ar  # noqa: E402
+import mmdit  # noqa: E402
 import semtok  # noqa: E402
+import train  # noqa: E402
 
 
 def millions(module):
@@ -86,6 +88,50 @@ def test_siglip_base_is_twelve_layers_of_768():
     assert millions(tower) == pytest.approx(85.8, abs=0.1)  # without the pooling head
 
 
+def test_choices_that_do_not_exist_are_errors():
+    with pytest.raises(ValueError, match="250 pixels"):
+        semtok.SemTokConfig(image_size=250)
+    with torch.device("meta"), pytest.raises(KeyError, match="BSQ"):
+        semtok.SemTok(semtok.SemTokConfig(quantizer="BSQ", decoder_depth=1, encoder_depth=1))
+    with pytest.raises(KeyError, match="cosine"):
+        ar.guidance(3.0, 0.5, "cosine")
+
+
 @pytest.mark.parametrize("bits, expected", [(18, 0.070), (32, 0.125)])
 def test_bits_per_pixel(bits, expected):
     assert round(semtok.SemTokConfig(bits=bits).bits_per_pixel, 3) == expected
+
+
+def test_recipes_of_the_paper():
+    recipes = train.RECIPES["paper"]
+    assert [(r.steps, r.batch_size, r.lr, r.weight_decay) for r in (recipes[stage] for stage in ("1", "2", "ar"))] == [
+        (200_000, 256, 5e-5, 1e-3), (100_000, 64, 5e-5, 1e-3), (800_000, 2048, 2e-4, 0.03)
+    ]
+    assert all(recipe.warmup == 10_000 and recipe.ema == 0.9999 for recipe in recipes.values())
+    assert (recipes["2"].gan_start, recipes["2"].discriminator_lr) == (20_000, 1e-4)
+    assert (train.QUANT, train.SEMANTIC, train.PERCEPTUAL, train.GAN, train.LECAM) == (0.0025, 0.05, 0.1, 0.1, 0.001)
+
+
+@pytest.mark.parametrize("build", ["cast to bfloat16", "built in bfloat16"])
+def test_rotations_at_the_last_position_lose_nothing_in_bfloat16(build):
+    """At the real sizes, on the CPU though everything else is on the meta device. Rounded to bfloat16, cosines and sines would
+    be wrong by up to 2^-9; positions and frequencies, by whole turns."""
+    try:
+        torch.set_default_dtype(torch.bfloat16 if build == "built in bfloat16" else torch.float32)
+        with torch.device("meta"):
+            models = semtok.Encoder(semtok.PRESETS["paper"]), semtok.Decoder(semtok.PRESETS["paper"]), ar.MaskedAR(ar.AR_PRESETS["L"])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for model in models:
+        model.to(torch.bfloat16)
+    assert all(p.dtype == torch.bfloat16 for model in models for p in model.parameters())
+    frequencies = 10_000.0 ** (-torch.arange(32, dtype=torch.float64) / 32)
+    q = torch.randn(32, dtype=torch.complex128)  # channel i and channel i + 32 of a head of 64
+    for rotation in (models[0].z_rope, models[1].z_rope, models[2].rope):
+        turned = q * torch.polar(torch.ones_like(frequencies), 255 * frequencies)
+        found = mmdit.apply_rope(torch.cat([q.real, q.imag]).float(), rotation.table[:, 255])
+        assert (found - torch.cat([turned.real, turned.imag])).abs().max() < 1e-4
+    for model in models[:2]:  # row 15, column 15 of the grid; half of the pairs turn by row, half by column
+        turned = q * torch.polar(torch.ones_like(frequencies), 15 * 10_000.0 ** (-torch.arange(16, dtype=torch.float64) / 16).repeat(2))
+        found = mmdit.apply_rope(torch.cat([q.real, q.imag]).float(), model.x_rope.table[:, 255])
+        assert (found - torch.cat([turned.real, turned.imag])).abs().max() < 1e-4

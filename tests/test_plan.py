@@ -192,32 +192,36 @@ def test_it_takes_little_memory_and_time(tmp_path):
 
 def test_missing_files_come_with_their_commands():
     text = printed(STAGE1)
-    assert "missing files: 2" in text
+    assert "missing files: 3" in text  # the VAE comes with --sd35
     gated, free = (line for line in text.splitlines() if "curl" in line)
     assert 'curl -fL --create-dirs -H "Authorization: Bearer $HF_TOKEN"' in gated and "stable-diffusion-3.5-medium" in gated
     assert "Authorization" not in free and "siglip2-base-patch16-256" in free
     assert "--sd35" in text and "--siglip" in text and "--vgg" not in text
     assert all(f"--{flag} is not given" in printed(STAGE2) for flag in ("siglip", "vgg", "lpips", "resnet"))
     assert "stage1.safetensors is missing: make it first with python train.py --stage 1 --preset paper" in printed(STAGE2)
+    assert all("--data is not given" in found and "image-net.org" in found for found in (text, printed(STAGE2)))
+    assert [word for word in ("vae", "siglip", "vgg16") if f"standins/{word}" in printed("--stage 1")] == ["vae", "siglip"]
 
 
 def test_every_address_is_whole():
     for name, address, _, _ in train.WEIGHT_FILES.values():
         assert address.startswith("https://") and address.count("//") == 1 and Path(name).suffix in (".safetensors", ".pth")
-    assert {*train.NEEDED["1"], *train.NEEDED["2"]} < {*train.WEIGHT_FILES} == {*train.WEIGHTS}
+    assert {*train.NEEDED["1"], *train.NEEDED["2"]} == {*train.WEIGHT_FILES} == {*train.WEIGHTS}
 
 
 def test_a_given_path_is_looked_at(tmp_path):
     (tmp_path / "sd.safetensors").touch()
-    done = run("--stage 1 --preset paper --sd35 sd.safetensors --siglip nowhere/model.safetensors", tmp_path)
-    assert done.returncode == 0 and "missing files: 1" in done.stdout
-    assert "--siglip nowhere/model.safetensors is not there" in done.stdout
+    (tmp_path / "train").mkdir()
+    given = "--stage 1 --preset paper --sd35 sd.safetensors --siglip nowhere/model.safetensors --vae vae --data train"
+    done = run(given, tmp_path)
+    assert done.returncode == 0 and "missing files: 2" in done.stdout
+    assert "--siglip nowhere/model.safetensors is not there" in done.stdout and "--vae vae is not there" in done.stdout
 
 
 @pytest.mark.parametrize("stage", ["0", "1", "2", "ar"])
 def test_tiny_preset(stage):
     text = printed(f"--stage {stage}")
-    assert "tiny preset" in text and "GPU-seconds" in text and "curl" not in text
+    assert "tiny preset" in text and "seconds on two CPU cores" in text and "curl" not in text
     assert 0 < row(text, "all")[0] < 2 and "!" not in text.split("!:")[0]
 
 
