@@ -475,6 +475,7 @@ class SemTokConfig:
     semantic_width: int = 768  # C of SigLIP
     quantizer: str = "bsq"  # or "lfq", Table 10
     entropy_group: int = 1
+    causal: bool = False  # Table 5's "raster": a token sees the picture and the tokens before it
     vae: VAEConfig = field(default_factory=VAEConfig)
 
     @property
@@ -506,7 +507,11 @@ PRESETS = {
 
 
 class Encoder(MMDiT):
-    """Eq. 1: latents and K learnable mask embeddings through an MMDiT without timestep -> x and z."""
+    """Eq. 1: latents and K learnable mask embeddings through an MMDiT without timestep -> x and z.
+
+    With config.causal the 1D stream is sequential, as in SelfTok (Wang et al. 2025; Table 5): a token attends to itself,
+    to the tokens before it and to the image stream, which then sees no token, or it would carry news of later ones back.
+    """
 
     def __init__(self, config: SemTokConfig):
         width, head_dim = config.encoder_width, config.encoder_width // config.encoder_heads
@@ -517,12 +522,22 @@ class Encoder(MMDiT):
         self.to_bits = nn.Linear(width, config.bits)
         self.register_buffer("x_rope", rope_2d(config.grid, config.grid, head_dim), persistent=False)
         self.register_buffer("z_rope", rope_1d(config.tokens, head_dim), persistent=False)
+        mask = causal_mask(config.tokens, config.grid**2) if config.causal else None
+        self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised latents (B, channels, h, w) -> x (B, h w / p^2, width), z (B, K, d)."""
         tokens = self.mask_tokens.expand(len(latents), -1, -1)
-        x, z = super().forward(self.x_embedder(latents), tokens, self.x_rope, self.z_rope)
+        x, z = super().forward(self.x_embedder(latents), tokens, self.x_rope, self.z_rope, mask=self.mask)
         return x, self.to_bits(self.norm_out(z))
+
+
+def causal_mask(tokens: int, patches: int) -> torch.Tensor:
+    """Who may look at whom, rows at columns, tokens first: (tokens + patches, tokens + patches) bool."""
+    mask = torch.ones(tokens + patches, tokens + patches, dtype=torch.bool, device="cpu")  # real, also on the meta device
+    mask[:tokens, :tokens] = mask[:tokens, :tokens].tril()
+    mask[tokens:, :tokens] = False
+    return mask
 
 
 class Decoder(MMDiT):
