@@ -189,13 +189,13 @@ class MaskedAR(nn.Module):
 
     @torch.no_grad()
     def generate_steps(
-        self, labels: torch.Tensor, steps: int | None = None, cfg: float = 1.0, cfg_schedule: str = "linear", top_p: float = 0.75,
-        order: str = "random", generator: torch.Generator | None = None,
+        self, labels: torch.Tensor, steps: int | None = None, cfg: float = 1.0, cfg_schedule: str = "linear",
+        top_p: float = 0.75, order: str = "random", generator: torch.Generator | None = None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Eq. 8: fill K masked tokens in `steps` steps; after each, yields bits (B, K, d) bool and masked (B, K) bool.
 
-        labels (B,) int64. steps: by default config.steps. cfg: the guidance scale at its maximum. cfg_schedule: "linear" in the share predicted so far,
-        or "constant". top_p: see `sample_groups`. order: "random" per picture, or "confidence" (Table 14): the tokens
+        labels (B,) int64. steps: by default config.steps. cfg: the guidance scale at its maximum. cfg_schedule: "linear" in
+        the share predicted so far, or "constant". top_p: see `sample_groups`. order: "random" per picture, or "confidence" (Table 14): the tokens
         whose drawn bits are surest. generator: on the labels' device. A causal model fills one token a step from left to
         right; ValueError for other steps or "confidence".
         """
@@ -217,7 +217,8 @@ class MaskedAR(nn.Module):
             filled += count
             g = guidance(cfg, filled / config.tokens, cfg_schedule)
             known = bits[:, :filled] if config.causal else bits  # what comes after is not seen anyway
-            hidden = self.hidden(known.repeat(2, 1, 1), both, masked.repeat(2, 1)) if guided else self.hidden(known, both, masked)
+            twice = 2 if guided else 1
+            hidden = self.hidden(known.repeat(twice, 1, 1), both, masked.repeat(twice, 1))
             if order == "random":  # the head only where tokens are drawn
                 places = ranks[:, filled - count : filled]  # (B, count)
                 at = places.repeat(2, 1) if guided else places
