@@ -46,10 +46,13 @@ def read_picture(path: str, size: int | None = None) -> torch.Tensor:
     """
     try:
         with Image.open(path) as picture:
+            # 16-bit greyscale: Pillow's own conversion would clip it. Its older versions call such a PNG "I", not "I;16".
+            deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
             picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith(("I", "F")):  # 16-bit greyscale: Pillow's own conversion would clip it
+            if picture.mode.startswith(("I", "F")):
                 grey = np.asarray(picture, np.float32)
-                picture = Image.fromarray((grey / (256 if grey.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+                grey = grey / (257 if deep or grey.max() > 255 else 1)  # 65535 / 257 = 255
+                picture = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
             if picture.has_transparency_data:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

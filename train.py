@@ -812,12 +812,6 @@ class Refining(nn.Module):
         super().__init__()
         self.job = job
         networks = {"siglip": load_siglip(job.weights["siglip"]).requires_grad_(False)}
-        self.perceptual = PERCEPTUAL_TERMS[job.args.perceptual or "both"]
-        if "lpips" in self.perceptual:
-            networks["lpips"] = fid.load_lpips(job.weights["vgg"], job.weights["lpips"])
-        if "resnet" in self.perceptual:
-            networks["resnet"] = load_resnet(job.weights["resnet"])
-        self.frozen = {name: network.to(job.device) for name, network in networks.items()}
         if job.args.from_scratch:
             self.semtok = new_tokenizer(job, networks["siglip"])
         else:
@@ -825,12 +819,19 @@ class Refining(nn.Module):
         self.first_samples = None  # stage 1's row of the preview: drawn once, before anything moves
         self.semtok.train().start_refiner()
         self.semtok.vae.requires_grad_(False)
-        self.dataset = pictures_and_features(job, self.semtok.vae, self.frozen["siglip"])
         self.semtok.encoder.requires_grad_(not job.args.freeze_encoder)
         self.semtok.decoder.x_embedder.requires_grad_(False)  # nothing noisy comes in any more
         self.discriminator = Discriminator(*((128, 4, 16) if job.args.preset == "paper" else TINY_DISCRIMINATOR))
         self.register_buffer("real_mean", torch.zeros(()))
         self.register_buffer("fake_mean", torch.zeros(()))
+        # Only now, when everything that is trained has been initialised alike, whichever terms are asked for.
+        self.perceptual = PERCEPTUAL_TERMS[job.args.perceptual or "both"]
+        if "lpips" in self.perceptual:
+            networks["lpips"] = fid.load_lpips(job.weights["vgg"], job.weights["lpips"])
+        if "resnet" in self.perceptual:
+            networks["resnet"] = load_resnet(job.weights["resnet"])
+        self.frozen = {name: network.to(job.device) for name, network in networks.items()}
+        self.dataset = pictures_and_features(job, self.semtok.vae, self.frozen["siglip"])
         self.gan_start = job.recipe("2").gan_start
 
     def inputs(self, batch, draws: Draws, step: int) -> tuple:
