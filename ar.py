@@ -38,6 +38,12 @@ class ARConfig:
     classes: int = 1000
     group_bits: int = 1  # bits decided by one softmax: 1 is bitwise; 9 is Table 13's "2 groups" of 18
     spherical: bool = True  # the tokens' codes: +-1/sqrt(d) (BSQ) or +-1 (LFQ)
+    causal: bool = False  # Table 5's "raster": next-token prediction from left to right in place of masks
+
+    @property
+    def steps(self) -> int:
+        """Sampling steps unless others are asked for: 64, at most one a token, and one a token for next-token prediction."""
+        return self.tokens if self.causal else min(64, self.tokens)
 
 
 AR_PRESETS = {
@@ -52,11 +58,11 @@ GUIDANCE = {"L": 6.0, "XL": 5.3, "XXL": 4.9, "tiny": 3.0}
 
 
 class Attention(nn.Module):
-    """Bidirectional self-attention with RMS qk-norm and RoPE, no biases: (B, L, width) -> (B, L, width)."""
+    """Self-attention with RMS qk-norm and RoPE, no biases, bidirectional or causal: (B, L, width) -> (B, L, width)."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.wqkv = nn.Linear(width, 3 * width, bias=False)
         self.wo = nn.Linear(width, width, bias=False)
         self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)
@@ -64,7 +70,7 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         """rope: (2, L, head_dim)."""
-        return self.wo(attend(*normed_rotated(self.wqkv(x), self.heads, self.q_norm, self.k_norm, rope)))
+        return self.wo(attend(*normed_rotated(self.wqkv(x), self.heads, self.q_norm, self.k_norm, rope), causal=self.causal))
 
 
 class SwiGLU(nn.Module):
@@ -87,10 +93,10 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """A transformer block. Its AdaLN is the shared one plus a table of its own, 6 x width."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
         self.attention_norm = nn.RMSNorm(width, eps=1e-6)
-        self.attention = Attention(width, heads)
+        self.attention = Attention(width, heads, causal)
         self.ffn_norm = nn.RMSNorm(width, eps=1e-6)
         self.feed_forward = SwiGLU(width)
         self.table = nn.Parameter(torch.zeros(6, width))
@@ -103,7 +109,11 @@ class Block(nn.Module):
 
 
 class MaskedAR(nn.Module):
-    """theta of Eq. 8: known tokens and a mask -> the distribution of every bit of every token."""
+    """theta of Eq. 8: known tokens and a mask -> the distribution of every bit of every token.
+
+    With config.causal it is Table 5's other row, a next-token transformer: the place of the class predicts the first
+    token, the place of token i token i + 1, and each sees only what is before it. It reads no mask.
+    """
 
     def __init__(self, config: ARConfig):
         super().__init__()
@@ -112,10 +122,11 @@ class MaskedAR(nn.Module):
         width = config.width
         self.config = config
         self.token_embedding = nn.Linear(config.bits, width)
-        self.mask_embedding = nn.Parameter(torch.randn(width) * 0.02)
+        if not config.causal:
+            self.mask_embedding = nn.Parameter(torch.randn(width) * 0.02)
         self.class_embedding = nn.Embedding(config.classes + 1, width)  # the last is the null class of guidance
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))  # shared by all blocks
-        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(width, config.heads, config.causal) for _ in range(config.depth))
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.final_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.head = nn.Linear(width, config.bits // config.group_bits * 2**config.group_bits)
@@ -131,19 +142,24 @@ class MaskedAR(nn.Module):
     # ---- the network
 
     def hidden(self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        """bits (B, K, d), labels (B,) with `classes` for none, masked (B, K) bool -> features (B, K, width)."""
+        """bits (B, K, d), labels (B,) with `classes` for none, masked (B, K) bool -> features (B, K, width). A causal model
+        takes fewer than K tokens too."""
         codes = bits_to_codes(bits, self.config.spherical).to(self.token_embedding.weight.dtype)
-        x = torch.where(masked[..., None], self.mask_embedding.to(codes.dtype), self.token_embedding(codes))
+        if self.config.causal:
+            x = self.token_embedding(codes[:, :-1])  # nothing is left for the last to predict
+        else:
+            x = torch.where(masked[..., None], self.mask_embedding.to(codes.dtype), self.token_embedding(codes))
         class_token = self.class_embedding(labels)  # (B, width)
-        x = torch.cat([class_token[:, None].to(x.dtype), x], 1)  # (B, 1 + K, width)
+        x = torch.cat([class_token[:, None].to(x.dtype), x], 1)  # (B, 1 + K, width), causal (B, K, width)
+        rope = self.rope.table[:, : x.shape[1]]
         modulation = self.modulation(class_token).unflatten(-1, (6, -1))
         for block in self.blocks:
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulation, self.rope.table, use_reentrant=False)
+                x = checkpoint(block, x, modulation, rope, use_reentrant=False)
             else:
-                x = block(x, modulation, self.rope.table)
+                x = block(x, modulation, rope)
         shift, scale = self.final_modulation(class_token)[:, None].chunk(2, -1)
-        return modulate(self.norm(x[:, 1:]), shift, scale)
+        return modulate(self.norm(x if self.config.causal else x[:, 1:]), shift, scale)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Features (..., width) -> float32 logits (..., d / g, 2^g): two per bit when g, `group_bits`, is 1."""
@@ -175,26 +191,36 @@ class MaskedAR(nn.Module):
 
     @torch.no_grad()
     def generate_steps(
-        self, labels: torch.Tensor, steps: int = 64, cfg: float = 1.0, cfg_schedule: str = "linear", top_p: float = 0.75,
-        order: str = "random", generator: torch.Generator | None = None,
+        self, labels: torch.Tensor, steps: int | None = None, cfg: float = 1.0, cfg_schedule: str = "linear",
+        top_p: float = 0.75, order: str = "random", generator: torch.Generator | None = None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Eq. 8: fill K masked tokens in `steps` steps; after each, yields bits (B, K, d) bool and masked (B, K) bool.
 
-        labels (B,) int64. cfg: the guidance scale at its maximum. cfg_schedule: "linear" in the share predicted so far,
-        or "constant". top_p: see `sample_groups`. order: "random" per picture, or "confidence" (Table 14): the tokens
-        whose drawn bits are surest. generator: on the labels' device.
+        labels (B,) int64. steps: by default config.steps. cfg: the guidance scale at its maximum. cfg_schedule: "linear" in
+        the share predicted so far, or "constant". top_p: see `sample_groups`. order: "random" per picture, or "confidence" (Table 14): the tokens
+        whose drawn bits are surest. generator: on the labels' device. A causal model fills one token a step from left to
+        right; ValueError for other steps or "confidence".
         """
         config, batch, device = self.config, len(labels), labels.device
         bits = torch.zeros(batch, config.tokens, config.bits, dtype=torch.bool, device=device)
         masked = torch.ones(batch, config.tokens, dtype=torch.bool, device=device)
         guided = cfg != 1.0
         both = torch.cat([labels, torch.full_like(labels, config.classes)]) if guided else labels
-        ranks = torch.rand(batch, config.tokens, generator=generator, device=device).argsort(-1)
+        steps = config.steps if steps is None else steps
+        if config.causal:
+            if steps != config.tokens or order == "confidence":
+                raise ValueError(f"a next-token model takes {config.tokens} steps from left to right, not {steps}, {order}")
+            ranks, counts = torch.arange(config.tokens, device=device).expand(batch, -1), [1] * config.tokens
+        else:
+            ranks = torch.rand(batch, config.tokens, generator=generator, device=device).argsort(-1)
+            counts = fill_counts(config.tokens, steps)
         filled = 0
-        for count in fill_counts(config.tokens, steps):
+        for count in counts:
             filled += count
             g = guidance(cfg, filled / config.tokens, cfg_schedule)
-            hidden = self.hidden(bits.repeat(2, 1, 1), both, masked.repeat(2, 1)) if guided else self.hidden(bits, both, masked)
+            known = bits[:, :filled] if config.causal else bits  # what comes after is not seen anyway
+            twice = 2 if guided else 1
+            hidden = self.hidden(known.repeat(twice, 1, 1), both, masked.repeat(twice, 1))
             if order == "random":  # the head only where tokens are drawn
                 places = ranks[:, filled - count : filled]  # (B, count)
                 at = places.repeat(2, 1) if guided else places

@@ -100,9 +100,14 @@ class AttentionWeights(nn.Module):
         return normed_rotated(self.qkv(x), self.heads, self.ln_q, self.ln_k, rope)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Softmax attention over (B, heads, L, head_dim), heads merged on the way out: (B, L, width)."""
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, causal: bool = False
+) -> torch.Tensor:
+    """Softmax attention over (B, heads, L, head_dim), heads merged on the way out: (B, L, width).
+
+    mask: (L, L) bool, True where a row may look at a column. causal: every place sees itself and those before.
+    """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2).flatten(2)
 
 
 class FeedForward(nn.Module):
@@ -169,14 +174,15 @@ class JointBlock(nn.Module):
         self.context_block = StreamBlock(width, heads, adaln, pre_only=pre_only)
         self.x_block = StreamBlock(width, heads, adaln, dual=dual)
 
-    def forward(self, x, context, x_rope, context_rope, conditioning=None):
-        """x (B, L, width), context (B, M, width), ropes, conditioning (B, width) or None -> the new (x, context)."""
+    def forward(self, x, context, x_rope, context_rope, conditioning=None, mask=None):
+        """x (B, L, width), context (B, M, width), ropes, conditioning (B, width) or None, mask (M + L, M + L) of the
+        joint attention or None -> the new (x, context)."""
         x_block, context_block = self.x_block, self.context_block
         xm, cm = x_block.modulation(conditioning), context_block.modulation(conditioning)
         x_norm = x_block.norm1(x)
         x_qkv = x_block.attn(modulate(x_norm, xm[0], xm[1]), x_rope)
         c_qkv = context_block.attn(modulate(context_block.norm1(context), cm[0], cm[1]), context_rope)
-        joint = attend(*(torch.cat(pair, 2) for pair in zip(c_qkv, x_qkv)))  # (B, M + L, width)
+        joint = attend(*(torch.cat(pair, 2) for pair in zip(c_qkv, x_qkv)), mask)  # (B, M + L, width)
         from_context, from_x = joint.split([context.shape[1], x.shape[1]], 1)
 
         attention = gated(x_block.attn.proj(from_x), xm[2])
@@ -210,14 +216,14 @@ class MMDiT(nn.Module):
                 for stream in (block.x_block, block.context_block):
                     nn.init.zeros_(stream.adaLN_modulation[1].weight)
 
-    def forward(self, x, context, x_rope, context_rope, conditioning=None):
-        """x (B, L, width), context (B, M, width), x_rope (2, L, head_dim), context_rope (2, M, head_dim),
-        conditioning (B, width) or None -> (x, context) of the same shapes."""
+    def forward(self, x, context, x_rope, context_rope, conditioning=None, mask=None):
+        """x (B, L, width), context (B, M, width), x_rope (2, L, head_dim), context_rope (2, M, head_dim), conditioning
+        (B, width) or None, mask (M + L, M + L) bool of the joint attention or None -> (x, context) of the same shapes."""
         for block in self.joint_blocks:
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x, context = checkpoint(block, x, context, x_rope, context_rope, conditioning, use_reentrant=False)
+                x, context = checkpoint(block, x, context, x_rope, context_rope, conditioning, mask, use_reentrant=False)
             else:
-                x, context = block(x, context, x_rope, context_rope, conditioning)
+                x, context = block(x, context, x_rope, context_rope, conditioning, mask)
         return x, context
 
 

@@ -49,10 +49,16 @@ class Sampler:
                 "again with python train.py --stage ar --overwrite"
             )
         self.classes = json.loads(metadata["classes"])
+        config = self.ar.config
+        if config.causal and (args.steps not in (None, config.tokens) or args.order):
+            raise UserError(
+                f"ar.safetensors in {args.run} predicts the next token: it takes {config.tokens} steps from left to right, so "
+                "leave out --steps and --order"
+            )
         self.options = {
-            "steps": args.steps or min(64, self.ar.config.tokens),
+            "steps": args.steps or config.steps,
             "cfg": float(metadata["guidance"]) if args.cfg is None else args.cfg,
-            "cfg_schedule": args.cfg_schedule, "top_p": args.top_p, "order": args.order,
+            "cfg_schedule": args.cfg_schedule, "top_p": args.top_p, "order": args.order or "random",
         }
 
     def label(self, text: str) -> int:
@@ -228,7 +234,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--cfg", type=float, help="guidance scale; 1 is none")
     add("--cfg-schedule", default="linear", choices=["linear", "constant"], help="guidance grows with the share predicted, or not")
     add("--top-p", type=_share, default=0.75, help="per bit: values kept until their probability reaches this (default 0.75)")
-    add("--order", default="random", choices=["random", "confidence"], help="which tokens are filled first (Table 14)")
+    add("--order", choices=["random", "confidence"], help="which tokens are filled first (Table 14; default random)")
     add("--seed", type=int, default=0, help="same seed, same device: the same pictures (default 0)")
     add("--batch-size", type=_above_zero, default=64, help="with --npz, pictures drawn at once (default 64)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")

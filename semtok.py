@@ -46,10 +46,13 @@ def read_picture(path: str, size: int | None = None) -> torch.Tensor:
     """
     try:
         with Image.open(path) as picture:
+            # 16-bit greyscale: Pillow's own conversion would clip it. Its older versions call such a PNG "I", not "I;16".
+            deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
             picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith(("I", "F")):  # 16-bit greyscale: Pillow's own conversion would clip it
+            if picture.mode.startswith(("I", "F")):
                 grey = np.asarray(picture, np.float32)
-                picture = Image.fromarray((grey / (256 if grey.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+                grey = grey / (257 if deep or grey.max() > 255 else 1)  # 65535 / 257 = 255
+                picture = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
             if picture.has_transparency_data:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -500,6 +503,7 @@ class SemTokConfig:
     semantic_width: int = 768  # C of SigLIP
     quantizer: str = "bsq"  # or "lfq", Table 10
     entropy_group: int = 1
+    causal: bool = False  # Table 5's "raster": a token sees the picture and the tokens before it
     vae: VAEConfig = field(default_factory=VAEConfig)
 
     def __post_init__(self):
@@ -535,7 +539,11 @@ PRESETS = {
 
 
 class Encoder(MMDiT):
-    """Eq. 1: latents and K learnable mask embeddings through an MMDiT without timestep -> x and z."""
+    """Eq. 1: latents and K learnable mask embeddings through an MMDiT without timestep -> x and z.
+
+    With config.causal the 1D stream is sequential, as in SelfTok (Wang et al. 2025; Table 5): a token attends to itself,
+    to the tokens before it and to the image stream, which then sees no token, or it would carry news of later ones back.
+    """
 
     def __init__(self, config: SemTokConfig):
         width, head_dim = config.encoder_width, config.encoder_width // config.encoder_heads
@@ -546,12 +554,22 @@ class Encoder(MMDiT):
         self.to_bits = nn.Linear(width, config.bits)
         self.x_rope = RotaryTable(rope_2d(config.grid, config.grid, head_dim))
         self.z_rope = RotaryTable(rope_1d(config.tokens, head_dim))
+        mask = causal_mask(config.tokens, config.grid**2) if config.causal else None
+        self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised latents (B, channels, h, w) -> x (B, h w / p^2, width), z (B, K, d)."""
         tokens = self.mask_tokens.expand(len(latents), -1, -1)
-        x, z = super().forward(self.x_embedder(latents), tokens, self.x_rope.table, self.z_rope.table)
+        x, z = super().forward(self.x_embedder(latents), tokens, self.x_rope.table, self.z_rope.table, mask=self.mask)
         return x, self.to_bits(self.norm_out(z))
+
+
+def causal_mask(tokens: int, patches: int) -> torch.Tensor:
+    """Who may look at whom, rows at columns, tokens first: (tokens + patches, tokens + patches) bool."""
+    mask = torch.ones(tokens + patches, tokens + patches, dtype=torch.bool, device="cpu")  # real, also on the meta device
+    mask[:tokens, :tokens] = mask[:tokens, :tokens].tril()
+    mask[tokens:, :tokens] = False
+    return mask
 
 
 class Decoder(MMDiT):

@@ -35,12 +35,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import fid
-from ar import AR_PRESETS, GUIDANCE, MaskedAR, ar_metadata
+from ar import AR_PRESETS, GUIDANCE, ARConfig, MaskedAR, ar_metadata
 from bsq import bits_to_codes, code_usage, codes_to_bits, mean_over_ranks
 from mmdit import TensorFiles, UserError, load_sd35
 from semtok import (
-    PICTURES, PRESETS, VAE, Decoder, SemTok, SigLIP, SigLIPConfig, choose_device, load_semtok, load_siglip, load_vae,
-    picture_grid, read_picture, to_signed, to_uint8, tokenizer_metadata, write_file, write_picture, write_tensors,
+    PICTURES, PRESETS, VAE, Decoder, SemTok, SemTokConfig, SigLIP, SigLIPConfig, choose_device, load_semtok, load_siglip,
+    load_vae, picture_grid, read_picture, to_signed, to_uint8, tokenizer_metadata, write_file, write_picture, write_tensors,
 )
 
 # -------------------------------------------------------------------------------------------------------------- recipes
@@ -78,8 +78,21 @@ RECIPES = {
 }
 TINY_VGG, TINY_RESNET, TINY_DISCRIMINATOR = (8, 8, 16, 24, 24), 8, (16, 3, 4)
 QUANT, SEMANTIC, PERCEPTUAL, GAN = 0.0025, 0.05, 0.1, 0.1  # lambda_q, lambda_s, lambda_p, lambda_G (section 4.1)
+PERCEPTUAL_TERMS = {"lpips": ("lpips",), "resnet": ("resnet",), "both": ("lpips", "resnet")}  # Table 11
 LECAM = 0.001
 STAGES = ("0", "1", "2", "ar")
+BELONGS = {  # flags of the paper's ablations, and the stages that they change (with --from-scratch, see belongs)
+    "no_distill": ("1", "2"), "no_contrast": ("1", "2"),  # Table 4
+    "order": ("1", "ar"),  # Table 5
+    "quantizer": ("1",),  # Table 10
+    "bits": ("1",),
+    "perceptual": ("2",),  # Table 11
+    "from_scratch": ("2",),  # Table 12
+    "freeze_encoder": ("2",),
+    "ar_size": ("ar",), "bit_groups": ("ar",),  # Table 13
+    "cache": ("1", "2"),  # no ablation: it belongs to stages all the same
+}
+LARGEST_GROUP = 12  # bits of --bit-groups that one softmax decides: 4096 logits
 WEIGHTS = ("sd35", "vae", "siglip", "vgg", "lpips", "resnet")
 STAND_INS = {
     "vae": "standins/vae.safetensors", "siglip": "standins/siglip", "vgg": "standins/vgg16.safetensors",
@@ -168,6 +181,10 @@ class DrawnShapes:
     def __len__(self) -> int:
         return DRAWN[self.split]
 
+    def fingerprint(self) -> str:
+        """What a cache remembers its pictures by."""
+        return f"{len(self)} drawn for {self.split}, seed {self.seed}, side {self.size}"
+
     def read(self, index: int) -> tuple[torch.Tensor, int]:
         """See the class."""
         picture, label = draw_shape(self.split, self.seed, index, self.size)
@@ -189,7 +206,7 @@ class PictureFolder:
         if not self.classes:
             inside = "pictures but no class subfolders" if any(map(_is_picture, os.listdir(folder))) else "no pictures"
             raise UserError(f"--data {folder} holds {inside}: it must be {layout}")
-        self.size, self.paths, self.labels = size, [], []
+        self.folder, self.size, self.paths, self.labels = folder, size, [], []
         room = max(1, 1000 // len(self.classes))
         for label, name in enumerate(self.classes):
             walk = os.walk(os.path.join(folder, name))
@@ -203,6 +220,15 @@ class PictureFolder:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def fingerprint(self) -> str:
+        """See DrawnShapes: of every file its path below the folder, its size and the time of its last change."""
+        found = hashlib.sha256()
+        for path, label in zip(self.paths, self.labels):
+            about = os.stat(path) if os.path.exists(path) else None  # a link to nowhere is skipped when it is read
+            stamp = about and (about.st_size, about.st_mtime_ns)
+            found.update(f"{os.path.relpath(path, self.folder)} {label} {stamp}\n".encode())
+        return f"{len(self)} files, side {self.size}, {found.hexdigest()[:16]}"
 
     def read(self, index: int) -> tuple[torch.Tensor, int]:
         """See the class."""
@@ -221,6 +247,12 @@ class InMemory:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def fingerprint(self) -> str:
+        """See DrawnShapes: of the pixels and labels themselves."""
+        found = hashlib.sha256(self.pictures.numpy())
+        found.update(str(self.labels).encode())
+        return f"{len(self)} pictures, {found.hexdigest()[:16]}"
 
     def read(self, index: int) -> tuple[torch.Tensor, int]:
         """See DrawnShapes."""
@@ -264,6 +296,8 @@ class _OrText(Dataset):
             return str(error), -1
 
 
+PART = 1024  # pictures of a cache in one file: what an interruption can cost
+EXACT_CACHE = 4 * 2**30  # a cache of frozen features up to this size is float32 and holds SigLIP's too
 MEMORY = 512 * 2**20  # a set of pictures up to this size is read once and kept
 
 
@@ -607,6 +641,119 @@ class StandIns(nn.Module):
         return folder
 
 
+class Cache(Dataset):
+    """What frozen networks make of every training picture and of its mirror image: item (index, flip) -> {name: row}.
+
+    In a folder, in parts of PART pictures. The processes share the parts that are missing, and each writes one at a time,
+    so that memory is bounded and an interrupted run goes on where it was; then all are mapped into memory, not read.
+    Raises UserError for a cache of other pictures or networks, unless the run may --overwrite it.
+    """
+
+    @torch.no_grad()
+    def __init__(self, folder: str, job: Job, about: dict[str, str], make):
+        """about: what the rows depend on beside the pictures. make: pictures (B, 3, H, W) uint8, labels (B,) -> {name:
+        (B, ...)}."""
+        self.count, (rank, processes) = len(job.train), ranks()
+        about = {"format": "semtok-cache", "pictures": job.train.fingerprint()} | about
+        starts = range(0, self.count, PART)
+        paths = {start: os.path.join(folder, f"part-{start // PART:05d}.safetensors") for start in starts}
+        missing = [start for start in starts if not _is_part(paths[start], about, job.args.overwrite)][rank::processes]
+        wait_for_all()  # all have seen what is there before any adds to it
+
+        def batches():
+            for start in missing:
+                part = range(start, min(start + PART, self.count))
+                yield from ([(index, False) for index in part[at : at + 64]] for at in range(0, len(part), 64))
+
+        workers, own = job.workers if missing else 0, torch.Generator()  # not the global one, which initialises networks
+        loader = iter(DataLoader(Flipped(job.train), batch_sampler=batches(), num_workers=workers, generator=own))
+        for start in tqdm(missing, f"caching {folder}", unit=f"x{PART}", leave=False, disable=rank > 0):
+            rows, length = {}, min(PART, self.count - start)
+            for _ in range(0, length, 64):
+                pictures, labels = next(loader)
+                pictures = pictures.to(job.device)
+                made = make(torch.cat([pictures, pictures.flip(-1)]), labels.repeat(2))
+                for name, values in made.items():  # (2 B, ...) -> (B, 2, ...)
+                    rows.setdefault(name, []).append(values.cpu().unflatten(0, (2, -1)).transpose(0, 1))
+            write_tensors(paths[start], {name: torch.cat(parts) for name, parts in rows.items()}, about)
+        wait_for_all()
+        files = [TensorFiles(path) for path in paths.values()]
+        self.parts = [{name: file.get(name) for name in file.shapes} for file in files]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, item: tuple[int, bool]) -> dict[str, torch.Tensor]:
+        index, flip = item
+        return {name: rows[index % PART, int(flip)] for name, rows in self.parts[index // PART].items()}
+
+
+def _is_part(path: str, about: dict[str, str], overwrite: bool) -> bool:
+    """Whether a file is a whole part of this very cache; UserError when it is of another one that must be kept."""
+    try:
+        found = TensorFiles(path).metadata
+    except UserError:  # not there, or damaged
+        return False
+    changed = [name for name in about if found.get(name) != about[name]]
+    if changed and not overwrite:
+        raise UserError(
+            f"{os.path.dirname(path)} is stale, its {' and '.join(changed)} being others than now: make it again with "
+            "--overwrite, which starts the stage again, or delete the folder"
+        )
+    return not changed
+
+
+class Featured(Dataset):
+    """Pictures with what a cache holds of them: item (index, flip) -> (picture, label, {name: row})."""
+
+    def __init__(self, pictures: Flipped, cache: Cache):
+        self.pictures, self.cache = pictures, cache
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, item: tuple[int, bool]) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
+        return *self.pictures[item], self.cache[item]
+
+
+def pictures_and_features(job: Job, vae: VAE, siglip: SigLIP) -> Dataset:
+    """The training pictures; with --cache each comes with its latents and SigLIP features out of OUT/features.
+
+    SigLIP features of the paper's size would fill 1 TB for ImageNet to save 2% of a step's FLOPs, where latents save 9%: a
+    cache above EXACT_CACHE bytes holds latents alone, in float16 (84 GB), which rounds them by up to 2^-11 = 0.05%, and
+    on CUDA by nothing, because they come out of a bfloat16 convolution. A smaller one is float32 and holds both.
+    """
+    pictures = Flipped(job.train)
+    if not job.args.cache:
+        return pictures
+    vae.to(job.device)
+    side = PRESETS[job.args.preset].image_size // vae.config.factor
+    numbers = vae.config.latent_channels * side**2 + siglip.config.width * siglip.config.grid**2  # of one picture
+    exact = 2 * 4 * numbers * len(job.train) <= EXACT_CACHE
+    networks = {"vae": vae, "siglip": siglip} if exact else {"vae": vae}
+
+    def make(batch, labels):
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=job.device.type == "cuda"):  # as in a step
+            signed = to_signed(batch)
+            if not exact:
+                return {"latents": vae.encode(signed).half()}
+            return {"latents": vae.encode(signed).float(), "x_sig": siglip(signed).float()}
+
+    about = {name: digest(network.state_dict()) for name, network in networks.items()}
+    return Featured(pictures, Cache(job.path("features"), job, about, make))
+
+
+@torch.no_grad()
+def frozen_features(batch, vae: VAE, siglip: SigLIP | None, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """A batch of the loader, (pictures, labels) or of Featured -> pictures (B, 3, H, W) in [-1, 1], normalised latents
+    (B, channels, h, w), SigLIP features (B, C, g, g); what the cache does not hold is computed."""
+    cached = {name: rows.to(device).float() for name, rows in batch[2].items()} if len(batch) > 2 else {}
+    pictures = to_signed(batch[0].to(device))
+    latents = cached["latents"] if "latents" in cached else vae.encode(pictures)
+    x_sig = cached["x_sig"] if "x_sig" in cached else siglip(pictures)
+    return pictures, latents, x_sig
+
+
 class Pretraining(nn.Module):
     """Stage I, Eq. 6: flow matching through the tokens, entropy of the codes, alignment with SigLIP."""
 
@@ -614,35 +761,25 @@ class Pretraining(nn.Module):
 
     def __init__(self, job: Job):
         super().__init__()
-        self.job, self.dataset = job, Flipped(job.train)
+        self.job = job
         # Frozen networks stand in a dict, not among the submodules: never trained, averaged, saved or put in train mode.
         self.frozen = {"siglip": load_siglip(job.weights["siglip"], device=job.device).requires_grad_(False)}
-        vae = load_vae(job.weights["vae"], device=job.device)
-        config = replace(PRESETS[job.args.preset], semantic_width=self.frozen["siglip"].config.width, vae=vae.config)
-        if job.args.bits:
-            config = replace(config, bits=job.args.bits)
-        decoder = None
-        if "sd35" in job.weights:
-            with torch.device("meta"):
-                decoder = Decoder(config)
-            load_sd35(decoder, job.weights["sd35"], job.device)  # straight there: in float32 it is 9 GB
-        self.semtok = SemTok(config, vae, decoder)
+        self.semtok = new_tokenizer(job, self.frozen["siglip"])
         self.semtok.decoder.mask_tokens.requires_grad_(False)  # they join in stage II
+        self.dataset = pictures_and_features(job, self.semtok.vae, self.frozen["siglip"])
 
     def inputs(self, batch, draws: Draws, step: int) -> tuple:
-        """(pictures, labels) of the loader -> the arguments of forward."""
-        device, config = self.job.device, self.semtok.config
-        pictures = to_signed(batch[0].to(device))
-        side = config.grid * config.patch
-        noise = draws.normal(len(pictures), config.vae.latent_channels, side, side)
-        return pictures, noise, draws.uniform(len(pictures))  # t is uniform in [0, 1]
+        """A batch of the loader -> the arguments of forward."""
+        _, latents, x_sig = frozen_features(batch, self.semtok.vae, self.frozen["siglip"], self.job.device)
+        return latents, x_sig, draws.normal(*latents.shape), draws.uniform(len(latents))  # t is uniform in [0, 1]
 
-    def forward(self, pictures: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> dict[str, torch.Tensor]:
-        """pictures (B, 3, H, W) in [-1, 1], noise (B, channels, h, w), times t (B,) -> losses and codes."""
-        with torch.no_grad():
-            latents, x_sig = self.semtok.vae.encode(pictures), self.frozen["siglip"](pictures)
+    def forward(
+        self, latents: torch.Tensor, x_sig: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Normalised latents (B, channels, h, w), SigLIP features (B, C, g, g), noise like the latents, times t (B,) ->
+        losses and codes."""
         out = self.semtok(latents, x_sig, noise, t)
-        return out | {"loss": out["diff"] + QUANT * out["quant"] + SEMANTIC * (out["contrast"] + out["distill"])}  # Eq. 6
+        return out | {"loss": out["diff"] + QUANT * out["quant"] + semantic_loss(out, self.job.args)}  # Eq. 6
 
     def reconstruct(self, pictures: torch.Tensor) -> torch.Tensor:
         """uint8 (N, 3, H, W) -> uint8, through the tokens and the 25-step sampler, with fixed noise."""
@@ -673,40 +810,50 @@ class Refining(nn.Module):
 
     def __init__(self, job: Job):
         super().__init__()
-        self.job, self.dataset = job, Flipped(job.train)
-        self.semtok, _ = load_semtok(need(job.path("stage1.safetensors"), "1", job), job.device)
+        self.job = job
+        networks = {"siglip": load_siglip(job.weights["siglip"], device=job.device).requires_grad_(False)}
+        if job.args.from_scratch:
+            self.semtok = new_tokenizer(job, networks["siglip"])
+        else:
+            self.semtok, _ = load_semtok(need(job.path("stage1.safetensors"), "1", job), job.device)
         self.first_samples = None  # stage 1's row of the preview: drawn once, before anything moves
         self.semtok.train().start_refiner()
         self.semtok.vae.requires_grad_(False)
+        self.semtok.encoder.requires_grad_(not job.args.freeze_encoder)
         self.semtok.decoder.x_embedder.requires_grad_(False)  # nothing noisy comes in any more
-        networks = {
-            "siglip": load_siglip(job.weights["siglip"], device=job.device).requires_grad_(False),
-            "lpips": fid.load_lpips(job.weights["vgg"], job.weights["lpips"]),
-            "resnet": load_resnet(job.weights["resnet"]),
-        }
-        self.frozen = {name: network.to(job.device) for name, network in networks.items()}
         self.discriminator = Discriminator(*((128, 4, 16) if job.args.preset == "paper" else TINY_DISCRIMINATOR))
         self.register_buffer("real_mean", torch.zeros(()))
         self.register_buffer("fake_mean", torch.zeros(()))
+        # Only now, when everything that is trained has been initialised alike, whichever terms are asked for.
+        self.perceptual = PERCEPTUAL_TERMS[job.args.perceptual or "both"]
+        if "lpips" in self.perceptual:
+            networks["lpips"] = fid.load_lpips(job.weights["vgg"], job.weights["lpips"])
+        if "resnet" in self.perceptual:
+            networks["resnet"] = load_resnet(job.weights["resnet"])
+        self.frozen = {name: network.to(job.device) for name, network in networks.items()}
+        self.dataset = pictures_and_features(job, self.semtok.vae, self.frozen["siglip"])
         self.gan_start = job.recipe("2").gan_start
 
     def inputs(self, batch, draws: Draws, step: int) -> tuple:
-        """(pictures, labels) of the loader -> the arguments of forward."""
-        return to_signed(batch[0].to(self.job.device)), step >= self.gan_start
+        """A batch of the loader -> the arguments of forward."""
+        return *frozen_features(batch, self.semtok.vae, self.frozen["siglip"], self.job.device), step >= self.gan_start
 
-    def forward(self, pictures: torch.Tensor, adversarial: bool) -> dict[str, torch.Tensor]:
-        """pictures (B, 3, H, W) in [-1, 1]; whether the discriminator has joined -> losses and codes."""
-        with torch.no_grad():
-            latents, x_sig = self.semtok.vae.encode(pictures), self.frozen["siglip"](pictures)
+    def forward(
+        self, pictures: torch.Tensor, latents: torch.Tensor, x_sig: torch.Tensor, adversarial: bool
+    ) -> dict[str, torch.Tensor]:
+        """pictures (B, 3, H, W) in [-1, 1], their normalised latents (B, channels, h, w) and SigLIP features (B, C, g, g);
+        whether the discriminator has joined -> losses and codes."""
         out = self.semtok(latents, x_sig)
         output = self.semtok.vae.decode(out.pop("latents")).float()  # (B, 3, H, W)
         out["mse"] = F.mse_loss(output, pictures)
-        out["lpips"] = self.frozen["lpips"](output, pictures).mean()
-        with torch.no_grad():
-            wanted = self.frozen["resnet"](pictures)
-        out["resnet"] = F.mse_loss(self.frozen["resnet"](output).float(), wanted.float())  # of logits
-        loss = out["mse"] + PERCEPTUAL * (out["lpips"] + out["resnet"])
-        loss = loss + QUANT * out["quant"] + SEMANTIC * (out["contrast"] + out["distill"])
+        if "lpips" in self.perceptual:
+            out["lpips"] = self.frozen["lpips"](output, pictures).mean()
+        if "resnet" in self.perceptual:
+            with torch.no_grad():
+                wanted = self.frozen["resnet"](pictures)
+            out["resnet"] = F.mse_loss(self.frozen["resnet"](output).float(), wanted.float())  # of logits
+        loss = out["mse"] + PERCEPTUAL * sum(out[name] for name in self.perceptual)
+        loss = loss + QUANT * out["quant"] + semantic_loss(out, self.job.args)
         if adversarial:
             loss = loss + self.adversarial_losses(pictures, output, out)
         return out | {"loss": loss}
@@ -733,8 +880,10 @@ class Refining(nn.Module):
         return in_batches(lambda p: to_uint8(self.semtok.decode(self.semtok.refine(self.semtok.encode(to_signed(p))))), pictures)
 
     def preview(self) -> Image.Image:
-        """Held-out pictures over stage 1's samples and the refiner's output."""
+        """Held-out pictures over stage 1's samples (unless this run began without a stage 1) and the refiner's output."""
         pictures, _ = self.job.held_out(10)
+        if self.job.args.from_scratch:
+            return picture_grid({"original": pictures, "stage 2 from scratch": self.reconstruct(pictures)})
         if self.first_samples is None:
             stage1, _ = load_semtok(self.job.path("stage1.safetensors"), self.job.device)
             rng = torch.Generator(self.job.device).manual_seed(0)
@@ -753,8 +902,29 @@ class Refining(nn.Module):
         return export_tokenizer(self.semtok, self.job, "2", figures)
 
 
+def new_tokenizer(job: Job, siglip: SigLIP) -> SemTok:
+    """A tokenizer to be trained from its start: its VAE and, with --sd35, its decoder are pretrained, the rest is new."""
+    vae = load_vae(job.weights["vae"], device=job.device)
+    config = replace(tokenizer_config(job.args), semantic_width=siglip.config.width, vae=vae.config)
+    decoder = None
+    if "sd35" in job.weights:
+        with torch.device("meta"):
+            decoder = Decoder(config)
+        load_sd35(decoder, job.weights["sd35"], job.device)  # straight there: in float32 it is 9 GB
+    return SemTok(config, vae, decoder)
+
+
+def semantic_loss(out: dict, args: argparse.Namespace) -> torch.Tensor:
+    """lambda_s L_sem of Eq. 6 and 7 from a step's `contrast` and `distill`. Either can be left out (Table 4): its weight is
+    then 0, and its value is still measured. Adds both weights to out, for the log."""
+    weights = {"contrast": 0.0 if args.no_contrast else 1.0, "distill": 0.0 if args.no_distill else 1.0}
+    out |= {f"{name}_weight": SEMANTIC * weight for name, weight in weights.items()}
+    return SEMANTIC * sum(weight * out[name] for name, weight in weights.items())
+
+
 class Generating(nn.Module):
-    """The masked AR transformer of section 3.3 on the tokens of stage II, which are computed first."""
+    """The masked AR transformer of section 3.3 on the tokens of stage II, which are computed first; next-token prediction
+    when it or its tokenizer is sequential (Table 5)."""
 
     averaged, players = ("ar.",), ()
 
@@ -764,12 +934,8 @@ class Generating(nn.Module):
         tokenizer, metadata = load_semtok(need(job.path("stage2.safetensors"), "2", job), job.device)
         self.frozen = {"tokenizer": tokenizer}
         self.fingerprint = metadata["fingerprint"]
+        self.ar = MaskedAR(ar_config(job.args, tokenizer.config, len(job.train.classes)))
         self.dataset = tokenise(tokenizer, self.fingerprint, job)
-        config = tokenizer.config
-        sizes = AR_PRESETS[job.args.ar_size if job.args.preset == "paper" else "tiny"]
-        self.ar = MaskedAR(replace(
-            sizes, tokens=config.tokens, bits=config.bits, classes=len(job.train.classes), spherical=config.quantizer == "bsq"
-        ))
         pictures, self.val_labels = job.held_out(500)
         self.val_bits = codes_to_bits(in_batches(tokenizer.encode, to_signed(pictures)))
 
@@ -777,7 +943,11 @@ class Generating(nn.Module):
         """(bits, labels) of the loader -> the arguments of forward: classes dropped, masks drawn."""
         bits, labels = (part.to(self.job.device) for part in batch)
         labels = labels.masked_fill(draws.uniform(len(labels)) < 0.1, self.ar.config.classes)
-        return bits, labels, draw_masks(*bits.shape[:2], draws)
+        return bits, labels, self.masks(bits, draws)
+
+    def masks(self, bits: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """Which tokens of bits (B, K, d) are to be predicted: (B, K) bool. In next-token prediction, all."""
+        return torch.ones_like(bits[..., 0]) if self.ar.config.causal else draw_masks(*bits.shape[:2], draws)
 
     def forward(self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor) -> dict[str, torch.Tensor]:
         """bits (B, K, d), labels (B,), masked (B, K) -> losses."""
@@ -788,17 +958,17 @@ class Generating(nn.Module):
         tokenizer, config = self.frozen["tokenizer"], self.ar.config
         labels = torch.arange(min(20, config.classes), device=self.job.device)
         rng = torch.Generator(self.job.device).manual_seed(0)
-        bits = self.ar.generate(labels, steps=min(64, config.tokens), cfg=self.guidance(), generator=rng)
+        bits = self.ar.generate(labels, cfg=self.guidance(), generator=rng)
         pictures = to_uint8(tokenizer.decode(tokenizer.refine(bits_to_codes(bits, config.spherical))))
         return picture_grid({"one sample of each class": pictures})
 
     def guidance(self) -> float:
         """The guidance scale that suits this size, linear schedule."""
-        return GUIDANCE[self.job.args.ar_size if self.job.args.preset == "paper" else "tiny"]
+        return GUIDANCE[ar_size(self.job.args)]
 
     def validate(self) -> dict[str, float]:
         """Bits of held-out pictures' masked tokens: nats a bit, share guessed right."""
-        masked = draw_masks(*self.val_bits.shape[:2], Draws(0, "validation", 0, self.job.device))
+        masked = self.masks(self.val_bits, Draws(0, "validation", 0, self.job.device))
         losses = self.ar.loss(self.val_bits, self.val_labels, masked)
         return {"val_nll_per_bit": losses["nll"].item(), "val_bit_accuracy": losses["accuracy"].item()}
 
@@ -807,10 +977,39 @@ class Generating(nn.Module):
         path, job = self.job.path("ar.safetensors"), self.job
         metadata = ar_metadata(
             self.ar, classes=json.dumps(job.train.classes), tokenizer=self.fingerprint, preset=job.args.preset,
-            guidance=self.guidance(), figures=json.dumps(figures),
+            guidance=self.guidance(), figures=json.dumps(figures), settings=settings(job.args, "ar"),
         )
         write_tensors(path, self.ar.state_dict(), metadata)
         return path
+
+
+def tokenizer_config(args: argparse.Namespace) -> SemTokConfig:
+    """The sizes of a new tokenizer: the preset's, changed by --bits, --quantizer and --order."""
+    config = PRESETS[args.preset]
+    return replace(
+        config, bits=args.bits or config.bits, quantizer=args.quantizer or config.quantizer, causal=args.order == "raster"
+    )
+
+
+def ar_size(args: argparse.Namespace) -> str:
+    """The transformer's size, by name: the tiny preset has one, the paper three."""
+    return "tiny" if args.preset == "tiny" else args.ar_size or "L"
+
+
+def ar_config(args: argparse.Namespace, tokens: SemTokConfig, classes: int = 1000) -> ARConfig:
+    """The sizes of a transformer on a tokenizer's tokens, changed by --ar-size, --bit-groups and --order, which is by
+    default the tokenizer's own. Raises UserError for groups that its bits cannot form."""
+    bits, groups = tokens.bits, args.bit_groups or tokens.bits
+    if bits % groups or bits // groups > LARGEST_GROUP:
+        fits = [str(n) for n in range(1, bits + 1) if bits % n == 0 and bits // n <= LARGEST_GROUP]
+        raise UserError(
+            f"--bit-groups {groups} does not cut the tokenizer's {bits} bits into equal groups of at most {LARGEST_GROUP}, "
+            f"which a softmax can still hold: choose {', '.join(fits)}"
+        )
+    return replace(
+        AR_PRESETS[ar_size(args)], tokens=tokens.tokens, bits=bits, classes=classes, group_bits=bits // groups,
+        spherical=tokens.quantizer == "bsq", causal=tokens.causal if args.order is None else args.order == "raster",
+    )
 
 
 def draw_masks(batch: int, tokens: int, draws: Draws) -> torch.Tensor:
@@ -820,59 +1019,47 @@ def draw_masks(batch: int, tokens: int, draws: Draws) -> torch.Tensor:
 
 
 class Tokens(Dataset):
-    """Tokenised pictures: item (index, flip) -> (bits (K, d) bool, label). packed: (N, 2, bytes) uint8, both flips."""
+    """Tokenised pictures out of a cache: item (index, flip) -> (bits (K, d) bool, label)."""
 
-    def __init__(self, packed: torch.Tensor, labels: torch.Tensor, shape: tuple[int, int]):
-        self.packed, self.labels, self.shape = packed, labels, shape
+    def __init__(self, cache: Cache, shape: tuple[int, int]):
+        self.cache, self.shape = cache, shape
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.cache)
 
     def __getitem__(self, item: tuple[int, bool]) -> tuple[torch.Tensor, int]:
-        index, flip = item
-        bits = np.unpackbits(self.packed[index, int(flip)].numpy(), count=self.shape[0] * self.shape[1])
-        return torch.from_numpy(bits.reshape(self.shape)).bool(), int(self.labels[index])
+        row = self.cache[item]
+        bits = np.unpackbits(row["bits"].numpy(), count=self.shape[0] * self.shape[1])
+        return torch.from_numpy(bits.reshape(self.shape)).bool(), int(row["labels"])
 
 
-@torch.no_grad()
 def tokenise(tokenizer: SemTok, fingerprint: str, job: Job) -> Tokens:
-    """The tokens of every training picture and of its mirror image: from `tokens.safetensors` when that is of the same
-    tokenizer and pictures, else computed, each process its share, and written there."""
-    path, count, (rank, processes) = job.path("tokens.safetensors"), len(job.train), ranks()
-    wanted = {"tokenizer": fingerprint, "pictures": f"{count} of {job.args.data or job.args.seed}"}
-    if not (os.path.isfile(path) and TensorFiles(path).metadata == wanted):
-        share = range(count * rank // processes, count * (rank + 1) // processes)
-        items = [(index, flip) for index in share for flip in (False, True)]
-        loader = DataLoader(Flipped(job.train), sampler=items, batch_size=128, num_workers=job.workers)
-        packed, labels = [], []
-        for pictures, label in tqdm(loader, "tokenising", unit="x128", leave=False, disable=rank > 0):
-            bits = codes_to_bits(tokenizer.encode(to_signed(pictures.to(job.device)))).flatten(1)
-            packed.append(np.packbits(bits.cpu().numpy(), axis=1))
-            labels.append(label.numpy())
-        shares = [(np.concatenate(packed), np.concatenate(labels))]
-        if processes > 1:
-            shares = shares * processes
-            dist.all_gather_object(shares, shares[rank])
-        if rank == 0:
-            packed, labels = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*shares))
-            write_tensors(path, {"bits": packed.view(count, 2, -1), "labels": labels[::2]}, wanted)
-        wait_for_all()
-    source = TensorFiles(path)
-    return Tokens(source.get("bits"), source.get("labels"), (tokenizer.config.tokens, tokenizer.config.bits))
+    """The tokens of every training picture and of its mirror image, their bits packed, in OUT/tokens. See Cache."""
+    def make(pictures, labels):
+        bits = codes_to_bits(tokenizer.encode(to_signed(pictures))).flatten(1)
+        return {"bits": torch.from_numpy(np.packbits(bits.cpu().numpy(), axis=1)), "labels": labels.int()}
+
+    cache = Cache(job.path("tokens"), job, {"tokenizer": fingerprint}, make)
+    return Tokens(cache, (tokenizer.config.tokens, tokenizer.config.bits))
 
 
 def export_tokenizer(model: SemTok, job: Job, stage: str, figures: dict[str, float]) -> str:
     """Write a tokenizer with everything that sample.py needs to know; returns the path."""
     path, tensors = job.path(f"stage{stage}.safetensors"), model.state_dict()
-    digest = hashlib.sha256()
-    for tensor in tensors.values():
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     metadata = tokenizer_metadata(
         model, stage=stage, preset=job.args.preset, classes=json.dumps(job.train.classes), figures=json.dumps(figures),
-        fingerprint=digest.hexdigest()[:16],
+        fingerprint=digest(tensors), settings=settings(job.args, stage),
     )
     write_tensors(path, tensors, metadata)
     return path
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """What tells one network's weights from another's."""
+    found = hashlib.sha256()
+    for tensor in tensors.values():
+        found.update(tensor.detach().cpu().contiguous().numpy())
+    return found.hexdigest()[:16]
 
 
 def need(path: str, stage: str, job: Job) -> str:
@@ -891,7 +1078,40 @@ def command(args: argparse.Namespace, stage: str) -> str:
         parts.append(f"--data {args.data}")
     if args.out != os.path.join("runs", args.preset):
         parts.append(f"--out {args.out}")
-    return " ".join(parts)
+    return " ".join(parts + flags(json.loads(settings(args, stage))))
+
+
+def asked_for(args: argparse.Namespace) -> list[str]:
+    """The stages of --stage, in order; with --from-scratch there is no stage 1."""
+    if args.stage != "all":
+        return [args.stage]
+    return ["2", "ar"] if args.from_scratch else ["1", "2", "ar"]
+
+
+def belongs(args: argparse.Namespace, name: str, stage: str) -> bool:
+    """Whether a flag of BELONGS changes a stage: what makes a tokenizer belongs to stage 1, or to a stage 2 without it."""
+    return stage in BELONGS[name] or (stage == "2" and bool(args.from_scratch) and "1" in BELONGS[name])
+
+
+def settings(args: argparse.Namespace, stage: str) -> str:
+    """The flags of BELONGS that were given and change a stage, as JSON: what its checkpoints say of how they were made."""
+    given = {name: getattr(args, name) for name in BELONGS if belongs(args, name, stage) and name != "cache"}
+    return json.dumps({name: value for name, value in given.items() if value not in (None, False)})
+
+
+def flags(given: dict) -> list[str]:
+    """Settings as they stand on the command line."""
+    return [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in given.items()]
+
+
+def check_settings(path: str, args: argparse.Namespace, stage: str) -> None:
+    """Raises UserError when a file of a stage, its result or a state, was made with other flags than this run's."""
+    before = TensorFiles(path).metadata.get("settings", "{}")
+    if before != settings(args, stage):
+        then, now = (" ".join(flags(json.loads(text))) or "no flag of the kind" for text in (before, settings(args, stage)))
+        raise UserError(
+            f"{path} was made with {then}, and this run has {now}: give the same flags, or another --out, or --overwrite"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
@@ -994,6 +1214,7 @@ class Trainer:
         for name, parameter in self.parameters.items():
             tensors |= {f"adam/{kind}/{name}": value for kind, value in self.optimizer.state[parameter].items()}
         metadata = {"format": "semtok-state", "stage": self.name, "step": str(self.step), "skipped": str(self.skipped)}
+        metadata["settings"] = settings(self.job.args, self.name)
         write_tensors(os.path.join(folder, f"step-{self.step:07d}.safetensors"), tensors, metadata)
         for old in saved_states(folder)[:-2]:
             os.remove(old)
@@ -1009,6 +1230,7 @@ class Trainer:
                 print(f"falling back to the state before: {error}", file=sys.stderr)
         else:
             raise UserError(f"{folder} holds no training state to resume: start with {command(self.job.args, self.name)}")
+        check_settings(path, self.job.args, self.name)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(source.get(f"weights/{name}"))
@@ -1063,6 +1285,7 @@ def run_stage(name: str, job: Job) -> None:
     say = print if rank == 0 else (lambda *_: None)
     if not args.resume and not args.overwrite:
         if os.path.exists(result):
+            check_settings(result, args, name)
             return say(f"stage {name} ({NAMES[name]}) is finished: {result}. --resume trains it further, --overwrite starts again")
         if states:
             raise UserError(f"stage {name} stopped before its end: --resume goes on from {states[-1]}, --overwrite starts again")
@@ -1182,7 +1405,9 @@ CARD = 78 * 2**30  # bytes: what a GPU of "80 GB" leaves to a program
 def missing_files(args: argparse.Namespace, stage: str) -> list[str]:
     """What a stage reads and does not find: a sentence each, with the command that gets it. Empty when all is there."""
     sentences, weights, tiny = [], Job(args, None, None, None).weights, args.preset == "tiny"
-    for flag in NEEDED[stage]:
+    needed = ("sd35", *NEEDED[stage]) if stage == "2" and args.from_scratch else NEEDED[stage]
+    unused = {"lpips": ("resnet",), "resnet": ("vgg", "lpips")}.get(args.perceptual, ())
+    for flag in (name for name in needed if name not in unused):
         path, (name, address, size, gated) = weights.get(flag), WEIGHT_FILES[flag]
         if (path and os.path.exists(path)) or (tiny and not path) or (flag == "vae" and path == weights.get("sd35")):
             continue  # the VAE comes with --sd35
@@ -1195,7 +1420,7 @@ def missing_files(args: argparse.Namespace, stage: str) -> list[str]:
             f"--{flag} {state} ({WEIGHTS_HELP[flag]}): get {size}{terms} with\n"
             f"    curl -fL --create-dirs {token}-o weights/{name} {address}\n  and add --{flag} weights/{name}"
         )
-    earlier = {"2": "1", "ar": "2"}.get(stage)
+    earlier = {"2": None if args.from_scratch else "1", "ar": "2"}.get(stage)
     result = os.path.join(args.out, RESULTS[earlier]) if earlier else args.out
     if earlier and not os.path.isfile(result):
         sentences.append(f"{result} is missing: make it first with {command(args, earlier)}")
@@ -1208,7 +1433,7 @@ def networks(stage: str, args: argparse.Namespace) -> dict[str, tuple]:
     step: a function that does with one picture what a training step does, gradients flowing into its inputs where
     something upstream is trained; None for a network that waits for previews. runs: how many forward passes that is.
     """
-    config = replace(PRESETS[args.preset], bits=args.bits or PRESETS[args.preset].bits)
+    config = tokenizer_config(args)
     tiny, side = args.preset == "tiny", config.grid * config.patch
     with torch.device("meta"):
         if tiny:
@@ -1220,12 +1445,13 @@ def networks(stage: str, args: argparse.Namespace) -> dict[str, tuple]:
             vgg, resnet, judge = fid.VGG16Features(), ResNet(), Discriminator()
         model = SemTok(replace(config, semantic_width=siglip.config.width), toys.vae if tiny else None)
         lpips = fid.LPIPS(vgg, [torch.empty(1, width, 1, 1) for width in (TINY_VGG if tiny else fid.VGG_WIDTHS)])
-        ar = MaskedAR(replace(AR_PRESETS["tiny" if tiny else args.ar_size], tokens=config.tokens, bits=config.bits))
+        ar = MaskedAR(ar_config(args, config))
         pictures, t = torch.empty(1, 3, config.image_size, config.image_size), torch.empty(1)
         latents, codes = torch.empty(1, config.vae.latent_channels, side, side), torch.empty(1, config.tokens, config.bits)
         features = torch.empty(1, config.grid**2, config.encoder_width)  # the encoder's x
         labels, masked = torch.empty(1, dtype=torch.long), torch.empty(1, config.tokens, dtype=torch.bool)
     trained = [siglip, model.vae, vgg, resnet] if stage == "0" else [ar] if stage == "ar" else [model]
+    terms = PERCEPTUAL_TERMS[args.perceptual or "both"]
     for module in (model, lpips, siglip, resnet, ar):
         module.to("meta").eval().requires_grad_(False)  # rotary tables and new embedders were made on the CPU
     for module in trained:
@@ -1239,10 +1465,13 @@ def networks(stage: str, args: argparse.Namespace) -> dict[str, tuple]:
     if stage == "ar":  # the tokenizer has worked before the first step
         waiting = {"VAE encoder": vae.encoder, "encoder": encoder, "decoder": decoder, "VAE decoder": vae.decoder}
         step = (ar, lambda: ar.loss(codes > 0, labels, masked)["loss"], 1)
-        return {name: (module, None, 0) for name, module in waiting.items()} | {f"AR {'tiny' if tiny else args.ar_size}": step}
+        return {name: (module, None, 0) for name, module in waiting.items()} | {f"AR {ar_size(args)}": step}
 
     def moving(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone().requires_grad_()
+
+    def upstream(tensor: torch.Tensor) -> torch.Tensor:  # out of the encoder
+        return tensor if args.freeze_encoder else moving(tensor)
 
     def judged():  # as Refining.adversarial_losses
         judge.requires_grad_(False)
@@ -1251,21 +1480,22 @@ def networks(stage: str, args: argparse.Namespace) -> dict[str, tuple]:
         return fooled, judge(pictures), judge(pictures)
 
     (decoder.mask_tokens if stage == "1" else decoder.x_embedder).requires_grad_(False)
+    encoder.requires_grad_(not args.freeze_encoder)
     heads = nn.ModuleList([model.w_x, model.w_z])
     found = {
         "VAE encoder": (vae.encoder, lambda: vae.encode(pictures), 1),
         "SigLIP": (siglip, lambda: siglip(pictures), 1),
         "encoder": (encoder, lambda: encoder(latents), 1),
-        "alignment": (heads, lambda: (heads[0](moving(features)), heads[1](moving(codes).flatten(1))), 1),
-        "decoder": (decoder, lambda: decoder(moving(codes), *((latents, t) if stage == "1" else ())), 1),
+        "alignment": (heads, lambda: (heads[0](upstream(features)), heads[1](upstream(codes).flatten(1))), 1),
+        "decoder": (decoder, lambda: decoder(upstream(codes), *((latents, t) if stage == "1" else ())), 1),
         "VAE decoder": (vae.decoder, (lambda: vae.decode(moving(latents))) if stage == "2" else None, 1),
     }
     if stage == "2":
-        found |= {
-            "LPIPS' VGG16": (lpips, lambda: lpips(moving(pictures), pictures), 2),
-            "ResNet-50": (resnet, lambda: (resnet(pictures), resnet(moving(pictures))), 2),
-            "discriminator": (judge, judged, 3),
-        }
+        if "lpips" in terms:
+            found["LPIPS' VGG16"] = lpips, lambda: lpips(moving(pictures), pictures), 2
+        if "resnet" in terms:
+            found["ResNet-50"] = resnet, lambda: (resnet(pictures), resnet(moving(pictures))), 2
+        found["discriminator"] = judge, judged, 3
     return found
 
 
@@ -1320,7 +1550,7 @@ def plan(args: argparse.Namespace) -> str:
     """What --dry-run prints: parameters, FLOPs, memory, length and missing files of a run, from the modules themselves on
     the meta device. Raises UserError for a run that could not start."""
     if args.stage == "all":
-        return "\n\n".join(plan(argparse.Namespace(**vars(args) | {"stage": stage})) for stage in STAGES[1:])
+        return "\n\n".join(plan(argparse.Namespace(**vars(args) | {"stage": stage})) for stage in asked_for(args))
     if args.stage not in RECIPES[args.preset]:
         raise UserError(f"stage {args.stage} makes stand-ins for the tiny preset; the paper preset reads the real weights")
     stage, paper, config = args.stage, args.preset == "paper", PRESETS[args.preset]
@@ -1442,11 +1672,34 @@ then: python sample.py --class 1""",
     )
     add("--resume", action="store_true", help="go on from the last training state")
     add("--overwrite", action="store_true", help="start again although there is a result or a state")
+    add(
+        "--cache", action="store_true", help="stages 1, 2: compute latents (and, when small, SigLIP features) of all pictures "
+        "once, in OUT/features; the AR stage's tokens are always cached",
+    )
     add("--bits", type=_positive(int), help="bits per token d instead of the preset's (the paper trains 18 and 32)")
-    add("--ar-size", default="L", choices=["L", "XL", "XXL"], help="the transformer's size in the paper preset (default L)")
+    add("--ar-size", choices=["L", "XL", "XXL"], help="the transformer's size in the paper preset (default L)")
     add(
         "--checkpoint-activations", action="store_true",
         help="recompute blocks in the backward pass: much less memory, about a third more work",
+    )
+    ablations = parser.add_argument_group("ablations", "what the paper's tables compare; flags of another stage are refused")
+    ablation = ablations.add_argument
+    ablation("--no-distill", action="store_true", help="stages 1, 2: weight 0 for the distillation term (Table 4)")
+    ablation("--no-contrast", action="store_true", help="stages 1, 2: weight 0 for the contrastive term (Table 4)")
+    ablation(
+        "--order", choices=["global", "raster"], help="stage 1: raster makes the encoder's token stream causal; stage ar: "
+        "raster predicts the next token, global masked ones; default global, in stage ar the tokenizer's (Table 5)",
+    )
+    ablation("--quantizer", choices=["bsq", "lfq"], help="stage 1: lfq is the sign without the sphere (Table 10; default bsq)")
+    ablation("--perceptual", choices=list(PERCEPTUAL_TERMS), help="stage 2: the perceptual terms (Table 11; default both)")
+    ablation(
+        "--from-scratch", action="store_true", help="stage 2: without stage 1, whose flags it then takes; the decoder still "
+        "starts from --sd35 (Table 12)",
+    )
+    ablation("--freeze-encoder", action="store_true", help="stage 2: the encoder, so also the tokens, stay stage 1's")
+    ablation(
+        "--bit-groups", type=_positive(int), metavar="N", help="stage ar: groups that a token's bits form, one softmax each; "
+        "Table 13 compares 18 and 2 of 18 bits (default: one a bit)",
     )
     add("--dry-run", action="store_true", help="print the plan of the run (sizes, FLOPs, memory, hours, missing files) and stop")
     add("--gpus", type=_positive(int), help="in a --dry-run, how many GPUs share the batch (default: 8 for paper, 1 for tiny)")
@@ -1456,6 +1709,17 @@ then: python sample.py --class 1""",
     args.out = os.path.normpath(args.out or os.path.join("runs", args.preset))
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
+    for name, stages in BELONGS.items():
+        given = getattr(args, name) not in (None, False)
+        if given and not any(belongs(args, name, stage) for stage in asked_for(args)):
+            if not (name == "bits" and args.dry_run):  # the plan of a later stage asks what its tokens will be
+                flag, = flags({name: getattr(args, name)})
+                also = " (and to 2 with --from-scratch)" if "1" in stages and "2" not in stages else ""
+                parser.error(f"{flag} changes nothing in stage {args.stage}: it belongs to stage {' and '.join(stages)}{also}")
+    if args.ar_size and args.preset == "tiny":
+        parser.error(f"--ar-size {args.ar_size} is one of the paper preset's: add --preset paper, or leave it out")
+    if args.from_scratch and args.freeze_encoder:
+        parser.error("--from-scratch and --freeze-encoder exclude each other: that encoder would never be trained")
     return args
 
 
@@ -1485,6 +1749,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.dry_run:
         return print(plan(args))
     device = choose_device(args.device)
+    if args.stage == "all":
+        ar_config(args, tokenizer_config(args))  # groups that do not fit are refused now, not after two stages
     # A read-only folder is found out before the work, not after.
     write_text(os.path.join(args.out, ".writable"), "")
     os.remove(os.path.join(args.out, ".writable"))
@@ -1493,8 +1759,9 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)  # until the processes below have forked: a forked pool of threads would hang
     train, val = (open_pictures(args.data, split, args.seed, size, args.workers) for split in ("train", "val"))
     job = Job(args, device, train, val)
-    wanted = ["1", "2", "ar"] if args.stage == "all" else [args.stage]
-    if wanted[0] == "1" and args.preset == "tiny" and not all(os.path.exists(path) for path in job.weights.values()):
+    wanted = asked_for(args)
+    begins = wanted[0] == ("2" if args.from_scratch else "1")
+    if begins and args.preset == "tiny" and not all(os.path.exists(path) for path in job.weights.values()):
         wanted = ["0"] + wanted
 
     if args.preset == "paper" and (missing := missing_files(args, wanted[0])):
