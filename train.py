@@ -704,7 +704,7 @@ def _is_part(path: str, about: dict[str, str], overwrite: bool) -> bool:
 
 
 class Featured(Dataset):
-    """Pictures with what a cache holds of them: item (index, flip) -> (picture, label, {name: row})."""
+    """Pictures with what a cache holds of them: item (index, flip) -> (picture, label, latents[, SigLIP features])."""
 
     def __init__(self, pictures: Flipped, cache: Cache):
         self.pictures, self.cache = pictures, cache
@@ -712,8 +712,9 @@ class Featured(Dataset):
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def __getitem__(self, item: tuple[int, bool]) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
-        return *self.pictures[item], self.cache[item]
+    def __getitem__(self, item: tuple[int, bool]) -> tuple:
+        rows = self.cache[item]
+        return *self.pictures[item], *(rows[name] for name in ("latents", "x_sig") if name in rows)
 
 
 def pictures_and_features(job: Job, vae: VAE, siglip: SigLIP) -> Dataset:
@@ -744,14 +745,13 @@ def pictures_and_features(job: Job, vae: VAE, siglip: SigLIP) -> Dataset:
 
 
 @torch.no_grad()
-def frozen_features(batch, vae: VAE, siglip: SigLIP | None, device: torch.device) -> tuple[torch.Tensor, ...]:
+def frozen_features(batch, vae: VAE, siglip: SigLIP, device: torch.device) -> tuple[torch.Tensor, ...]:
     """A batch of the loader, (pictures, labels) or of Featured -> pictures (B, 3, H, W) in [-1, 1], normalised latents
     (B, channels, h, w), SigLIP features (B, C, g, g); what the cache does not hold is computed."""
-    cached = {name: rows.to(device).float() for name, rows in batch[2].items()} if len(batch) > 2 else {}
-    pictures = to_signed(batch[0].to(device))
-    latents = cached["latents"] if "latents" in cached else vae.encode(pictures)
-    x_sig = cached["x_sig"] if "x_sig" in cached else siglip(pictures)
-    return pictures, latents, x_sig
+    pictures, _, *cached = batch
+    pictures, cached = to_signed(pictures.to(device)), [rows.to(device).float() for rows in cached]
+    latents = cached[0] if cached else vae.encode(pictures)
+    return pictures, latents, cached[1] if len(cached) > 1 else siglip(pictures)
 
 
 class Pretraining(nn.Module):
@@ -918,7 +918,7 @@ def semantic_loss(out: dict, args: argparse.Namespace) -> torch.Tensor:
     """lambda_s L_sem of Eq. 6 and 7 from a step's `contrast` and `distill`. Either can be left out (Table 4): its weight is
     then 0, and its value is still measured. Adds both weights to out, for the log."""
     weights = {"contrast": 0.0 if args.no_contrast else 1.0, "distill": 0.0 if args.no_distill else 1.0}
-    out |= {f"{name}_weight": SEMANTIC * weight for name, weight in weights.items()}
+    out |= {f"{name}_weight": torch.full_like(out[name].detach(), SEMANTIC * weight) for name, weight in weights.items()}
     return SEMANTIC * sum(weight * out[name] for name, weight in weights.items())
 
 
