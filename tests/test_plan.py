@@ -23,9 +23,13 @@ import train  # noqa: E402
 
 def run(arguments, folder):
     """`train.py ARGUMENTS --dry-run` in a folder, within this process: code, stdout, stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = train.command_line([*arguments.split(), "--dry-run"])
+    out, err, before = io.StringIO(), io.StringIO(), os.getcwd()
+    os.chdir(folder)  # contextlib.chdir is not in Python 3.10
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = train.command_line([*arguments.split(), "--dry-run"])
+    finally:
+        os.chdir(before)
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
