@@ -531,8 +531,8 @@ PRESETS = {
     "paper": SemTokConfig(),
     "tiny": SemTokConfig(
         image_size=32, tokens=16, bits=24,
-        encoder_depth=2, encoder_width=64, encoder_heads=1,
-        decoder_depth=3, decoder_width=64, decoder_heads=1, decoder_dual_depth=2,
+        encoder_depth=2, encoder_width=64, encoder_heads=4,
+        decoder_depth=3, decoder_width=64, decoder_heads=4, decoder_dual_depth=2,
         semantic_width=64, vae=VAEConfig(channels=(16, 16, 32), blocks=1, latent_channels=8),
     ),
 }

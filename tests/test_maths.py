@@ -403,11 +403,17 @@ def test_grouped_head_predicts_joint_values():
 
 
 def test_masks_have_ratios_between_seven_tenths_and_one():
-    masks = train.draw_masks(4000, 100, train.Draws(0, "ar", 0, torch.device("cpu")))
+    masks = train.draw_masks(4000, 100, 0.7, train.Draws(0, "ar", 0, torch.device("cpu")))
     ratios = masks.float().mean(1)
     assert ratios.min() >= 0.7 and ratios.max() == 1.0
     assert torch.allclose(ratios.mean(), torch.tensor(0.855), atol=0.01)  # mean of ceil(100 r) / 100 is half a token more
     assert (masks.float().mean(0) - ratios.mean()).abs().max() < 0.03  # no position is favoured
+
+
+def test_masks_of_any_share_hide_at_least_one_token():
+    counts = train.draw_masks(4000, 16, 0.0, train.Draws(0, "ar", 0, torch.device("cpu"))).sum(1)
+    assert sorted(set(counts.tolist())) == list(range(1, 17))
+    assert (counts.bincount(minlength=17)[1:] - 250).abs().max() < 80  # each equally often
 
 
 def test_every_epoch_shows_every_picture_once_and_resuming_repeats_none():
