@@ -370,7 +370,7 @@ class TensorFiles:
                     self.metadata = self.metadata or handle.metadata() or {}
                     for name in handle.keys():
                         if name in self.shapes:  # two models, or two copies of one: reading the last would be a guess
-                            raise UserError(f"{file} and {self._file_of[name]} both hold {name}: give the one file that is meant")
+                            raise UserError(f"{file} and {self._file_of[name]} both hold {name}: give one of them")
                         self.shapes[name] = tuple(handle.get_slice(name).get_shape())
                         self._file_of[name] = file
             except (SafetensorError, OSError) as error:

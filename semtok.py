@@ -338,8 +338,8 @@ def load_vae(path: str, dtype: torch.dtype = torch.float32, device: str | torch.
     theirs = constants.get("shift_factor"), constants.get("scaling_factor")
     if "scaling_factor" in constants and theirs != (VAE.SHIFT, VAE.SCALE):
         raise UserError(
-            f"{path} is another model's VAE (its config.json has shift_factor {theirs[0]} and scaling_factor {theirs[1]}, SD3.5's "
-            f"are {VAE.SHIFT} and {VAE.SCALE}), and {wanted} is needed"
+            f"{path} is another model's VAE (its config.json has shift_factor {theirs[0]} and scaling_factor {theirs[1]}, "
+            f"SD3.5's are {VAE.SHIFT} and {VAE.SCALE}), and {wanted} is needed"
         )
     prefix = "first_stage_model." if any(key.startswith("first_stage_model.") for key in source.shapes) else ""
     diffusers = "encoder.down_blocks.0.resnets.0.conv1.weight" in source.shapes
@@ -682,7 +682,7 @@ class SemTok(nn.Module):
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> codes (B, K, d), +-1/sqrt(d) (LFQ: +-1); `bsq.codes_to_bits` makes bits of them."""
+        """Pictures (B, 3, H, W) in [-1, 1] -> codes (B, K, d), +-1/sqrt(d) (LFQ: +-1); `bsq.codes_to_bits` gives bits."""
         return self.quantizer(self.encoder(self.vae.encode(pictures))[1])[0]
 
     @torch.no_grad()

@@ -116,12 +116,13 @@ def test_recipes_of_the_paper():
 
 @pytest.mark.parametrize("build", ["cast to bfloat16", "built in bfloat16"])
 def test_rotations_at_the_last_position_lose_nothing_in_bfloat16(build):
-    """At the real sizes, on the CPU though everything else is on the meta device. Rounded to bfloat16, cosines and sines would
-    be wrong by up to 2^-9; positions and frequencies, by whole turns."""
+    """At the real sizes; the tables are real though everything else is on the meta device. Rounded to bfloat16, cosines and
+    sines would be wrong by up to 2^-9; positions and frequencies, by whole turns."""
     try:
         torch.set_default_dtype(torch.bfloat16 if build == "built in bfloat16" else torch.float32)
         with torch.device("meta"):
-            models = semtok.Encoder(semtok.PRESETS["paper"]), semtok.Decoder(semtok.PRESETS["paper"]), ar.MaskedAR(ar.AR_PRESETS["L"])
+            config = semtok.PRESETS["paper"]
+            models = semtok.Encoder(config), semtok.Decoder(config), ar.MaskedAR(ar.AR_PRESETS["L"])
     finally:
         torch.set_default_dtype(torch.float32)
     for model in models:
@@ -134,6 +135,6 @@ def test_rotations_at_the_last_position_lose_nothing_in_bfloat16(build):
         found = mmdit.apply_rope(torch.cat([q.real, q.imag]).float(), rotation.table[:, 255])
         assert (found - torch.cat([turned.real, turned.imag])).abs().max() < 1e-4
     for model in models[:2]:  # row 15, column 15 of the grid; half of the pairs turn by row, half by column
-        turned = q * torch.polar(torch.ones_like(frequencies), 15 * 10_000.0 ** (-torch.arange(16, dtype=torch.float64) / 16).repeat(2))
+        turned = q * torch.polar(torch.ones_like(frequencies), 15 * frequencies[::2].repeat(2))
         found = mmdit.apply_rope(torch.cat([q.real, q.imag]).float(), model.x_rope.table[:, 255])
         assert (found - torch.cat([turned.real, turned.imag])).abs().max() < 1e-4
