@@ -615,16 +615,18 @@ class StandIns(nn.Module):
 
 @torch.enable_grad()
 def train_inception(job: Job) -> fid.Inception:
-    """A toy of FID's Inception that tells the run's classes apart, after 40 steps with 24 pictures, in a few seconds.
+    """A toy of FID's Inception that tells the run's classes apart, after 30 steps with 24 pictures, in a few seconds.
 
     On its own after the other stand-ins, since nothing but `fid.py --toy` reads it. Steps are as few as stage 0's."""
-    seed, steps, dataset = job.args.seed, min(40, job.recipe("0").steps), Flipped(job.train)
+    seed, steps, dataset = job.args.seed, min(30, job.recipe("0").steps), Flipped(job.train)
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     network = fid.Inception(1 / 8, len(job.train.classes), input_size=75).to(job.device).train()
     for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.ones_(module.bias)  # ReLUs mostly open: depth like this then learns in tens of steps, else in thousands
+            nn.init.ones_(module.bias)  # ReLUs mostly open: with zeros, thirty steps teach this depth next to nothing
     optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
     for step in tqdm(range(steps), "toy Inception", unit="step", leave=False):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 5) * 0.5 * (1 + math.cos(math.pi * step / steps))
