@@ -1,7 +1,8 @@
 """Measurements run by hand, one section per function, chosen on the command line: `python tests/bench.py metrics`.
 
 Needs what the tests need. Prints what was measured, on how many cores, and ratios; pin the process (taskset) to keep
-other work out of the numbers. A new section is one more function with a docstring, listed in SECTIONS."""
+other work out of the numbers. On a busy machine set OMP_WAIT_POLICY=PASSIVE, or waiting threads are counted as work and
+take turns from working ones. A new section is one more function with a docstring, listed in SECTIONS."""
 
 import argparse
 import os
@@ -22,6 +23,11 @@ def timed(function):
     start = time.perf_counter()
     result = function()
     return time.perf_counter() - start, result
+
+
+def cpu_seconds():
+    """Of this process and of its children that have ended: what a busy machine stretches less than the clock."""
+    return sum(os.times()[:4])
 
 
 def report(name, seconds, unit=""):
@@ -73,21 +79,21 @@ def metrics(options):
             return torch.cat([pool for _, pool, _ in fid.read_features(source, ours, args, None)]).numpy()
 
         print(f"Inception features of {len(files)} JPEGs of 256 x 256, decoding included, float32, {cores} cores")
-        seconds = {"pytorch-fid": [], "fid.py, its resize": [], "fid.py, ADM's resize": []}
+        resizes = {"pytorch-fid": None, "fid.py, its resize": "pytorch-fid", "fid.py, ADM's resize": "adm"}
+        clock, cpu, features = ({name: [] for name in resizes} for _ in range(3))
         for _ in range(options.runs):  # in turns, so that a neighbour on the machine disturbs all alike
-            spent, expected = timed(run_theirs)
-            seconds["pytorch-fid"].append(spent)
-            spent, got = timed(run_ours)
-            seconds["fid.py, its resize"].append(spent)
-            args.resize = "adm"
-            seconds["fid.py, ADM's resize"].append(timed(run_ours)[0])
-            args.resize = "pytorch-fid"
-        for name, values in seconds.items():
+            for name, args.resize in resizes.items():
+                before = cpu_seconds()
+                spent, features[name] = timed(run_ours if args.resize else run_theirs)
+                clock[name].append(spent)
+                cpu[name].append(cpu_seconds() - before)
+        for name, values in clock.items():
             report(name, values)
-            rounds = statistics.median(one / two for one, two in zip(seconds["pytorch-fid"], values))
-            best = min(seconds["pytorch-fid"]) / min(values)
-            print(f"  {'':52s} best {len(files) / min(values):.2f} img/s; x pytorch-fid: {best:.2f} best to best, "
-                  f"{rounds:.2f} median of rounds")
+            ratios = [statistics.median(one / two for one, two in zip(seconds["pytorch-fid"], seconds[name]))
+                      for seconds in (clock, cpu)]
+            print(f"  {'':52s} best {len(files) / min(values):.2f} img/s; x pytorch-fid, median of rounds: "
+                  f"{ratios[0]:.2f} by the clock, {ratios[1]:.2f} in CPU seconds ({statistics.median(cpu[name]):.1f} s)")
+        expected, got = features["pytorch-fid"], features["fid.py, its resize"]
         floor = np.maximum(expected, 0.1 * expected.mean())  # a ReLU's output may be zero
         print(f"  largest relative difference of features: {np.max(np.abs(got - expected) / floor):.1e}")
 

@@ -40,10 +40,11 @@ def run(script, *arguments, **options):
 def call(script, *arguments):
     """The same command inside this process, which spares the start of an interpreter."""
     out, err = io.StringIO(), io.StringIO()
-    extra = ["--processes", "1", "--workers", "0"] if script == "train.py" else []
+    extra = {"train.py": ["--processes", "1", "--workers", "0"], "fid.py": ["--workers", "0"]}.get(script, [])
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = {"train.py": train, "sample.py": sample}[script].command_line([*map(str, arguments), *extra])
+            commands = {"train.py": train.command_line, "sample.py": sample.command_line, "fid.py": train.fid.main}
+            code = commands[script]([*map(str, arguments), *extra])
         except SystemExit as stop:  # argparse
             code = stop.code
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
@@ -197,6 +198,36 @@ def test_reconstructions_keep_names_and_are_not_made_twice(finished, pictures, t
     assert len(made) == 90 and Image.open(out / "fish" / "004.png").size == (32, 32)
     assert call("sample.py", *options).returncode == 0
     assert made == {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+
+
+def test_a_run_is_scored_offline_by_its_own_toys(finished, pictures, tmp_path):
+    toys, samples, recons = finished[0] / "standins", tmp_path / "samples.npz", tmp_path / "recons"
+    reference = toys / "reference"
+    assert sorted(str(path.relative_to(reference)) for path in reference.rglob("*.png")) == [
+        f"{name}/{i:05d}.png" for i, name in enumerate(CLASSES)  # every 50th of 30: the first of each class is held out
+    ]
+    options = ("--run", finished[0], "--steps", 2)
+    assert call("sample.py", "--npz", 12, "--out", samples, *options).returncode == 0
+    assert call("sample.py", "--reconstruct", reference, "--out", recons, *options).returncode == 0
+
+    def score(*arguments):
+        result = call("fid.py", "--inception", toys / "inception.safetensors", "--device", "cpu", *arguments)
+        assert "FID-50k" not in result.stdout + result.stderr
+        return result
+
+    refused = score(pictures, samples)
+    assert refused.returncode == 2 and not refused.stdout and "--toy" in refused.stderr
+    result = score("--toy", "--json", pictures, samples)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["toy"] and report["protocol"].startswith("TOY") and not report["standard_weights"]
+    assert list(report["metrics"]) == ["TOY IS", "TOY FID", "TOY sFID", "TOY Precision", "TOY Recall"]
+    assert all(np.isfinite(value) for value in report["metrics"].values()) and report["metrics"]["TOY FID"] > 0
+    others = ("--vgg", toys / "vgg16.safetensors", "--heads", toys / "lpips.safetensors")
+    result = score("--toy", "--pairs", *others, reference, recons)
+    assert result.returncode == 0, result.stderr
+    values = dict(re.findall(r"^TOY (rFID|PSNR|SSIM|LPIPS) +([-\d.e]+)$", result.stdout.replace(" \n", "\n"), re.M))
+    assert list(values) == ["rFID", "PSNR", "SSIM", "LPIPS"] and all(float(value) > 0 for value in values.values())
 
 
 # ------------------------------------------------------------------------------------------------------- interruptions
