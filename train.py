@@ -40,7 +40,8 @@ from bsq import bits_to_codes, code_usage, codes_to_bits, mean_over_ranks
 from mmdit import TensorFiles, UserError, load_sd35
 from semtok import (
     PICTURES, PRESETS, VAE, Decoder, SemTok, SigLIP, SigLIPConfig, choose_device, load_semtok, load_siglip, load_vae,
-    picture_grid, read_picture, to_signed, to_uint8, tokenizer_metadata, write_file, write_picture, write_tensors,
+    picture_grid, read_picture, to_signed, to_uint8, tokenizer_metadata, whole_batch, write_file, write_picture,
+    write_tensors,
 )
 
 # -------------------------------------------------------------------------------------------------------------- recipes
@@ -332,26 +333,48 @@ def wait_for_all() -> None:
 
 class Draws:
     """A step's random numbers, a function of (seed, stage, step) alone. They are drawn for the global batch and cut to
-    this rank's rows, so that the number of processes changes nothing, and resuming has no state to restore."""
+    the rows of part number `part` of `parts` equal ones, so that the number of processes, and of passes in which each
+    goes through its share, changes nothing; and resuming has no state to restore."""
 
-    def __init__(self, seed: int, stage: str, step: int, device: torch.device):
+    def __init__(self, seed: int, stage: str, step: int, device: torch.device, part: int, parts: int):
         key = int.from_bytes(hashlib.sha256(f"{seed} {stage} {step}".encode()).digest()[:7], "big")
         self.generator, self.device = torch.Generator(device).manual_seed(key), device
+        self.part, self.parts = part, parts
 
     def _rows(self, draw, shape: tuple[int, ...]) -> torch.Tensor:
-        rank, count = ranks()
-        return draw(shape[0] * count, *shape[1:], generator=self.generator, device=self.device)[rank * shape[0] :][: shape[0]]
+        rows = draw(shape[0] * self.parts, *shape[1:], generator=self.generator, device=self.device)
+        return rows[self.part * shape[0] :][: shape[0]]
 
     def normal(self, *shape: int) -> torch.Tensor:
-        """Standard normal numbers, first dimension the rank's batch."""
+        """Standard normal numbers, first dimension the part's batch."""
         return self._rows(torch.randn, shape)
 
     def uniform(self, *shape: int) -> torch.Tensor:
-        """Uniform in [0, 1), first dimension the rank's batch."""
+        """Uniform in [0, 1), first dimension the part's batch."""
         return self._rows(torch.rand, shape)
 
 
 # ------------------------------------------------------------------------------------- networks that only training needs
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation whose batch, in training, is that of all ranks (Ioffe and Szegedy 2015): (B, channels, H, W) ->
+    the same. torch.nn.SyncBatchNorm does it on GPUs only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        if not self.training or ranks()[1] == 1:
+            return super().forward(x)
+        mean = mean_over_ranks(x.float().mean((0, 2, 3)))  # (channels,); every rank has as many values
+        centred = x.float() - mean[:, None, None]
+        variance = mean_over_ranks(centred.square().mean((0, 2, 3)))
+        with torch.no_grad():
+            count = ranks()[1] * x.numel() // x.shape[1]
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 class Bottleneck(nn.Module):
@@ -359,12 +382,12 @@ class Bottleneck(nn.Module):
 
     def __init__(self, channels_in: int, width: int, stride: int):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(channels_in, width, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
+        self.conv1, self.bn1 = nn.Conv2d(channels_in, width, 1, bias=False), BatchNorm(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), BatchNorm(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), BatchNorm(4 * width)
         self.downsample = None
         if stride != 1 or channels_in != 4 * width:
-            self.downsample = nn.Sequential(nn.Conv2d(channels_in, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
+            self.downsample = nn.Sequential(nn.Conv2d(channels_in, 4 * width, 1, stride, bias=False), BatchNorm(4 * width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """See the class."""
@@ -382,7 +405,7 @@ class ResNet(nn.Module):
     def __init__(self, width: int = 64, layers: tuple[int, ...] = (3, 4, 6, 3), classes: int = 1000, size: int = 224):
         super().__init__()
         self.size = size
-        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), BatchNorm(width)
         channels = width
         for i, blocks in enumerate(layers):
             stage = [Bottleneck(channels if j == 0 else 4 * width * 2**i, width * 2**i, 2 if i and not j else 1) for j in range(blocks)]
@@ -467,12 +490,12 @@ class Job:
         return {name: self.path(file) for name, file in STAND_INS.items() if self.args.preset == "tiny"} | given
 
     def recipe(self, stage: str) -> Recipe:
-        """The preset's recipe for a stage, changed by --steps, --batch-size and --lr."""
+        """The preset's recipe for a stage, changed by --steps, --batch-size, --lr, --log-every and --save-every."""
         recipe, args = RECIPES[self.args.preset][stage], self.args
         if args.steps:  # a shorter run keeps its proportions
             share = args.steps / recipe.steps
             recipe = replace(recipe, steps=args.steps, warmup=math.ceil(recipe.warmup * share), gan_start=round(recipe.gan_start * share))
-        changes = {"batch_size": args.batch_size, "lr": args.lr}
+        changes = {name: getattr(args, name) for name in ("batch_size", "lr", "log_every", "save_every")}
         return replace(recipe, **{name: value for name, value in changes.items() if value})
 
     @property
@@ -518,7 +541,7 @@ class StandIns(nn.Module):
         patch = config.image_size // config.grid
         self.siglip = SigLIP(SigLIPConfig(config.semantic_width, 2, 2, 2 * config.semantic_width, patch, config.grid))
         self.class_names = nn.Embedding(classes, config.semantic_width)
-        self.siglip_scale, self.siglip_bias = nn.Parameter(torch.tensor(10.0).log()), nn.Parameter(torch.tensor(-2.0))
+        self.siglip_scale, self.siglip_bias = nn.Parameter(torch.tensor([10.0]).log()), nn.Parameter(torch.tensor([-2.0]))
         self.vgg, self.vgg_head = fid.VGG16Features(TINY_VGG), nn.Linear(TINY_VGG[-1], classes)
         self.resnet = ResNet(TINY_RESNET, (1, 1, 1, 1), classes, config.image_size)
         nn.init.constant_(self.vae.encoder.conv_out.bias[config.vae.latent_channels :], -6)  # start with little noise
@@ -530,30 +553,37 @@ class StandIns(nn.Module):
     def inputs(self, batch, draws: Draws, step: int) -> tuple:
         """(pictures, labels) of the loader -> the arguments of forward."""
         pictures, device, config = to_signed(batch[0].to(self.job.device)), self.job.device, self.vae.config
-        # The VAE is convolutional: it learns from windows of a few pictures at a tenth of the cost, then from whole ones.
-        windows = pictures[: -(-len(pictures) // 3)]
+        # The VAE is convolutional: it learns from windows of every third picture of the global batch at a tenth of the
+        # cost, then from the whole ones.
+        third = slice(-draws.part * len(pictures) % 3, None, 3)
+        share = math.ceil(len(pictures) * draws.parts / 3) / draws.parts
+        windows = pictures[third]
         if step < 0.8 * self.job.recipe("0").steps:
             side = pictures.shape[-1] // 2
             top, left = np.random.default_rng(step).integers(0, side + 1, 2)
             windows = windows[..., top : top + side, left : left + side]
-        shape = (len(windows), config.latent_channels, *(side // config.factor for side in windows.shape[2:]))
-        return pictures, batch[1].to(device), windows, draws.normal(*shape)
+        shape = (len(pictures), config.latent_channels, *(side // config.factor for side in windows.shape[2:]))
+        return pictures, batch[1].to(device), windows, draws.normal(*shape)[third], share
+
+    def together(self, parts: list[tuple]) -> list[tuple]:
+        """The arguments of forward for each part of a step: none has to know of the others."""
+        return parts
 
     def forward(
-        self, pictures: torch.Tensor, labels: torch.Tensor, windows: torch.Tensor, noise: torch.Tensor
+        self, pictures: torch.Tensor, labels: torch.Tensor, windows: torch.Tensor, noise: torch.Tensor, share: float
     ) -> dict[str, torch.Tensor]:
-        """pictures (B, 3, H, W) in [-1, 1], labels (B,), windows (B / 3, 3, h, w) for the VAE, noise like their latents
-        -> losses."""
+        """pictures (B, 3, H, W) in [-1, 1], labels (B,), windows (about B / 3, 3, h, w) for the VAE, noise like their
+        latents, share: windows of the global batch over its number of parts -> losses."""
         mean, log_variance = self.vae.encoder(windows.contiguous(memory_format=torch.channels_last)).chunk(2, 1)
         log_variance = log_variance.clamp(-12, 4)
         reconstruction = self.vae.decoder(mean + (0.5 * log_variance).exp() * noise)
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean((1, 2, 3)).sum() / share
         image = F.normalize(self.siglip(pictures).mean((2, 3)), dim=-1)
         pairs = self.siglip_scale.exp() * image @ F.normalize(self.class_names.weight, dim=-1).T + self.siglip_bias
         matches = F.one_hot(labels, pairs.shape[1]) * 2.0 - 1  # SigLIP: every (picture, text) pair is a yes or a no
         vgg = self.vgg_head(self.vgg(pictures)[-1].mean((2, 3)))
         losses = {
-            "vae_mse": F.mse_loss(reconstruction, windows),
+            "vae_mse": (reconstruction - windows).square().mean((1, 2, 3)).sum() / share,
             "vae_kl": kl,
             "siglip": -F.logsigmoid(matches * pairs).sum(1).mean(),
             "vgg": F.cross_entropy(vgg, labels, label_smoothing=0.1),
@@ -637,11 +667,19 @@ class Pretraining(nn.Module):
         noise = draws.normal(len(pictures), config.vae.latent_channels, side, side)
         return pictures, noise, draws.uniform(len(pictures))  # t is uniform in [0, 1]
 
-    def forward(self, pictures: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> dict[str, torch.Tensor]:
-        """pictures (B, 3, H, W) in [-1, 1], noise (B, channels, h, w), times t (B,) -> losses and codes."""
+    def together(self, parts: list[tuple]) -> list[tuple]:
+        """The arguments of forward for each part of a step, with the contrast's negatives out of all of them."""
+        return with_negatives(parts, self.frozen["siglip"])
+
+    def forward(
+        self, pictures: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, x_sig: torch.Tensor | None = None, batch=None
+    ) -> dict[str, torch.Tensor]:
+        """pictures (B, 3, H, W) in [-1, 1], noise (B, channels, h, w), times t (B,) -> losses and codes. For a part of a
+        larger batch, SigLIP's features x_sig and `batch`: see `with_negatives`."""
         with torch.no_grad():
-            latents, x_sig = self.semtok.vae.encode(pictures), self.frozen["siglip"](pictures)
-        out = self.semtok(latents, x_sig, noise, t)
+            latents = self.semtok.vae.encode(pictures)
+            x_sig = self.frozen["siglip"](pictures) if x_sig is None else x_sig
+        out = self.semtok(latents, x_sig, noise, t, batch)
         return out | {"loss": out["diff"] + QUANT * out["quant"] + SEMANTIC * (out["contrast"] + out["distill"])}  # Eq. 6
 
     def reconstruct(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -694,11 +732,19 @@ class Refining(nn.Module):
         """(pictures, labels) of the loader -> the arguments of forward."""
         return to_signed(batch[0].to(self.job.device)), step >= self.gan_start
 
-    def forward(self, pictures: torch.Tensor, adversarial: bool) -> dict[str, torch.Tensor]:
-        """pictures (B, 3, H, W) in [-1, 1]; whether the discriminator has joined -> losses and codes."""
+    def together(self, parts: list[tuple]) -> list[tuple]:
+        """The arguments of forward for each part of a step, with the contrast's negatives out of all of them."""
+        return with_negatives(parts, self.frozen["siglip"])
+
+    def forward(
+        self, pictures: torch.Tensor, adversarial: bool, x_sig: torch.Tensor | None = None, batch=None
+    ) -> dict[str, torch.Tensor]:
+        """pictures (B, 3, H, W) in [-1, 1]; whether the discriminator has joined -> losses and codes. For a part of a
+        larger batch, SigLIP's features x_sig and `batch`: see `with_negatives`."""
         with torch.no_grad():
-            latents, x_sig = self.semtok.vae.encode(pictures), self.frozen["siglip"](pictures)
-        out = self.semtok(latents, x_sig)
+            latents = self.semtok.vae.encode(pictures)
+            x_sig = self.frozen["siglip"](pictures) if x_sig is None else x_sig
+        out = self.semtok(latents, x_sig, batch=batch)
         output = self.semtok.vae.decode(out.pop("latents")).float()  # (B, 3, H, W)
         out["mse"] = F.mse_loss(output, pictures)
         out["lpips"] = self.frozen["lpips"](output, pictures).mean()
@@ -722,7 +768,7 @@ class Refining(nn.Module):
         self.discriminator.requires_grad_(True)
         on_real, on_fake = self.discriminator(real).float(), self.discriminator(output.detach()).float()
         for mean, logits in ((self.real_mean, on_real), (self.fake_mean, on_fake)):
-            mean.lerp_(mean_over_ranks(logits.detach().mean()), 1 - 0.999)
+            mean.lerp_(mean_over_ranks(logits.detach().mean()), 1 - 0.999 ** (1 / self.job.args.accumulate))
         hinge = 0.5 * (F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean())
         out["d_loss"] = hinge + LECAM * lecam(on_real, on_fake, self.real_mean, self.fake_mean)
         out["d_real"], out["d_fake"] = on_real.mean().detach(), on_fake.mean().detach()
@@ -779,9 +825,16 @@ class Generating(nn.Module):
         labels = labels.masked_fill(draws.uniform(len(labels)) < 0.1, self.ar.config.classes)
         return bits, labels, draw_masks(*bits.shape[:2], draws)
 
-    def forward(self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor) -> dict[str, torch.Tensor]:
-        """bits (B, K, d), labels (B,), masked (B, K) -> losses."""
-        return self.ar.loss(bits, labels, masked)
+    def together(self, parts: list[tuple]) -> list[tuple]:
+        """The arguments of forward for each part of a step, with the mean number of masked tokens over all of them."""
+        tokens = mean_over_ranks(torch.stack([masked.sum() for *_, masked in parts]).float().mean())
+        return [(*part, tokens) for part in parts]
+
+    def forward(
+        self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor, tokens: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """bits (B, K, d), labels (B,), masked (B, K), tokens () as in `MaskedAR.loss` -> losses."""
+        return self.ar.loss(bits, labels, masked, tokens=tokens)
 
     def preview(self) -> Image.Image:
         """One sample of each class (of the first 20)."""
@@ -798,7 +851,7 @@ class Generating(nn.Module):
 
     def validate(self) -> dict[str, float]:
         """Bits of held-out pictures' masked tokens: nats a bit, share guessed right."""
-        masked = draw_masks(*self.val_bits.shape[:2], Draws(0, "validation", 0, self.job.device))
+        masked = draw_masks(*self.val_bits.shape[:2], Draws(0, "validation", 0, self.job.device, 0, 1))
         losses = self.ar.loss(self.val_bits, self.val_labels, masked)
         return {"val_nll_per_bit": losses["nll"].item(), "val_bit_accuracy": losses["accuracy"].item()}
 
@@ -811,6 +864,15 @@ class Generating(nn.Module):
         )
         write_tensors(path, self.ar.state_dict(), metadata)
         return path
+
+
+@torch.no_grad()
+def with_negatives(parts: list[tuple], siglip: SigLIP) -> list[tuple]:
+    """To the arguments of each part of a step, pictures (B, 3, H, W) first, are added SigLIP's features of them and, for
+    the contrast, what `semtok.whole_batch` makes of all parts of all ranks, with the part's first row in it."""
+    features = [siglip(pictures) for pictures, *_ in parts]
+    everyone, first = whole_batch(torch.cat(features))
+    return [(*part, own, (everyone, first + i * len(own))) for i, (part, own) in enumerate(zip(parts, features))]
 
 
 def draw_masks(batch: int, tokens: int, draws: Draws) -> torch.Tensor:
