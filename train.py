@@ -1017,7 +1017,7 @@ def shard(stage: nn.Module, device: torch.device) -> None:
 
     half = torch.bfloat16 if device.type == "cuda" else None
     # The inputs are not cast: times and rotations would lose what they need, and autocast casts the rest.
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False)
     options = {"mesh": init_device_mesh(device.type, (ranks()[1],)), "mp_policy": policy}
     for block in blocks_of(stage):
         fully_shard(block, **options)
@@ -1142,7 +1142,7 @@ class Trainer:
         losses = dict(zip(losses, values.unbind()))
         decisive = torch.stack([value for name, value in losses.items() if name == "loss" or name.startswith("grad_norm")])
         bad = ~decisive.isfinite().all()
-        self.optimizer.found_inf = bad.float()  # the fused optimiser's own way to skip a step without asking the device
+        self.optimizer.found_inf = bad.to(torch.float32)  # the fused optimiser's own way to skip a step without asking the device
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for buffer, old in zip(self.buffers.values(), before):
