@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
 import fid
@@ -974,6 +974,12 @@ def write_text(path: str, text: str) -> None:
     write_file(path, write)
 
 
+CPU_ATTENTION = {  # FlopCounterMode knows the attention of GPUs only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v),
+}
 BAD_STEPS = 5  # steps in a row with a loss or gradient that is not finite, after which a run stops
 
 
@@ -1092,7 +1098,7 @@ class Trainer:
         before, recomputed = [b.clone() for b in self.buffers.values()], 0
         # compiled networks would hide their operations; naming the compiler costs seconds of imports
         eager = torch.compiler.set_stance("force_eager") if self.job.args.compile else contextlib.nullcontext()
-        with eager, FlopCounterMode(display=False) as counter:
+        with eager, FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             with self.autocast():
                 loss = self.stage(*arguments)["loss"]
             if self.job.args.checkpoint_activations:
