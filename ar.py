@@ -169,13 +169,22 @@ class MaskedAR(nn.Module):
         """bits (B, K, d), labels (B,), masked (B, K) bool -> logits (B, K, d / g, 2^g)."""
         return self.logits(self.hidden(bits, labels, masked))
 
-    def loss(self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor, smoothing: float = 0.01) -> dict:
+    def loss(
+        self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor, smoothing: float = 0.01,
+        tokens: torch.Tensor | None = None,
+    ) -> dict:
         """Cross-entropy of the bits of MASKED tokens, in nats a bit: `loss` with label smoothing, `nll` without it, and
-        `accuracy`, the share of masked groups (bits) guessed right. Arguments as in forward."""
+        `accuracy`, the share of masked groups (bits) guessed right. Arguments as in forward.
+
+        tokens (): by how many masked tokens to divide, where this is one of the parts of a larger batch: the mean of
+        their number over all parts, so that the mean of the parts' losses is the mean over the batch's masked tokens.
+        By default the masked tokens here, averaged over the ranks.
+        """
         logits = self(bits, labels, masked)
         targets = bits_to_index(bits.unflatten(-1, (-1, self.config.group_bits)))  # (B, K, d / g)
         weight = masked[..., None].expand_as(targets).float()
-        share = mean_over_ranks(weight.sum()).clamp_min(1)  # over ranks: DDP's mean of means is then the global mean
+        tokens = mean_over_ranks(masked.sum().float()) if tokens is None else tokens
+        share = tokens.clamp_min(1) * targets.shape[-1]  # groups, of which each decides group_bits bits
         count = share * self.config.group_bits
         flat = (logits.flatten(0, -2), targets.flatten())
         smooth = F.cross_entropy(*flat, reduction="none", label_smoothing=smoothing).view_as(targets)

@@ -66,14 +66,24 @@ def code_usage(bits: torch.Tensor) -> dict[str, float]:
     }
 
 
+class _MeanOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value):
+        total = value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _MeanOverRanks.forward(None, gradient)  # every rank's loss depends on every rank's value
+
+
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The mean of equally shaped tensors over all ranks, differentiable. The tensor itself in a single process, and
     under no_grad: evaluation is one rank's own affair, and waiting there for the others would wait for ever."""
     if not (torch.is_grad_enabled() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return value
-    from torch.distributed.nn.functional import all_reduce
-
-    return all_reduce(value) / dist.get_world_size()
+    return _MeanOverRanks.apply(value)
 
 
 class BSQ(nn.Module):

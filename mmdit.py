@@ -176,7 +176,7 @@ class JointBlock(nn.Module):
 
     def forward(self, x, context, x_rope, context_rope, conditioning=None, mask=None):
         """x (B, L, width), context (B, M, width), ropes, conditioning (B, width) or None, mask (M + L, M + L) of the
-        joint attention or None -> the new (x, context)."""
+        joint attention or None -> the new (x, context), the latter None after a `pre_only` block."""
         x_block, context_block = self.x_block, self.context_block
         xm, cm = x_block.modulation(conditioning), context_block.modulation(conditioning)
         x_norm = x_block.norm1(x)
@@ -190,9 +190,9 @@ class JointBlock(nn.Module):
             own = attend(*x_block.attn2(modulate(x_norm, xm[6], xm[7]), x_rope))
             attention = attention + gated(x_block.attn2.proj(own), xm[8])
         x = x_block.finish(x, attention, xm)
-        if not context_block.pre_only:
-            context = context_block.finish(context, gated(context_block.attn.proj(from_context), cm[2]), cm)
-        return x, context
+        if context_block.pre_only:  # nothing leaves it
+            return x, None
+        return x, context_block.finish(context, gated(context_block.attn.proj(from_context), cm[2]), cm)
 
 
 class MMDiT(nn.Module):
@@ -218,7 +218,8 @@ class MMDiT(nn.Module):
 
     def forward(self, x, context, x_rope, context_rope, conditioning=None, mask=None):
         """x (B, L, width), context (B, M, width), x_rope (2, L, head_dim), context_rope (2, M, head_dim), conditioning
-        (B, width) or None, mask (M + L, M + L) bool of the joint attention or None -> (x, context) of the same shapes."""
+        (B, width) or None, mask (M + L, M + L) bool of the joint attention or None -> (x, context) of the same shapes;
+        with context_pre_only context is None."""
         for block in self.joint_blocks:
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x, context = checkpoint(block, x, context, x_rope, context_rope, conditioning, mask, use_reentrant=False)

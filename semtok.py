@@ -110,6 +110,10 @@ def write_file(path: str, write) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        if os.name == "posix":  # the new name is in the folder, which is flushed too
+            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written ({error}): free some space or choose another --out") from None
     finally:
@@ -626,21 +630,23 @@ class SemTok(nn.Module):
         self.w_x = nn.Linear(config.encoder_width, config.semantic_width)
         # On the flattened tokens: each has its own identity, and a mean over them would leave only d numbers.
         self.w_z = nn.Linear(config.tokens * config.bits, config.semantic_width)
-        self.log_t = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.log_t = nn.Parameter(torch.tensor([1 / 0.07]).log())  # one number, not (): FSDP shards no scalars
 
     # ---- training
 
     def forward(
-        self, latents: torch.Tensor, x_sig: torch.Tensor, noise: torch.Tensor | None = None, t: torch.Tensor | None = None
+        self, latents: torch.Tensor, x_sig: torch.Tensor, noise: torch.Tensor | None = None, t: torch.Tensor | None = None,
+        batch: tuple[torch.Tensor, int] | None = None,
     ) -> dict[str, torch.Tensor]:
         """One training pass on normalised latents (B, channels, h, w) and SigLIP features x_sig (B, C, g, g).
 
-        With noise like the latents and times t (B,): stage I. Without: stage II. Returns scalars `distill`, `contrast`,
-        `quant`, `token_entropy`, `code_entropy`, in stage I also `diff`; and `codes` (B, K, d), in stage II `latents`.
+        With noise like the latents and times t (B,): stage I. Without: stage II. batch: see `alignment_losses`. Returns
+        scalars `distill`, `contrast`, `quant`, `token_entropy`, `code_entropy`, in stage I also `diff`; and `codes`
+        (B, K, d), in stage II `latents`.
         """
         x, z = self.encoder(latents)
         codes, u = self.quantizer(z)
-        out = self.alignment_losses(x, codes, x_sig) | self.quantizer.entropy_loss(u) | {"codes": codes}
+        out = self.alignment_losses(x, codes, x_sig, batch) | self.quantizer.entropy_loss(u) | {"codes": codes}
         if noise is None:
             return out | {"latents": self.decoder(codes)}
         t_ = t[:, None, None, None]
@@ -648,24 +654,24 @@ class SemTok(nn.Module):
         velocity = self.decoder(codes, noisy, t)
         return out | {"diff": F.mse_loss(velocity.float(), latents - noise)}  # Eq. 5: the target is x_v - eps
 
-    def alignment_losses(self, x: torch.Tensor, codes: torch.Tensor, x_sig: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Eq. 2: x (B, grid^2, encoder width), codes (B, K, d), x_sig (B, C, g, g) -> `distill` and `contrast`."""
+    def alignment_losses(
+        self, x: torch.Tensor, codes: torch.Tensor, x_sig: torch.Tensor, batch: tuple[torch.Tensor, int] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Eq. 2: x (B, grid^2, encoder width), codes (B, K, d), x_sig (B, C, g, g) -> `distill` and `contrast`.
+
+        batch: where these are a part of a larger batch, what `whole_batch` makes of all of it, and the place of the
+        first here; by default they are this rank's part of a batch that every rank brings to this call.
+        """
         grid = self.config.grid
         targets = x_sig.float()
         if targets.shape[-1] != grid:
             targets = F.interpolate(targets, (grid, grid), mode="bilinear", antialias=True)
         distill = F.mse_loss(self.w_x(x).float(), targets.flatten(2).transpose(1, 2))
 
-        u = F.normalize(x_sig.float().mean((2, 3)), dim=-1)  # (B, C): P is the mean
+        everyone, first = batch or whole_batch(x_sig)
         v = F.normalize(self.w_z(codes.flatten(1).to(self.w_z.weight.dtype)).float(), dim=-1)
-        rank, everyone = 0, u
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            # u carries no gradient (SigLIP is frozen), so a plain gather makes the global batch's negatives exact
-            rank, gathered = dist.get_rank(), [torch.empty_like(u) for _ in range(dist.get_world_size())]
-            dist.all_gather(gathered, u.contiguous())
-            everyone = torch.cat(gathered)
-        similarity = self.log_t.exp().clamp(max=100) * v @ everyone.T  # (B, B * ranks)
-        own = torch.arange(len(u), device=u.device) + rank * len(u)
+        similarity = self.log_t.exp().clamp(max=100) * v @ everyone.T  # (B, the whole batch)
+        own = torch.arange(len(v), device=v.device) + first
         # Eq. 2 is printed without its minus sign: maximising the log ratio is minimising this cross-entropy (InfoNCE).
         return {"distill": distill, "contrast": F.cross_entropy(similarity, own)}
 
@@ -707,6 +713,18 @@ class SemTok(nn.Module):
         shape = (len(codes), self.config.vae.latent_channels, side, side)
         noise = torch.randn(shape, generator=generator, device=codes.device)
         return euler(lambda x, t: self.decoder(codes, x, t.expand(len(x))), noise, steps, shift)
+
+
+def whole_batch(x_sig: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """What the contrast of Eq. 2 compares with: the features (B, C, g, g) of every rank's pictures, pooled and normalised,
+    (ranks * B, C) in the order of the ranks, and which row of it is this rank's first."""
+    u = F.normalize(x_sig.float().mean((2, 3)), dim=-1)  # P is the mean
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return u, 0
+    # u carries no gradient (SigLIP is frozen), so a plain gather makes the global batch's negatives exact
+    gathered = [torch.empty_like(u) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, u.contiguous())
+    return torch.cat(gathered), dist.get_rank() * len(u)
 
 
 def euler(velocity, noise: torch.Tensor, steps: int, shift: float = 1.0) -> torch.Tensor:

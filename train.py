@@ -10,6 +10,10 @@ line. The models themselves are in semtok.py and ar.py.
 """
 
 import argparse
+import contextlib
+import copy
+import datetime
+import functools
 import hashlib
 import json
 import math
@@ -32,7 +36,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
 import fid
@@ -41,7 +45,8 @@ from bsq import bits_to_codes, code_usage, codes_to_bits, mean_over_ranks
 from mmdit import TensorFiles, UserError, load_sd35
 from semtok import (
     PICTURES, PRESETS, VAE, Decoder, SemTok, SemTokConfig, SigLIP, SigLIPConfig, choose_device, load_semtok, load_siglip,
-    load_vae, picture_grid, read_picture, to_signed, to_uint8, tokenizer_metadata, write_file, write_picture, write_tensors,
+    load_vae, picture_grid, read_picture, to_signed, to_uint8, tokenizer_metadata, whole_batch, write_file, write_picture,
+    write_tensors,
 )
 
 # -------------------------------------------------------------------------------------------------------------- recipes
@@ -375,28 +380,53 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
+PATIENCE = datetime.timedelta(hours=2)  # how long ranks wait for one that writes a large state or validates
+
+
 class Draws:
     """A step's random numbers, a function of (seed, stage, step) alone. They are drawn for the global batch and cut to
-    this rank's rows, so that the number of processes changes nothing, and resuming has no state to restore."""
+    the rows of part number `part` of `parts` equal ones, so that the number of processes, and of passes in which each
+    goes through its share, changes nothing; and resuming has no state to restore."""
 
-    def __init__(self, seed: int, stage: str, step: int, device: torch.device):
+    def __init__(self, seed: int, stage: str, step: int, device: torch.device, part: int, parts: int):
         key = int.from_bytes(hashlib.sha256(f"{seed} {stage} {step}".encode()).digest()[:7], "big")
         self.generator, self.device = torch.Generator(device).manual_seed(key), device
+        self.part, self.parts = part, parts
 
     def _rows(self, draw, shape: tuple[int, ...]) -> torch.Tensor:
-        rank, count = ranks()
-        return draw(shape[0] * count, *shape[1:], generator=self.generator, device=self.device)[rank * shape[0] :][: shape[0]]
+        rows = draw(shape[0] * self.parts, *shape[1:], generator=self.generator, device=self.device)
+        return rows[self.part * shape[0] :][: shape[0]]
 
     def normal(self, *shape: int) -> torch.Tensor:
-        """Standard normal numbers, first dimension the rank's batch."""
+        """Standard normal numbers, first dimension the part's batch."""
         return self._rows(torch.randn, shape)
 
     def uniform(self, *shape: int) -> torch.Tensor:
-        """Uniform in [0, 1), first dimension the rank's batch."""
+        """Uniform in [0, 1), first dimension the part's batch."""
         return self._rows(torch.rand, shape)
 
 
 # ------------------------------------------------------------------------------------- networks that only training needs
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation whose batch, in training, is that of all ranks (Ioffe and Szegedy 2015): (B, channels, H, W) ->
+    the same. torch.nn.SyncBatchNorm does it on GPUs only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        if not self.training or ranks()[1] == 1:
+            return super().forward(x)
+        mean = mean_over_ranks(x.float().mean((0, 2, 3)))  # (channels,); every rank has as many values
+        centred = x.float() - mean[:, None, None]
+        variance = mean_over_ranks(centred.square().mean((0, 2, 3)))
+        with torch.no_grad():
+            count = ranks()[1] * x.numel() // x.shape[1]
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 class Bottleneck(nn.Module):
@@ -404,12 +434,12 @@ class Bottleneck(nn.Module):
 
     def __init__(self, channels_in: int, width: int, stride: int):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(channels_in, width, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
+        self.conv1, self.bn1 = nn.Conv2d(channels_in, width, 1, bias=False), BatchNorm(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), BatchNorm(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), BatchNorm(4 * width)
         self.downsample = None
         if stride != 1 or channels_in != 4 * width:
-            self.downsample = nn.Sequential(nn.Conv2d(channels_in, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
+            self.downsample = nn.Sequential(nn.Conv2d(channels_in, 4 * width, 1, stride, bias=False), BatchNorm(4 * width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """See the class."""
@@ -427,7 +457,7 @@ class ResNet(nn.Module):
     def __init__(self, width: int = 64, layers: tuple[int, ...] = (3, 4, 6, 3), classes: int = 1000, size: int = 224):
         super().__init__()
         self.size = size
-        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), BatchNorm(width)
         channels = width
         for i, blocks in enumerate(layers):
             stage = [Bottleneck(channels if j == 0 else 4 * width * 2**i, width * 2**i, 2 if i and not j else 1) for j in range(blocks)]
@@ -512,12 +542,12 @@ class Job:
         return {name: self.path(file) for name, file in STAND_INS.items() if self.args.preset == "tiny"} | given
 
     def recipe(self, stage: str) -> Recipe:
-        """The preset's recipe for a stage, changed by --steps, --batch-size and --lr."""
+        """The preset's recipe for a stage, changed by --steps, --batch-size, --lr, --log-every and --save-every."""
         recipe, args = RECIPES[self.args.preset][stage], self.args
         if args.steps:  # a shorter run keeps its proportions
             share = args.steps / recipe.steps
             recipe = replace(recipe, steps=args.steps, warmup=math.ceil(recipe.warmup * share), gan_start=round(recipe.gan_start * share))
-        changes = {"batch_size": args.batch_size, "lr": args.lr}
+        changes = {name: getattr(args, name) for name in ("batch_size", "lr", "log_every", "save_every")}
         return replace(recipe, **{name: value for name, value in changes.items() if value})
 
     @property
@@ -564,7 +594,7 @@ class StandIns(nn.Module):
         patch = config.image_size // config.grid
         self.siglip = SigLIP(SigLIPConfig(config.semantic_width, 2, 2, 2 * config.semantic_width, patch, config.grid))
         self.class_names = nn.Embedding(classes, config.semantic_width)
-        self.siglip_scale, self.siglip_bias = nn.Parameter(torch.tensor(10.0).log()), nn.Parameter(torch.tensor(-2.0))
+        self.siglip_scale, self.siglip_bias = nn.Parameter(torch.tensor([10.0]).log()), nn.Parameter(torch.tensor([-2.0]))
         self.vgg, self.vgg_head = fid.VGG16Features(TINY_VGG), nn.Linear(TINY_VGG[-1], classes)
         self.resnet = ResNet(TINY_RESNET, (1, 1, 1, 1), classes, config.image_size)
         nn.init.constant_(self.vae.encoder.conv_out.bias[config.vae.latent_channels :], -6)  # start with little noise
@@ -576,30 +606,37 @@ class StandIns(nn.Module):
     def inputs(self, batch, draws: Draws, step: int) -> tuple:
         """(pictures, labels) of the loader -> the arguments of forward."""
         pictures, device, config = to_signed(batch[0].to(self.job.device)), self.job.device, self.vae.config
-        # The VAE is convolutional: it learns from windows of a few pictures at a tenth of the cost, then from whole ones.
-        windows = pictures[: -(-len(pictures) // 3)]
+        # The VAE is convolutional: it learns from windows of every third picture of the global batch at a tenth of the
+        # cost, then from the whole ones.
+        third = slice(-draws.part * len(pictures) % 3, None, 3)
+        share = math.ceil(len(pictures) * draws.parts / 3) / draws.parts
+        windows = pictures[third]
         if step < 0.8 * self.job.recipe("0").steps:
             side = pictures.shape[-1] // 2
             top, left = np.random.default_rng(step).integers(0, side + 1, 2)
             windows = windows[..., top : top + side, left : left + side]
-        shape = (len(windows), config.latent_channels, *(side // config.factor for side in windows.shape[2:]))
-        return pictures, batch[1].to(device), windows, draws.normal(*shape)
+        shape = (len(pictures), config.latent_channels, *(side // config.factor for side in windows.shape[2:]))
+        return pictures, batch[1].to(device), windows, draws.normal(*shape)[third], share
+
+    def together(self, parts: list[tuple]) -> list[tuple]:
+        """The arguments of forward for each part of a step: none has to know of the others."""
+        return parts
 
     def forward(
-        self, pictures: torch.Tensor, labels: torch.Tensor, windows: torch.Tensor, noise: torch.Tensor
+        self, pictures: torch.Tensor, labels: torch.Tensor, windows: torch.Tensor, noise: torch.Tensor, share: float
     ) -> dict[str, torch.Tensor]:
-        """pictures (B, 3, H, W) in [-1, 1], labels (B,), windows (B / 3, 3, h, w) for the VAE, noise like their latents
-        -> losses."""
+        """pictures (B, 3, H, W) in [-1, 1], labels (B,), windows (about B / 3, 3, h, w) for the VAE, noise like their
+        latents, share: windows of the global batch over its number of parts -> losses."""
         mean, log_variance = self.vae.encoder(windows.contiguous(memory_format=torch.channels_last)).chunk(2, 1)
         log_variance = log_variance.clamp(-12, 4)
         reconstruction = self.vae.decoder(mean + (0.5 * log_variance).exp() * noise)
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean((1, 2, 3)).sum() / share
         image = F.normalize(self.siglip(pictures).mean((2, 3)), dim=-1)
         pairs = self.siglip_scale.exp() * image @ F.normalize(self.class_names.weight, dim=-1).T + self.siglip_bias
         matches = F.one_hot(labels, pairs.shape[1]) * 2.0 - 1  # SigLIP: every (picture, text) pair is a yes or a no
         vgg = self.vgg_head(self.vgg(pictures)[-1].mean((2, 3)))
         losses = {
-            "vae_mse": F.mse_loss(reconstruction, windows),
+            "vae_mse": (reconstruction - windows).square().mean((1, 2, 3)).sum() / share,
             "vae_kl": kl,
             "siglip": -F.logsigmoid(matches * pairs).sum(1).mean(),
             "vgg": F.cross_entropy(vgg, labels, label_smoothing=0.1),
@@ -831,12 +868,16 @@ class Pretraining(nn.Module):
         _, latents, x_sig = frozen_features(batch, self.semtok.vae, self.frozen["siglip"], self.job.device)
         return latents, x_sig, draws.normal(*latents.shape), draws.uniform(len(latents))  # t is uniform in [0, 1]
 
+    def together(self, parts: list[tuple]) -> list[tuple]:
+        """The arguments of forward for each part of a step, with the contrast's negatives out of all of them."""
+        return with_negatives(parts, 1)
+
     def forward(
-        self, latents: torch.Tensor, x_sig: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
+        self, latents: torch.Tensor, x_sig: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, batch=None
     ) -> dict[str, torch.Tensor]:
         """Normalised latents (B, channels, h, w), SigLIP features (B, C, g, g), noise like the latents, times t (B,) ->
-        losses and codes."""
-        out = self.semtok(latents, x_sig, noise, t)
+        losses and codes. For a part of a larger batch, `batch`: see `with_negatives`."""
+        out = self.semtok(latents, x_sig, noise, t, batch)
         return out | {"loss": out["diff"] + QUANT * out["quant"] + semantic_loss(out, "1", self.job)}  # Eq. 6
 
     def reconstruct(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -896,12 +937,17 @@ class Refining(nn.Module):
         """A batch of the loader -> the arguments of forward."""
         return *frozen_features(batch, self.semtok.vae, self.frozen["siglip"], self.job.device), step >= self.gan_start
 
+    def together(self, parts: list[tuple]) -> list[tuple]:
+        """The arguments of forward for each part of a step, with the contrast's negatives out of all of them."""
+        return with_negatives(parts, 2)
+
     def forward(
-        self, pictures: torch.Tensor, latents: torch.Tensor, x_sig: torch.Tensor, adversarial: bool
+        self, pictures: torch.Tensor, latents: torch.Tensor, x_sig: torch.Tensor, adversarial: bool, batch=None
     ) -> dict[str, torch.Tensor]:
         """pictures (B, 3, H, W) in [-1, 1], their normalised latents (B, channels, h, w) and SigLIP features (B, C, g, g);
-        whether the discriminator has joined -> losses and codes."""
-        out = self.semtok(latents, x_sig)
+        whether the discriminator has joined -> losses and codes. For a part of a larger batch, `batch`: see
+        `with_negatives`."""
+        out = self.semtok(latents, x_sig, batch=batch)
         output = self.semtok.vae.decode(out.pop("latents")).float()  # (B, 3, H, W)
         out["mse"] = F.mse_loss(output, pictures)
         if "lpips" in self.perceptual:
@@ -927,7 +973,7 @@ class Refining(nn.Module):
         self.discriminator.requires_grad_(True)
         on_real, on_fake = self.discriminator(real).float(), self.discriminator(output.detach()).float()
         for mean, logits in ((self.real_mean, on_real), (self.fake_mean, on_fake)):
-            mean.lerp_(mean_over_ranks(logits.detach().mean()), 1 - 0.999)
+            mean.lerp_(mean_over_ranks(logits.detach().mean()), 1 - 0.999 ** (1 / self.job.args.accumulate))
         hinge = 0.5 * (F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean())
         out["d_loss"] = hinge + LECAM * lecam(on_real, on_fake, self.real_mean, self.fake_mean)
         out["d_real"], out["d_fake"] = on_real.mean().detach(), on_fake.mean().detach()
@@ -1010,9 +1056,16 @@ class Generating(nn.Module):
             return torch.ones_like(bits[..., 0])
         return draw_masks(*bits.shape[:2], self.job.recipe("ar").least_masked, draws)
 
-    def forward(self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor) -> dict[str, torch.Tensor]:
-        """bits (B, K, d), labels (B,), masked (B, K) -> losses."""
-        return self.ar.loss(bits, labels, masked)
+    def together(self, parts: list[tuple]) -> list[tuple]:
+        """The arguments of forward for each part of a step, with the mean number of masked tokens over all of them."""
+        tokens = mean_over_ranks(torch.stack([masked.sum() for *_, masked in parts]).float().mean())
+        return [(*part, tokens) for part in parts]
+
+    def forward(
+        self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor, tokens: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """bits (B, K, d), labels (B,), masked (B, K), tokens () as in `MaskedAR.loss` -> losses."""
+        return self.ar.loss(bits, labels, masked, tokens=tokens)
 
     def preview(self) -> Image.Image:
         """One sample of each class (of the first 20)."""
@@ -1029,7 +1082,7 @@ class Generating(nn.Module):
 
     def validate(self) -> dict[str, float]:
         """Bits of held-out pictures' masked tokens: nats a bit, share guessed right."""
-        masked = self.masks(self.val_bits, Draws(0, "validation", 0, self.job.device))
+        masked = self.masks(self.val_bits, Draws(0, "validation", 0, self.job.device, 0, 1))
         losses = self.ar.loss(self.val_bits, self.val_labels, masked)
         return {"val_nll_per_bit": losses["nll"].item(), "val_bit_accuracy": losses["accuracy"].item()}
 
@@ -1071,6 +1124,14 @@ def ar_config(args: argparse.Namespace, tokens: SemTokConfig, classes: int = 100
         AR_PRESETS[ar_size(args)], tokens=tokens.tokens, bits=bits, classes=classes, group_bits=bits // groups,
         spherical=tokens.quantizer == "bsq", causal=tokens.causal if args.order is None else args.order == "raster",
     )
+
+
+def with_negatives(parts: list[tuple], place: int) -> list[tuple]:
+    """To the arguments of each part of a step, SigLIP's features (B, C, g, g) at one place of them, is added what the
+    contrast needs: what `semtok.whole_batch` makes of all parts of all ranks, with the part's first row in it."""
+    features = [part[place] for part in parts]
+    everyone, first = whole_batch(torch.cat(features))
+    return [(*part, (everyone, first + i * len(own))) for i, (part, own) in enumerate(zip(parts, features))]
 
 
 def draw_masks(batch: int, tokens: int, least: float, draws: Draws) -> torch.Tensor:
@@ -1186,22 +1247,95 @@ def write_text(path: str, text: str) -> None:
     write_file(path, write)
 
 
+CPU_ATTENTION = {  # FlopCounterMode knows the attention of GPUs only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v),
+}
+BAD_STEPS = 5  # steps in a row with a loss or gradient that is not finite, after which a run stops
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """The transformer blocks in a network: what is sharded, and compiled, one by one."""
+    return [block for part in network.modules() for block in getattr(part, "joint_blocks", getattr(part, "blocks", ()))]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that FSDP has cut up, in one piece, for which all ranks must ask; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def cut_like(value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """The opposite of `whole`: value, which every rank has, on the device of tensor and cut as tensor is."""
+    value = value.to(tensor.device, copy=True)
+    if not hasattr(tensor, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+def averaged_twin(stage: nn.Module, sharded: bool) -> nn.Module:
+    """A second stage for previews, validation and export, always in eval mode: its averaged parameters (`stage.averaged`)
+    are copies, and all else is the stage's own. With `sharded` all that is trained is on the meta device instead."""
+    kept = [value for name, value in vars(stage).items() if not name.startswith("_")]  # what is no module, such as the job
+    tensors = {id(thing): thing for thing in (*kept, *stage.parameters(), *stage.buffers())}
+    for name, parameter in stage.named_parameters():
+        if parameter.requires_grad and (sharded or name.startswith(stage.averaged)):
+            copied = parameter.detach().to("meta") if sharded else parameter.detach().clone()
+            tensors[id(parameter)] = nn.Parameter(copied, requires_grad=False)
+    return copy.deepcopy(stage, tensors).eval()
+
+
+def shard(stage: nn.Module, device: torch.device) -> None:
+    """FSDP2 (Zhao et al. 2023) in place: every rank keeps its rows of what is trained, block by block and then the rest,
+    and gathers a block when it runs. Weights and moments stay float32; on CUDA what is gathered is bfloat16."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    half = torch.bfloat16 if device.type == "cuda" else None
+    # The inputs are not cast: times and rotations would lose what they need, and autocast casts the rest.
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False)
+    options = {"mesh": init_device_mesh(device.type, (ranks()[1],)), "mp_policy": policy}
+    for block in blocks_of(stage):
+        fully_shard(block, **options)
+    fully_shard(stage, ignored_params={p for p in stage.parameters() if not p.requires_grad}, **options)
+
+
+def compile_blocks(stage: nn.Module) -> None:
+    """torch.compile in place, under the old names: every transformer block and every frozen network of a training step."""
+    frozen = [network for name, network in getattr(stage, "frozen", {}).items() if name != "tokenizer"]
+    vae = [stage.semtok.vae.encoder, stage.semtok.vae.decoder] if hasattr(stage, "semtok") else []
+    for network in (*blocks_of(stage), *frozen, *vae):
+        network.compile(dynamic=False)
+
+
 class Trainer:
     """What one stage's training consists of besides its module: optimiser, averaged weights, step, state on disk."""
 
     def __init__(self, stage: nn.Module, recipe: Recipe, name: str, job: Job):
         self.stage, self.recipe, self.name, self.job, self.step = stage, recipe, name, job, 0
-        # stage 2's discriminator has no gradient before it joins, and the generator none of its
-        self.wrapped = stage if ranks()[1] == 1 else DistributedDataParallel(
-            stage, find_unused_parameters=name == "2", gradient_as_bucket_view=True
-        )
-        self.parameters = {n: p for n, p in stage.named_parameters() if p.requires_grad}
+        self.sharded, self.passes, self.wrapped, self.flops = job.args.fsdp, job.args.accumulate, None, 0
         for module in stage.modules():
             if hasattr(module, "checkpoint_activations"):
                 module.checkpoint_activations = job.args.checkpoint_activations
+        self.twin = averaged_twin(stage, self.sharded)
+        if job.args.compile:
+            compile_blocks(stage)
+        if self.sharded:
+            shard(stage, job.device)
+        self.parameters = {n: p for n, p in stage.named_parameters() if p.requires_grad}
+        copies = self.parameters if self.sharded else dict(self.twin.named_parameters())
+        averaged = [n for n in self.parameters if n.startswith(stage.averaged)]
+        self.ema = {n: copies[n].detach().clone() if self.sharded else copies[n].detach() for n in averaged}
+        persistent = stage.state_dict().keys()
+        self.buffers = {n: b for n, b in stage.named_buffers() if n in persistent}
         # Players are clipped apart: one's large gradients must not shrink another's.
         owner = {n: next((p for p in stage.players if n.startswith(p)), "") for n in self.parameters}
-        self.players = [[self.parameters[n] for n in owner if owner[n] == player] for player in dict.fromkeys(owner.values())]
+        self.players = {
+            player: [self.parameters[n] for n in owner if owner[n] == player] for player in dict.fromkeys(owner.values())
+        }
         groups = []
         for lr, adversary in ((recipe.lr, False), (recipe.discriminator_lr, True)):
             for decay in (recipe.weight_decay, 0.0):  # matrices decay; biases, norms and single embeddings do not
@@ -1211,103 +1345,201 @@ class Trainer:
                 ]
                 groups.append({"params": members, "base_lr": lr, "weight_decay": decay})
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], recipe.lr, betas=(0.9, 0.95), fused=True)
-        self.ema = {n: p.detach().clone() for n, p in self.parameters.items() if n.startswith(stage.averaged)}
-        self.skipped = self.skipped_in_a_row = 0
+        # Counted where the gradients are: asking them each step would make the host wait for the GPU.
+        self.skipped, self.bad_in_a_row = (torch.zeros((), dtype=torch.long, device=job.device) for _ in range(2))
+
+    def autocast(self):
+        """bfloat16 for what bears it, on CUDA."""
+        return torch.autocast(self.job.device.type, torch.bfloat16, enabled=self.job.device.type == "cuda")
+
+    def wrap(self) -> nn.Module:
+        """The stage as the ranks share its step: under DDP, which averages their gradients, or as it is, when it is alone
+        or FSDP does that. Stage 2's discriminator is unknown to DDP, which waits for every gradient, until it joins."""
+        if ranks()[1] == 1 or self.sharded:
+            return self.stage
+        waiting = self.players.get("discriminator.", []) if self.step < getattr(self.stage, "gan_start", 0) else []
+        for parameter in waiting:
+            parameter.requires_grad_(False)
+        wrapped = DistributedDataParallel(self.stage, gradient_as_bucket_view=True)
+        for parameter in waiting:
+            parameter.requires_grad_(True)
+        return wrapped
+
+    def count(self, arguments: tuple) -> int:
+        """FLOPs of one pass, there and back, by running it once for nothing. What `--checkpoint-activations` computes
+        twice is counted once, as model FLOPs are (PaLM, Chowdhery et al. 2022)."""
+        before, recomputed = [b.clone() for b in self.buffers.values()], 0
+        # compiled networks would hide their operations; naming the compiler costs seconds of imports
+        eager = torch.compiler.set_stance("force_eager") if self.job.args.compile else contextlib.nullcontext()
+        with eager, FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            with self.autocast():
+                loss = self.stage(*arguments)["loss"]
+            if self.job.args.checkpoint_activations:
+                runs = counter.get_flop_counts().items()
+                recomputed = sum(sum(run.values()) for name, run in runs if re.search(r"blocks\.\d+$", name))
+            loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        for buffer, old in zip(self.buffers.values(), before):
+            buffer.copy_(old)
+        return counter.get_total_flops() - recomputed
+
+    def clip(self) -> dict[str, torch.Tensor]:
+        """Scale each player's gradients down to norm 1; returns the norms as they were."""
+        norms = {}
+        for player, parameters in self.players.items():
+            if gradients := [p.grad for p in parameters if p.grad is not None]:
+                norm = whole(nn.utils.get_total_norm(gradients, foreach=True))
+                nn.utils.clip_grads_with_norm_(parameters, 1.0, norm, foreach=True)
+                norms["_".join(["grad_norm", player.strip(".")]).strip("_")] = norm
+        return norms
 
     def train_step(self, batch) -> dict:
-        """One optimiser step and the averaging; returns what the stage returned, and the gradient norms."""
-        recipe, device = self.recipe, self.job.device
+        """One optimiser step and the averaging; returns what the stage returned, averaged over its parts and the ranks, and
+        the gradient norms. A step whose loss or gradients are not finite changes no weight, moment or buffer."""
+        recipe, passes, (rank, count) = self.recipe, self.passes, ranks()
         warm = min(1.0, (self.step + 1) / recipe.warmup)
         factor = warm * 0.5 * (1 + math.cos(math.pi * self.step / recipe.steps))
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            draws = Draws(self.job.args.seed, self.name, self.step, device)
-            losses = self.wrapped(*self.stage.inputs(batch, draws, self.step))
-        losses["loss"].backward()
-        norms = [nn.utils.clip_grad_norm_(player, 1.0, foreach=True) for player in self.players]
-        losses["grad_norm"] = norms[0]
-        if torch.stack(norms).isfinite().all():
-            self.optimizer.step()
-            self.skipped_in_a_row = 0
-            decay = min(recipe.ema, (1 + self.step) / (10 + self.step))  # warmed up, or a short run keeps its initial weights
-            if self.ema:
-                torch._foreach_lerp_(list(self.ema.values()), [self.parameters[n].detach() for n in self.ema], 1 - decay)
-        else:
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-            if self.skipped_in_a_row >= 5:
-                broken = ", ".join(n for n, v in losses.items() if n != "codes" and not torch.as_tensor(v).isfinite().all())
-                raise UserError(
-                    f"step {self.step}: {broken} not finite, for the fifth step in a row: lower --lr and go on with --resume "
-                    "from the last good training state"
-                )
+        pieces = zip(*(tensor.chunk(passes) for tensor in batch))
+        with self.autocast():
+            parts = [
+                self.stage.inputs(piece, Draws(
+                    self.job.args.seed, self.name, self.step, self.job.device, rank * passes + i, count * passes
+                ), self.step) for i, piece in enumerate(pieces)
+            ]
+            parts = self.stage.together(parts) if passes > 1 else parts
+        if self.wrapped is None or self.step == getattr(self.stage, "gan_start", None):
+            self.wrapped = None  # the old one's hooks go with it
+            self.flops = self.count(parts[0]) * passes
+            self.wrapped = self.wrap()
+        before = [b.clone() for b in self.buffers.values()]
+        outs = [self.forward_backward(arguments, last=i == passes - 1) for i, arguments in enumerate(parts)]
+        losses = {name: torch.stack([out[name].float() for out in outs]).mean(0) for name in outs[0] if name != "codes"}
+        losses |= self.clip()
+        values = mean_over_ranks(torch.stack(list(losses.values())))  # so that all ranks see what broke on one
+        losses = dict(zip(losses, values.unbind()))
+        decisive = torch.stack([value for name, value in losses.items() if name == "loss" or name.startswith("grad_norm")])
+        bad = ~decisive.isfinite().all()
+        self.optimizer.found_inf = bad.to(torch.float32)  # the fused optimiser's own way to skip a step without asking the device
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        for buffer, old in zip(self.buffers.values(), before):
+            buffer.copy_(torch.where(bad, old, buffer))
+        self.skipped += bad
+        self.bad_in_a_row.add_(1).mul_(bad)
+        if self.ema:
+            decay = min(recipe.ema, (1 + self.step) / (10 + self.step))  # warmed up, or a short run keeps its initial weights
+            torch._foreach_lerp_(list(self.ema.values()), [self.parameters[n].detach() for n in self.ema], 1 - decay)
         self.step += 1
+        if "codes" in outs[0]:
+            losses["codes"] = torch.cat([out["codes"] for out in outs])
         return losses | {"lr": self.optimizer.param_groups[0]["lr"], "skipped": self.skipped}
 
-    def averaged_weights(self):
-        """Swap the averaged weights in, or back: their place is taken by those that are in use."""
-        for name, average in self.ema.items():
-            live = self.parameters[name].data
-            self.parameters[name].data = average
-            self.ema[name] = live
+    def forward_backward(self, arguments: tuple, last: bool) -> dict[str, torch.Tensor]:
+        """One pass; gradients add up on each rank, and with the last pass of a step they are averaged over the ranks."""
+        waits = contextlib.nullcontext()
+        if self.sharded:
+            self.stage.set_requires_gradient_sync(last)
+        elif self.wrapped is not self.stage and not last:
+            waits = self.wrapped.no_sync()
+        with waits:
+            with self.autocast():
+                out = self.wrapped(*arguments)
+            (out["loss"] / self.passes).backward()
+        return {name: value.detach() for name, value in out.items()}
+
+    def stop_when_broken(self, losses: dict) -> None:
+        """Raises UserError after BAD_STEPS steps in a row that were not finite. This waits for the device."""
+        if self.bad_in_a_row < BAD_STEPS:
+            return
+        broken = ", ".join(n for n, v in losses.items() if n != "codes" and not torch.as_tensor(v).isfinite().all())
+        states = saved_states(self.job.path(f"state-{self.name}"))
+        good = f"the last good training state is {states[-1]}" if states else "no training state has been saved yet"
+        raise UserError(
+            f"step {self.step}: {broken} not finite, and the {int(self.bad_in_a_row)} last steps were skipped for it; {good}: "
+            f"go on from there with --resume and a lower --lr"
+        )
 
     @torch.no_grad()
     def show(self, what: str, *arguments):
-        """stage.preview, stage.validate or stage.export with averaged weights, in eval mode."""
-        self.averaged_weights()
-        self.stage.eval()
-        try:
-            with torch.autocast(self.job.device.type, torch.bfloat16, enabled=self.job.device.type == "cuda"):
-                return getattr(self.stage, what)(*arguments)
-        finally:
-            self.stage.train()
-            self.averaged_weights()
+        """stage.preview, stage.validate or stage.export with averaged weights, in eval mode, on rank 0. All ranks call
+        this: under FSDP they gather the weights for it."""
+        if self.sharded:
+            for name, parameter in self.parameters.items():
+                self._put(name, whole(self.ema.get(name, parameter)))
+        if ranks()[0] > 0:
+            return None
+        with self.autocast():
+            shown = getattr(self.twin, what)(*arguments)
+        if self.sharded:
+            for name in self.parameters:
+                self._put(name, self.twin.get_parameter(name).to("meta"))
+        return shown
+
+    def _put(self, name: str, value: torch.Tensor) -> None:
+        if ranks()[0] == 0:
+            owner, _, leaf = name.rpartition(".")
+            setattr(self.twin.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
     # ---- the state on disk, for --resume
 
-    def save(self) -> None:
-        """Write the training state; the last two are kept."""
-        folder = self.job.path(f"state-{self.name}")
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that a training state holds, by its name in the file."""
         tensors = {f"weights/{n}": p for n, p in self.parameters.items()} | {f"ema/{n}": p for n, p in self.ema.items()}
-        tensors |= {f"buffers/{n}": b for n, b in self._buffers()}
+        tensors |= {f"buffers/{n}": b for n, b in self.buffers.items()}
         for name, parameter in self.parameters.items():
             tensors |= {f"adam/{kind}/{name}": value for kind, value in self.optimizer.state[parameter].items()}
-        metadata = {"format": "semtok-state", "stage": self.name, "step": str(self.step), "skipped": str(self.skipped)}
-        metadata["settings"] = settings(self.job.args, self.name)
-        write_tensors(os.path.join(folder, f"step-{self.step:07d}.safetensors"), tensors, metadata)
-        for old in saved_states(folder)[:-2]:
-            os.remove(old)
+        return tensors
 
+    @torch.no_grad()
+    def save(self) -> None:
+        """Write the training state, in one piece however many ranks there are; the last two are kept. Rank 0 writes; all
+        ranks call this: under FSDP they gather what is written."""
+        rank, folder, tensors = ranks()[0], self.job.path(f"state-{self.name}"), {}
+        if rank > 0 and not self.sharded:
+            return
+        for name, tensor in self.state().items():
+            tensor = whole(tensor)
+            if rank == 0:
+                tensors[name] = tensor.cpu()
+        if rank == 0:
+            metadata = {"format": "semtok-state", "stage": self.name, "step": str(self.step), "skipped": str(int(self.skipped))}
+            metadata["settings"] = settings(self.job.args, self.name)
+            write_tensors(os.path.join(folder, f"step-{self.step:07d}.safetensors"), tensors, metadata)
+            for old in saved_states(folder)[:-2]:
+                os.remove(old)
+
+    @torch.no_grad()
     def load(self) -> None:
-        """Go on from the newest state that is whole. Raises UserError when there is none."""
+        """Go on from the newest state that is whole. Raises UserError when there is none, or it is of another model."""
         folder = self.job.path(f"state-{self.name}")
         for path in reversed(saved_states(folder)):
             try:
                 source = TensorFiles(path)
                 break
             except UserError as error:
-                print(f"falling back to the state before: {error}", file=sys.stderr)
+                if ranks()[0] == 0:
+                    print(f"falling back to the state before: {error}", file=sys.stderr)
         else:
             raise UserError(f"{folder} holds no training state to resume: start with {command(self.job.args, self.name)}")
         check_settings(path, self.job.args, self.name)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(source.get(f"weights/{name}"))
-                kinds = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"adam/{k}/{name}" in source.shapes]
-                if kinds:
-                    state = {kind: source.get(f"adam/{kind}/{name}").to(parameter.device, copy=True) for kind in kinds}
-                    self.optimizer.state[parameter] = state
-            for name, average in self.ema.items():
-                average.copy_(source.get(f"ema/{name}"))
-            for name, buffer in self._buffers():
-                buffer.copy_(source.get(f"buffers/{name}"))
-        self.step, self.skipped = int(source.metadata["step"]), int(source.metadata["skipped"])
-
-    def _buffers(self):
-        persistent = self.stage.state_dict().keys()
-        return [(n, b) for n, b in self.stage.named_buffers() if n in persistent]
+        mine, theirs = self.state(), {n: s for n, s in source.shapes.items() if not n.startswith("adam/")}
+        if different := sorted(set(theirs.items()) ^ {(name, tuple(tensor.shape)) for name, tensor in mine.items()}):
+            raise UserError(
+                f"{path} is the state of another model, in {different[0][0]} for one: resume with the flags that it was started "
+                "with, or start again with --overwrite"
+            )
+        for name, tensor in mine.items():
+            tensor.copy_(cut_like(source.get(name), tensor))
+        for name, parameter in self.parameters.items():
+            moments = {k: f"adam/{k}/{name}" for k in ("exp_avg", "exp_avg_sq") if f"adam/{k}/{name}" in source.shapes}
+            if moments:
+                state = {kind: cut_like(source.get(key), parameter) for kind, key in moments.items()}
+                # steps are counted by a plain number, on no rank cut up
+                self.optimizer.state[parameter] = state | {"step": source.get(f"adam/step/{name}").to(parameter.device, copy=True)}
+        self.step = int(source.metadata["step"])
+        self.skipped.fill_(int(source.metadata["skipped"]))
 
 
 def saved_states(folder: str) -> list[str]:
@@ -1320,15 +1552,21 @@ class Log:
     """`log.jsonl`: one line every few steps with everything that was measured, all stages of a run in one file."""
 
     def __init__(self, job: Job, stage: str, step: int):
-        self.path, self.stage = job.path("log.jsonl"), stage
+        self.path, self.stage, self.since = job.path("log.jsonl"), stage, (time.time(), step)
         lines = []
         if os.path.isfile(self.path):
             with open(self.path, encoding="utf-8") as file:
                 lines = [line for line in file if line.endswith("\n")]
-        # what a stopped run logged after the state it resumes from is about to be logged again
-        kept = [line for line in lines if (entry := json.loads(line))["stage"] != stage or entry["step"] <= step]
+        # what a stopped run logged after the state it resumes from is about to be logged again, as is its validation
+        entries = {line: json.loads(line) for line in lines}
+        kept = [line for line, e in entries.items() if e["stage"] != stage or (e["step"] <= step and "loss" in e)]
         if kept != lines or not os.path.isfile(self.path):
             write_text(self.path, "".join(kept))
+
+    def steps_per_second(self, step: int) -> float:
+        """Since the last call, or the start: all that a step takes, previews and states among it."""
+        (then, first), self.since = self.since, (time.time(), step)
+        return (step - first) / (self.since[0] - then)
 
     def write(self, entry: dict) -> None:
         """Append one line."""
@@ -1337,6 +1575,13 @@ class Log:
                 file.write(json.dumps({"stage": self.stage} | entry) + "\n")
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error}): free some space, then go on with --resume") from None
+
+
+def remove_parts(folder: str) -> None:
+    """Delete the half-written states that a killed process has left: only one run at a time writes in a folder."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        if name.endswith(".part"):
+            os.remove(os.path.join(folder, name))
 
 
 def run_stage(name: str, job: Job) -> None:
@@ -1350,8 +1595,11 @@ def run_stage(name: str, job: Job) -> None:
             return say(f"stage {name} ({NAMES[name]}) is finished: {result}. --resume trains it further, --overwrite starts again")
         if states:
             raise UserError(f"stage {name} stopped before its end: --resume goes on from {states[-1]}, --overwrite starts again")
-    if recipe.batch_size % count:
-        raise UserError(f"a batch of {recipe.batch_size} does not divide by {count} processes: change --batch-size")
+    if recipe.batch_size % (count * args.accumulate):
+        passes = f" with --accumulate {args.accumulate}" if args.accumulate > 1 else ""
+        raise UserError(f"a batch of {recipe.batch_size} does not divide by {count} processes{passes}: change --batch-size")
+    if args.fsdp and not dist.is_initialized():
+        raise UserError("--fsdp cuts the weights up among processes, and there is one: start it with torchrun --nproc_per_node N")
     wait_for_all()  # whoever removes or writes files below has been seen by all to find them as they were
     torch.manual_seed(args.seed)
     say(f"stage {name}: {NAMES[name]}, {recipe.steps} steps of {recipe.batch_size} on {count} x {job.device}")
@@ -1361,36 +1609,44 @@ def run_stage(name: str, job: Job) -> None:
     elif rank == 0:
         for old in states:
             os.remove(old)
+    if rank == 0:
+        remove_parts(job.path(f"state-{name}"))
     log = Log(job, name, trainer.step) if rank == 0 else None
-    started, resumed_at, stop = time.time(), trainer.step, StopSignal()
+    started, stop, rate = time.time(), StopSignal(), matmul_rate(job.device)
     batches = DataLoader(
         trainer.stage.dataset, num_workers=job.workers, persistent_workers=job.workers > 0,
         batch_sampler=Schedule(len(trainer.stage.dataset), recipe.batch_size, args.seed, trainer.step, recipe.steps),
     )
-    with stop, tqdm(batches, f"stage {name}", initial=resumed_at, total=recipe.steps, unit="step", disable=rank > 0) as bar:
+    with stop, tqdm(batches, f"stage {name}", initial=trainer.step, total=recipe.steps, unit="step", disable=rank > 0) as bar:
         for batch in bar:
             out = trainer.train_step(batch)
             step, stopped = trainer.step, stop.everywhere()
             last = step == recipe.steps
+            if step % recipe.log_every == 0 or last or job.device.type == "cpu":
+                trainer.stop_when_broken(out)
             if step % recipe.log_every == 0 or last:
                 entry = measured(out)
                 if rank == 0:
-                    rate = (step - resumed_at) * recipe.batch_size / (time.time() - started)
-                    log.write(entry | {"step": step, "images_per_s": rate})
+                    speed = log.steps_per_second(step)
+                    health = {"images_per_s": speed * recipe.batch_size, "mfu": speed * trainer.flops / rate}
+                    log.write(entry | {"step": step} | health)
                     bar.set_postfix_str(" ".join(f"{k}={entry[k]:.3g}" for k in SHOWN[name] if k in entry))
                     if entry.get("dead_bits", 0) > 0 or entry.get("used", 1) < 0.01:
                         share = f"{entry['used']:.1%} of codes used, {entry['dead_bits']} dead bits"
                         bar.write(f"step {step}: the codebook is collapsing: {share}")
-            if rank == 0 and (step % recipe.preview_every == 0 or last):
-                write_picture(job.path(f"preview-{name}-{step:07d}.png"), trainer.show("preview"))
-            if rank == 0 and (step % recipe.save_every == 0 or last or stopped):
+            if step % recipe.preview_every == 0 or last:
+                picture = trainer.show("preview")
+                if rank == 0:
+                    write_picture(job.path(f"preview-{name}-{step:07d}.png"), picture)
+            if step % recipe.save_every == 0 or last or stopped:
                 trainer.save()
             if stopped and not last:
                 raise UserError(f"stopped at step {step} with its state saved: go on with {command(args, name)} --resume")
+    figures = trainer.show("validate")
     if rank == 0:
-        figures = trainer.show("validate")
         log.write({"step": trainer.step} | figures)
-        path = trainer.show("export", figures)
+    path = trainer.show("export", figures)
+    if rank == 0:
         shown = ", ".join(f"{k} {v:.4g}" for k, v in figures.items())
         following = dict(zip(STAGES, STAGES[1:])).get(name)
         run = "" if args.out == os.path.join("runs", "tiny") else f" --run {args.out}"
@@ -1419,7 +1675,7 @@ class StopSignal:
         """Whether any process has been told to stop."""
         if ranks()[1] == 1:
             return self.noted
-        note = torch.tensor(float(self.noted), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        note = torch.tensor(float(self.noted))  # on the CPU, by gloo: no wait for the GPU
         dist.all_reduce(note, dist.ReduceOp.MAX)
         return bool(note)
 
@@ -1434,11 +1690,37 @@ STAGE_CLASSES = {"0": StandIns, "1": Pretraining, "2": Refining, "ar": Generatin
 
 
 def measured(out: dict) -> dict[str, float]:
-    """What a step returned as plain numbers for the log, averaged over the processes; codes become the codebook's usage."""
+    """What a step returned as plain numbers for the log; the codes of all ranks become the codebook's usage. All ranks
+    call this."""
     names = [name for name in out if name != "codes"]
-    values = mean_over_ranks(torch.stack([torch.as_tensor(out[name], dtype=torch.float32, device=out["loss"].device).detach() for name in names]))
+    values = torch.stack([torch.as_tensor(out[name], dtype=torch.float32, device=out["loss"].device) for name in names])
     entry = dict(zip(names, values.tolist()))
-    return entry | (code_usage(codes_to_bits(out["codes"])) if "codes" in out else {})
+    if "codes" not in out:
+        return entry
+    bits = codes_to_bits(out["codes"])
+    if ranks()[1] > 1:
+        everyone = [torch.empty_like(bits, dtype=torch.uint8) for _ in range(ranks()[1])]
+        dist.all_gather(everyone, bits.to(torch.uint8))
+        bits = torch.cat(everyone).bool()
+    return entry | code_usage(bits)
+
+
+@functools.cache
+def matmul_rate(device: torch.device) -> float:
+    """FLOP/s of a square matrix product as training does it, float32 on a CPU, bfloat16 on CUDA: the best of a few."""
+    cuda = device.type == "cuda"
+    side, rates = 8192 if cuda else 768, []
+    dtype, own = torch.bfloat16 if cuda else torch.float32, torch.Generator(device).manual_seed(0)
+    a, b = torch.randn(2, side, side, generator=own, device=device, dtype=dtype)
+    for _ in range(6):
+        if cuda:
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        if cuda:
+            torch.cuda.synchronize(device)
+        rates.append(2 * side**3 / (time.perf_counter() - start))
+    return max(rates)
 
 
 # --------------------------------------------------------------------------------------------------- the plan of a run
@@ -1618,12 +1900,13 @@ def plan(args: argparse.Namespace) -> str:
     recipe = Job(args, None, None, None).recipe(stage)
     gpus, bits, side = args.gpus or (8 if paper else 1), args.bits or config.bits, config.image_size
     (large, flop), (room, byte) = ((1e12, "TFLOP"), (2**30, "GiB")) if paper else ((1e9, "GFLOP"), (2**20, "MiB"))
-    if recipe.batch_size % gpus:
-        raise UserError(f"a batch of {recipe.batch_size} does not divide by {gpus} GPUs: change --batch-size or --gpus")
-    batch = recipe.batch_size // gpus
+    if recipe.batch_size % (gpus * args.accumulate):
+        passes = f" with --accumulate {args.accumulate}" if args.accumulate > 1 else ""
+        raise UserError(f"a batch of {recipe.batch_size} does not divide by {gpus} GPUs{passes}: change --batch-size or --gpus")
+    batch = recipe.batch_size // gpus // args.accumulate
     lines = [
         f"stage {stage}, {NAMES[stage]}, {args.preset} preset: {recipe.steps:,} steps of {recipe.batch_size} pictures of "
-        f"{side} x {side}, {batch} a GPU, GPUs: {gpus}",
+        f"{side} x {side}, {batch} a GPU{' and pass' * (args.accumulate > 1)}, GPUs: {gpus}",
         f"{config.tokens} tokens of {bits} bits: {config.tokens * bits / side**2:.3f} bits per pixel", "",
         f"{'network':16}{'trained, M':>12}{'frozen, M':>12}{'published':>12}{'runs':>8}{'forward, ' + flop:>16}{'a step, ' + flop:>16}",
     ]
@@ -1726,6 +2009,8 @@ then: python sample.py --class 1""",
     add("--seed", type=int, default=0, help="everything random follows from it (default 0)")
     add("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    add("--log-every", type=_positive(int), help="steps between lines of log.jsonl, instead of the recipe's")
+    add("--save-every", type=_positive(int), help="steps between training states, which --resume goes on from")
     add("--workers", type=int, default=min(4, cores), help="processes that read pictures (default: one per core, up to 4)")
     add(
         "--processes", type=_positive(int), default=min(2, cores) if sys.platform == "linux" else 1,
@@ -1742,6 +2027,16 @@ then: python sample.py --class 1""",
     add(
         "--checkpoint-activations", action="store_true",
         help="recompute blocks in the backward pass: much less memory, about a third more work",
+    )
+    add(
+        "--accumulate", type=_positive(int), default=1, metavar="N",
+        help="go through each process's share of the batch in N passes, for less memory; the same step, but that the "
+        "entropy of the average code and, in stage 0, batch norms are of a pass",
+    )
+    add("--fsdp", action="store_true", help="cut weights, gradients and moments up among the processes, for models too large for one")
+    add(
+        "--compile", action=argparse.BooleanOptionalAction,
+        help="torch.compile the networks: a slow start, then faster steps (default: on CUDA)",
     )
     ablations = parser.add_argument_group("ablations", "what the paper's tables compare; flags of another stage are refused")
     ablation = ablations.add_argument
@@ -1809,12 +2104,16 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     if args.dry_run:
         return print(plan(args))
-    device = choose_device(args.device)
     if args.stage == "all":
         ar_config(args, tokenizer_config(args))  # groups that do not fit are refused now, not after two stages
-    # A read-only folder is found out before the work, not after.
-    write_text(os.path.join(args.out, ".writable"), "")
-    os.remove(os.path.join(args.out, ".writable"))
+    launched = "WORLD_SIZE" in os.environ  # by torchrun
+    device = join_group(args.device) if launched else choose_device(args.device)
+    args.compile = device.type == "cuda" if args.compile is None else args.compile
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    if ranks()[0] == 0:  # a read-only folder is found out before the work, not after
+        write_text(os.path.join(args.out, ".writable"), "")
+        os.remove(os.path.join(args.out, ".writable"))
     size = PRESETS[args.preset].image_size
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # until the processes below have forked: a forked pool of threads would hang
@@ -1828,48 +2127,89 @@ def main(arguments: list[str] | None = None) -> None:
     if args.preset == "paper" and (missing := missing_files(args, wanted[0])):
         raise UserError("; ".join(" ".join(text.split()) for text in missing))
 
-    def work(rank: int, count: int, meeting: str) -> None:
-        torch.set_num_threads(max(1, threads // count))
-        if count > 1:
-            dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
-            wait_for_all()
-        try:
-            for stage in wanted:
-                run_stage(stage, job)
-        except (UserError, fid.UserError, RuntimeError):
-            if rank == 0:
-                raise
-            time.sleep(5)  # rank 0 has stopped too, says why, and ends this process; were it gone, this one would end now
-            sys.exit(1)
-        if count > 1:
+    def work() -> None:
+        for stage in wanted:
+            run_stage(stage, job)
+        if dist.is_initialized():
             dist.destroy_process_group()
 
-    if device.type != "cpu" or args.processes == 1:
-        return work(0, 1, "")
+    def share_work(rank: int, count: int, meeting: str) -> None:
+        torch.set_num_threads(max(1, threads // count))
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=PATIENCE)
+        wait_for_all()
+        work()
+
+    def help_out(*place) -> None:
+        try:
+            share_work(*place)
+        except (Exception, KeyboardInterrupt) as error:
+            sys.exit(report(error))
+
+    if launched or device.type != "cpu" or args.processes == 1:
+        torch.set_num_threads(threads)
+        return work()
     # Small networks gain little from threads: on a CPU, processes share the batch, with the engine that clusters use.
     with tempfile.TemporaryDirectory() as folder:
         fork, meeting = multiprocessing.get_context("fork"), os.path.join(folder, "meeting")
-        others = [fork.Process(target=work, args=(rank, args.processes, meeting)) for rank in range(1, args.processes)]
+        others = [fork.Process(target=help_out, args=(rank, args.processes, meeting)) for rank in range(1, args.processes)]
         for other in others:
             other.start()
         try:
-            work(0, args.processes, meeting)
-        except BaseException:
+            share_work(0, args.processes, meeting)
+        except BaseException as error:
+            if isinstance(error, RuntimeError):  # perhaps of a connection that another's end has closed
+                others[0].join(1)
+            ended = [other.exitcode for other in others if other.exitcode is not None]
             for other in others:  # they may be waiting for this one; rank 0 alone has files open
                 other.kill()
+            if ended and isinstance(error, RuntimeError):
+                raise UserError(
+                    f"a process that shared the batch has ended (exit code {ended[0]}; -9 may mean that memory ran out): go on "
+                    "with --resume, and with --processes 1 or --accumulate 2 should it happen again"
+                ) from error
             raise
         for other in others:
             other.join()
+
+
+def join_group(name: str | None) -> torch.device:
+    """Join the processes that torchrun has started, by what it has put into the environment: over NCCL, each on its own
+    GPU, or with gloo on CPUs. Returns this process's device. Raises UserError when there are fewer GPUs than processes."""
+    device = choose_device(name)
+    if device.type == "cuda":
+        place, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if place >= here:
+            raise UserError(f"torchrun has started more processes than this machine's {here} GPUs: give it --nproc_per_node {here}")
+        device = torch.device("cuda", place)
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    return device
+
+
+def report(error: BaseException) -> int:
+    """Say in one sentence on stderr why this process stops; returns its exit code. An error of the program's own is raised
+    again."""
+    if ranks()[0] > 0:
+        time.sleep(5)  # rank 0 has mostly stopped for the same reason, and its end is this process's end
+    if isinstance(error, KeyboardInterrupt):
+        text = "interrupted; what has been saved is whole: go on with --resume"
+    elif isinstance(error, torch.OutOfMemoryError):
+        text = f"the GPU's memory ran out ({str(error).split('.')[0]}): --checkpoint-activations, --accumulate and --fsdp need less"
+    elif isinstance(error, (UserError, fid.UserError)):
+        # an error out of a loader's worker carries its whole traceback: the last line is the sentence
+        text = str(error).strip().splitlines()[-1].removeprefix("mmdit.UserError: ")
+    else:
+        raise error
+    print(f"train.py: {text}", file=sys.stderr)
+    return 130 if isinstance(error, KeyboardInterrupt) else 2
 
 
 def command_line(arguments: list[str] | None = None) -> int:
     """`main` for a shell: returns the exit code, 2 with one sentence on stderr for a UserError."""
     try:
         main(arguments)
-    except (UserError, fid.UserError) as error:
-        # an error out of a loader's worker carries its whole traceback: the last line is the sentence
-        print(f"train.py: {str(error).strip().splitlines()[-1].removeprefix('mmdit.UserError: ')}", file=sys.stderr)
-        return 2
+    except (Exception, KeyboardInterrupt) as error:
+        return report(error)
     return 0
 
 
