@@ -398,20 +398,22 @@ def load_lpips(vgg_path, heads_path):
 
 def _sha256(path):
     """The file's sha256 in hexadecimal."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _find(given, known):
     """The path given, else the known file in torch hub's cache; None and the download command where neither is."""
     name, _, url = known
     cached = os.path.join(torch.hub.get_dir(), "checkpoints", name)
-    if given is not None:
-        if not os.path.isfile(given):
-            raise UserError(f"no weights file at {given}: check the path")
-        return given, None
-    command = f"curl -L --create-dirs -o {cached} {url}"
-    return (cached, None) if os.path.isfile(cached) else (None, f"no {name} at hand: get it with `{command}`")
+    if given is not None and not os.path.isfile(given):
+        raise UserError(f"no weights file at {given}: check the path")
+    if given is not None or os.path.isfile(cached):
+        return given or cached, None
+    return None, f"no {name} at hand: get it with `curl -L --create-dirs -o {cached} {url}`"
 
 
 # ---------------------------------------------------------------------------------------------------- the statistics
@@ -678,14 +680,16 @@ def measure(source, network, args, label, features):
     features: also keep pool_3 (N, D) under "features". What cannot be had from the source is left out."""
     measured = {}
     if needs_network(source, features):
-        moments, moments_s, kept = Moments(), Moments(), []
+        moments, moments_s = Moments(), Moments()
         for _, pool, spatial in read_features(source, network, args, label):
+            if features and not moments.count:
+                measured["features"] = pool.new_empty(source.count, pool.shape[1])
+            if features:
+                measured["features"][moments.count : moments.count + len(pool)] = pool
             moments.update(pool)
             moments_s.update(spatial)
-            kept += [pool] if features else []
         if source.count > 1:
-            measured = dict(zip(MOMENTS, (*moments.result(), *moments_s.result())))
-        measured |= {"features": torch.cat(kept)} if features else {}
+            measured |= dict(zip(MOMENTS, (*moments.result(), *moments_s.result())))
     return measured | source.statistics  # ADM too prefers the file's own, made from more pictures than it carries
 
 
@@ -732,12 +736,9 @@ def match_pairs(originals, recons):
         stems = [{os.path.splitext(name)[0]: name for name in source.files} for source in pair]
         both = sorted(stems[0].keys() & stems[1].keys())
         for source, stem in zip(pair, stems):
-            twice = sorted(set(source.files) - set(stem.values()))
-            if twice:
-                raise UserError(f"{source.path} holds {_listed(twice)} again with another extension: --pairs matches "
-                                "names without extension, keep one of each")
-            alone = sorted(set(stem) - set(both))
-            if alone:
+            if twice := sorted(set(source.files) - set(stem.values())):
+                raise UserError(f"{source.path} holds {_listed(twice)} again with another extension: keep one of each")
+            if alone := sorted(stem.keys() - set(both)):
                 warnings.append(f"{len(alone)} of {source.count} pictures in {source.path} are unmatched and left out: "
                                 f"{_listed([stem[key] for key in alone])}")
         if not both:
@@ -842,7 +843,8 @@ def find_weights(args, needed):
     """Load what a command needs: (Inception or None, its description or {}, LPIPS or None, sha256s, why not)."""
     network, info, lpips, hashes, why = None, {}, None, {}, {}
     if args.toy and needed and not args.inception:
-        raise UserError("--toy scores with a stand-in network: give its file with --inception TOY.safetensors")
+        raise UserError("--toy scores with a stand-in network: give its file with --inception, such as "
+                        "standins/inception.safetensors in the folder of a tiny run")
     path, command = _find(args.inception, INCEPTION)
     if needed and path:
         network, info = load_inception(path)

@@ -1408,11 +1408,13 @@ class Trainer:
                     self.job.args.seed, self.name, self.step, self.job.device, rank * passes + i, count * passes
                 ), self.step) for i, piece in enumerate(pieces)
             ]
-            parts = self.stage.together(parts) if passes > 1 else parts
         if self.wrapped is None or self.step == getattr(self.stage, "gan_start", None):
             self.wrapped = None  # the old one's hooks go with it
             self.flops = self.count(parts[0]) * passes
             self.wrapped = self.wrap()
+        if passes > 1:
+            with self.autocast():
+                parts = self.stage.together(parts)
         before = [b.clone() for b in self.buffers.values()]
         outs = [self.forward_backward(arguments, last=i == passes - 1) for i, arguments in enumerate(parts)]
         losses = {name: torch.stack([out[name].float() for out in outs]).mean(0) for name in outs[0] if name != "codes"}
