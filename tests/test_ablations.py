@@ -78,7 +78,7 @@ def test_terms_of_the_alignment_can_be_left_out(world, stage, term, parts):
     without, left = one_step(make_stage(world, stage, f"--no-{term}"), world[2])
     assert whole.keys() == without.keys()
     assert {n for n in whole if not torch.equal(torch.as_tensor(whole[n]), torch.as_tensor(without[n]))} == {"loss", f"{term}_weight"}
-    assert (whole[f"{term}_weight"].item(), without[f"{term}_weight"].item()) == (pytest.approx(0.05), 0)
+    assert (whole[f"{term}_weight"].item(), without[f"{term}_weight"].item()) == (pytest.approx(train.RECIPES["tiny"][stage].semantic), 0)
     assert (whole["loss"] - without["loss"]).item() == pytest.approx(0.05 * whole[term].item(), abs=1e-5)
     silent = {n for n, g in left.items() if not g.any()} - {n for n, g in gradients.items() if not g.any()}
     assert all(n.startswith(parts) for n in silent) and all(any(n.startswith(p) for n in silent) for p in parts)
@@ -238,7 +238,7 @@ def test_raster_makes_the_token_stream_causal_and_nothing_else(world, order):
     model = make_stage(world, "1", "--order", order).semtok
     assert replace(model.config, causal=False) == make_stage(world, "1").semtok.config
     assert model.state_dict().keys() == make_stage(world, "1").semtok.state_dict().keys()
-    encoder, latents = model.encoder, torch.randn(1, 16, 8, 8)
+    encoder, latents = model.encoder, torch.randn(1, 8, 8, 8)
     on_tokens = changed_by(lambda: encoder(latents)[1][0], encoder.mask_tokens, 16)
     on_patches = changed_by(lambda: encoder(latents)[0][0], encoder.mask_tokens, 16)
     by_patches = changed_by(lambda: encoder(latents)[1][0], latents[0].permute(1, 2, 0), 8)  # rows of the picture
@@ -459,7 +459,7 @@ def test_cached_features_are_those_of_the_step(world, tmp_path, small_parts):
     parts = [train.frozen_features(batch, s.semtok.vae, s.frozen["siglip"], torch.device("cpu")) for batch, s in zip(loaded, (stage, plain))]
     for cached, computed in zip(*parts):
         assert cached.dtype == torch.float32 and torch.allclose(cached, computed, atol=1e-5)
-    assert [rows.shape for rows in stage.dataset[0, True][2:]] == [(16, 8, 8), (64, 4, 4)]
+    assert [rows.shape for rows in stage.dataset[0, True][2:]] == [(8, 8, 8), (64, 4, 4)]
     # stage 2 finds the same cache and makes nothing
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "features").iterdir()}
     cached_stage(world, tmp_path / "run", stage="2")

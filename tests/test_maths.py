@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -217,7 +218,7 @@ def test_euler_follows_a_closed_form_velocity():
 def test_stage_one_losses_by_hand():
     model = tiny()
     config = model.config
-    latents, noise = torch.randn(3, 16, 8, 8), torch.randn(3, 16, 8, 8)
+    latents, noise = torch.randn(2, 3, config.vae.latent_channels, 8, 8)
     x_sig, t = torch.randn(3, config.semantic_width, 4, 4), torch.tensor([0.0, 0.4, 1.0])
     out = model(latents, x_sig, noise, t)
     x, z = model.encoder(latents)
@@ -257,7 +258,7 @@ def test_refiner_ignores_noise_and_the_sampler_does_not():
 
 def test_every_token_depends_on_every_part_of_the_picture():
     model = tiny()
-    latents = torch.randn(1, 16, 8, 8, requires_grad=True)
+    latents = torch.randn(1, 8, 8, 8, requires_grad=True)
     _, z = model.encoder(latents)
     for token in (0, 15):
         (gradient,) = torch.autograd.grad(z[0, token].sum(), latents, retain_graph=True)
@@ -403,7 +404,7 @@ def test_grouped_head_predicts_joint_values():
 
 
 def test_masks_have_ratios_between_seven_tenths_and_one():
-    masks = train.draw_masks(4000, 100, 0.7, train.Draws(0, "ar", 0, torch.device("cpu")))
+    masks = train.draw_masks(4000, 100, 0.7, train.Draws(0, "ar", 0, torch.device("cpu"), 0, 1))
     ratios = masks.float().mean(1)
     assert ratios.min() >= 0.7 and ratios.max() == 1.0
     assert torch.allclose(ratios.mean(), torch.tensor(0.855), atol=0.01)  # mean of ceil(100 r) / 100 is half a token more
@@ -411,7 +412,7 @@ def test_masks_have_ratios_between_seven_tenths_and_one():
 
 
 def test_masks_of_any_share_hide_at_least_one_token():
-    counts = train.draw_masks(4000, 16, 0.0, train.Draws(0, "ar", 0, torch.device("cpu"))).sum(1)
+    counts = train.draw_masks(4000, 16, 0.0, train.Draws(0, "ar", 0, torch.device("cpu"), 0, 1)).sum(1)
     assert sorted(set(counts.tolist())) == list(range(1, 17))
     assert (counts.bincount(minlength=17)[1:] - 250).abs().max() < 80  # each equally often
 
@@ -449,6 +450,7 @@ def test_one_backward_pass_gives_each_player_its_own_gradient():
 
     class Stage:
         discriminator, real_mean, fake_mean = net, torch.zeros(()), torch.zeros(())
+        job = SimpleNamespace(args=SimpleNamespace(accumulate=1))
 
     train.Refining.adversarial_losses(Stage(), real, output, {}).backward()
     (generator_only,) = torch.autograd.grad(-train.GAN * net(output).mean(), output)

@@ -126,7 +126,7 @@ def test_stand_ins_pass_through_the_real_loaders(finished):
     resnet = train.load_resnet(str(folder / "resnet50.safetensors"))
     lpips = train.fid.load_lpips(str(folder / "vgg16.safetensors"), str(folder / "lpips.safetensors"))
     x = torch.rand(2, 3, 32, 32) * 2 - 1
-    assert vae.encode(x).shape == (2, 16, 8, 8) and siglip(x).shape == (2, 64, 4, 4)
+    assert vae.encode(x).shape == (2, 8, 8, 8) and siglip(x).shape == (2, 64, 4, 4)
     assert resnet(x).shape == (2, 3) and (lpips(x, x.flip(0)) > 0).all() and not lpips(x, x).any()
 
 
