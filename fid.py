@@ -53,6 +53,7 @@ PROTOCOLS = {
     "pairs": "rFID by {network}, of reconstructions against their own originals; PSNR and SSIM on 0..255, mean over "
              "pictures; LPIPS v0.1 on VGG16",
     "stats": "statistics for FID and sFID by {network}",
+    "toy": "toy networks stand in for FID's Inception and VGG16: comparable with scores by the same files, nothing else",
 }
 
 
@@ -904,10 +905,10 @@ def evaluate(args):
         warnings.append("these are not the standard weights, so that nothing here compares with published numbers")
     # The name that papers use is kept for the one protocol that they mean by it.
     faithful = standard and args.resize == "adm"
-    network = "a toy network, comparable with nothing else" if args.toy else \
-        "ADM's evaluator" if faithful else "ADM's evaluator but for the weights or the resize"
-    protocol = PROTOCOLS["pairs" if args.pairs else "stats" if args.save_stats else "compare"].format(
-        fid="FID-50k" if faithful and sources[-1].n == 50_000 else "FID", network=network)
+    kind = "toy" if args.toy else "pairs" if args.pairs else "stats" if args.save_stats else "compare"
+    protocol = PROTOCOLS[kind].format(
+        fid="FID-50k" if faithful and sources[-1].n == 50_000 else "FID",
+        network="ADM's evaluator" if faithful else "ADM's evaluator but for the weights or the resize")
     return {"protocol": args.mark + protocol, "toy": args.toy,
             "sides": [{"path": source.path, "n": source.n, "size": source.size} for source in sources],
             "weights_sha256": hashes, "standard_weights": standard, "resize": RESIZES[args.resize],
