@@ -910,11 +910,11 @@ class Refining(nn.Module):
     def __init__(self, job: Job):
         super().__init__()
         self.job = job
+        if not job.args.from_scratch:
+            self.semtok, _ = load_semtok(need(job.path("stage1.safetensors"), "1", job), job.device)
         networks = {"siglip": load_siglip(job.weights["siglip"], device=job.device).requires_grad_(False)}
         if job.args.from_scratch:
             self.semtok = new_tokenizer(job, networks["siglip"])
-        else:
-            self.semtok, _ = load_semtok(need(job.path("stage1.safetensors"), "1", job), job.device)
         self.first_samples = None  # stage 1's row of the preview: drawn once, before anything moves
         self.semtok.train().start_refiner()
         self.semtok.vae.requires_grad_(False)
