@@ -78,8 +78,9 @@ def test_terms_of_the_alignment_can_be_left_out(world, stage, term, parts):
     without, left = one_step(make_stage(world, stage, f"--no-{term}"), world[2])
     assert whole.keys() == without.keys()
     assert {n for n in whole if not torch.equal(torch.as_tensor(whole[n]), torch.as_tensor(without[n]))} == {"loss", f"{term}_weight"}
-    assert (whole[f"{term}_weight"].item(), without[f"{term}_weight"].item()) == (pytest.approx(train.RECIPES["tiny"][stage].semantic), 0)
-    assert (whole["loss"] - without["loss"]).item() == pytest.approx(0.05 * whole[term].item(), abs=1e-5)
+    weight = train.RECIPES["tiny"][stage].semantic
+    assert (whole[f"{term}_weight"].item(), without[f"{term}_weight"].item()) == (pytest.approx(weight), 0)
+    assert (whole["loss"] - without["loss"]).item() == pytest.approx(weight * whole[term].item(), abs=1e-6)
     silent = {n for n, g in left.items() if not g.any()} - {n for n, g in gradients.items() if not g.any()}
     assert all(n.startswith(parts) for n in silent) and all(any(n.startswith(p) for n in silent) for p in parts)
 
@@ -119,8 +120,8 @@ def test_perceptual_terms(world, choice, terms):
     whole, _ = one_step(make_stage(world, "2"), world[2])
     assert out.keys() - whole.keys() == set() and whole.keys() - out.keys() == {"lpips", "resnet"} - terms
     assert all(torch.equal(torch.as_tensor(out[n]), torch.as_tensor(whole[n])) for n in out if n != "loss")
-    missing = sum(0.1 * whole[name] for name in {"lpips", "resnet"} - terms)
-    assert (whole["loss"] - out["loss"] - missing).abs().item() < 1e-5
+    missing = sum(train.RECIPES["tiny"]["2"].perceptual * whole[name] for name in {"lpips", "resnet"} - terms)
+    assert (whole["loss"] - out["loss"] - missing).abs().item() < 1e-6
 
 
 @pytest.mark.parametrize("choice, needed", [("lpips", {"vgg", "lpips"}), ("resnet", {"resnet"}), ("both", {"vgg", "lpips", "resnet"})])
