@@ -383,6 +383,16 @@ def wait_for_all() -> None:
 PATIENCE = datetime.timedelta(hours=2)  # how long ranks wait for one that writes a large state or validates
 
 
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """The rows of every rank's tensor (B, ...), each as long, in the order of the ranks: (ranks * B, ...)."""
+    if ranks()[1] == 1:
+        return tensor
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    rows = [torch.empty_like(tensor, device=device) for _ in range(ranks()[1])]
+    dist.all_gather(rows, tensor.contiguous().to(device))
+    return torch.cat(rows)
+
+
 class Draws:
     """A step's random numbers, a function of (seed, stage, step) alone. They are drawn for the global batch and cut to
     the rows of part number `part` of `parts` equal ones, so that the number of processes, and of passes in which each
@@ -409,37 +419,17 @@ class Draws:
 # ------------------------------------------------------------------------------------- networks that only training needs
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation whose batch, in training, is that of all ranks (Ioffe and Szegedy 2015): (B, channels, H, W) ->
-    the same. torch.nn.SyncBatchNorm does it on GPUs only."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See the class."""
-        if not self.training or ranks()[1] == 1:
-            return super().forward(x)
-        mean = mean_over_ranks(x.float().mean((0, 2, 3)))  # (channels,); every rank has as many values
-        centred = x.float() - mean[:, None, None]
-        variance = mean_over_ranks(centred.square().mean((0, 2, 3)))
-        with torch.no_grad():
-            count = ranks()[1] * x.numel() // x.shape[1]
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
-
-
 class Bottleneck(nn.Module):
     """ResNet's 1x1, 3x3, 1x1 block, the stride in its 3x3 (torchvision's form): (B, channels_in, H, W) -> (B, 4 width, ...)."""
 
     def __init__(self, channels_in: int, width: int, stride: int):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(channels_in, width, 1, bias=False), BatchNorm(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), BatchNorm(width)
-        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), BatchNorm(4 * width)
+        self.conv1, self.bn1 = nn.Conv2d(channels_in, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
         self.downsample = None
         if stride != 1 or channels_in != 4 * width:
-            self.downsample = nn.Sequential(nn.Conv2d(channels_in, 4 * width, 1, stride, bias=False), BatchNorm(4 * width))
+            self.downsample = nn.Sequential(nn.Conv2d(channels_in, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """See the class."""
@@ -457,7 +447,7 @@ class ResNet(nn.Module):
     def __init__(self, width: int = 64, layers: tuple[int, ...] = (3, 4, 6, 3), classes: int = 1000, size: int = 224):
         super().__init__()
         self.size = size
-        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), BatchNorm(width)
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
         channels = width
         for i, blocks in enumerate(layers):
             stage = [Bottleneck(channels if j == 0 else 4 * width * 2**i, width * 2**i, 2 if i and not j else 1) for j in range(blocks)]
@@ -616,17 +606,24 @@ class StandIns(nn.Module):
             top, left = np.random.default_rng(step).integers(0, side + 1, 2)
             windows = windows[..., top : top + side, left : left + side]
         shape = (len(pictures), config.latent_channels, *(side // config.factor for side in windows.shape[2:]))
-        return pictures, batch[1].to(device), windows, draws.normal(*shape)[third], share
+        # Batch norm makes one thing of a batch: all ranks put the same half of the pictures of all through the ResNet.
+        classified, classes = (gather(tensor)[: max(2, len(tensor) * ranks()[1] // 2)] for tensor in batch)
+        return (
+            pictures, batch[1].to(device), windows, draws.normal(*shape)[third], share, to_signed(classified.to(device)),
+            classes.to(device),
+        )
 
     def together(self, parts: list[tuple]) -> list[tuple]:
         """The arguments of forward for each part of a step: none has to know of the others."""
         return parts
 
     def forward(
-        self, pictures: torch.Tensor, labels: torch.Tensor, windows: torch.Tensor, noise: torch.Tensor, share: float
+        self, pictures: torch.Tensor, labels: torch.Tensor, windows: torch.Tensor, noise: torch.Tensor, share: float,
+        classified: torch.Tensor, classes: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """pictures (B, 3, H, W) in [-1, 1], labels (B,), windows (about B / 3, 3, h, w) for the VAE, noise like their
-        latents, share: windows of the global batch over its number of parts -> losses."""
+        latents, share: windows of the global batch over its number of parts; classified (half of all ranks' B, 3, H, W)
+        and classes for the ResNet -> losses."""
         mean, log_variance = self.vae.encoder(windows.contiguous(memory_format=torch.channels_last)).chunk(2, 1)
         log_variance = log_variance.clamp(-12, 4)
         reconstruction = self.vae.decoder(mean + (0.5 * log_variance).exp() * noise)
@@ -641,7 +638,7 @@ class StandIns(nn.Module):
             "siglip": -F.logsigmoid(matches * pairs).sum(1).mean(),
             "vgg": F.cross_entropy(vgg, labels, label_smoothing=0.1),
             # smoothing keeps the logits small: the perceptual loss of stage 2 is the distance between two of them
-            "resnet": F.cross_entropy(self.resnet(pictures), labels, label_smoothing=0.1),
+            "resnet": F.cross_entropy(self.resnet(classified), classes, label_smoothing=0.1),
         }
         weights = {"vae_mse": 1.0, "vae_kl": 1e-4}
         return losses | {"loss": sum(weights.get(name, 1.0) * value for name, value in losses.items())}
