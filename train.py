@@ -1263,6 +1263,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def own_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, for work that needs no other rank."""
+    return tensor.detach().to_local() if hasattr(tensor, "full_tensor") else tensor.detach()
+
+
 def cut_like(value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """The opposite of `whole`: value, which every rank has, on the device of tensor and cut as tensor is."""
     value = value.to(tensor.device, copy=True)
@@ -1429,7 +1434,8 @@ class Trainer:
         self.bad_in_a_row.add_(1).mul_(bad)
         if self.ema:
             decay = min(recipe.ema, (1 + self.step) / (10 + self.step))  # warmed up, or a short run keeps its initial weights
-            torch._foreach_lerp_(list(self.ema.values()), [self.parameters[n].detach() for n in self.ema], 1 - decay)
+            live = [own_rows(self.parameters[n]) for n in self.ema]
+            torch._foreach_lerp_([own_rows(average) for average in self.ema.values()], live, 1 - decay)
         self.step += 1
         if "codes" in outs[0]:
             losses["codes"] = torch.cat([out["codes"] for out in outs])
@@ -1557,8 +1563,8 @@ class Log:
             with open(self.path, encoding="utf-8") as file:
                 lines = [line for line in file if line.endswith("\n")]
         # what a stopped run logged after the state it resumes from is about to be logged again, as is its validation
-        entries = {line: json.loads(line) for line in lines}
-        kept = [line for line, e in entries.items() if e["stage"] != stage or (e["step"] <= step and "loss" in e)]
+        entries = map(json.loads, lines)
+        kept = [line for line, e in zip(lines, entries) if e["stage"] != stage or (e["step"] <= step and "loss" in e)]
         if kept != lines or not os.path.isfile(self.path):
             write_text(self.path, "".join(kept))
 

@@ -105,7 +105,7 @@ def test_log_has_every_term(finished):
     }
     for stage, names in terms.items():
         mine = [entry for entry in entries if entry["stage"] == stage]
-        assert names | {"loss", "lr", "grad_norm", "step", "images_per_s"} <= mine[-2].keys(), stage
+        assert names | {"loss", "lr", "grad_norm", "skipped", "step", "images_per_s", "mfu"} <= mine[-2].keys(), stage
         assert all(np.isfinite(value) for entry in mine for value in entry.values() if not isinstance(value, str))
     assert {"psnr", "ssim"} <= entries[-3].keys() | entries[-1].keys() | {k for e in entries if e["stage"] == "2" for k in e}
 
