@@ -1831,7 +1831,7 @@ def networks(stage: str, args: argparse.Namespace) -> dict[str, tuple]:
     encoder.requires_grad_(not args.freeze_encoder)
     heads = nn.ModuleList([model.w_x, model.w_z])
     found = {
-        "VAE encoder": (vae.encoder, lambda: vae.encode(pictures), 1),
+        "VAE encoder": (vae.encoder, None if args.cache else lambda: vae.encode(pictures), 1),
         "SigLIP": (siglip, lambda: siglip(pictures), 1),
         "encoder": (encoder, lambda: encoder(latents), 1),
         "alignment": (heads, lambda: (heads[0](upstream(features)), heads[1](upstream(codes).flatten(1))), 1),

@@ -532,6 +532,15 @@ def test_caches_are_mapped_not_read(tmp_path, monkeypatch):
     assert cache[3, True]["latents"].shape == (2**20,) and resident() - start < 8 * 2**20
 
 
+def test_the_plan_of_a_cached_run_spares_the_encoder_of_the_vae():
+    def runs(*flags):
+        rows = train.networks("1", train.parse_arguments(["--stage", "1", *flags]))
+        return {name: step is not None for name, (_, step, _) in rows.items()}
+
+    plain, cached = runs(), runs("--cache")
+    assert plain["VAE encoder"] and not cached["VAE encoder"] and plain | {"VAE encoder": False} == cached
+
+
 @pytest.mark.parametrize("what", ["vae", "siglip", "pictures"])
 def test_stale_caches_are_refused_and_made_again_on_request(world, tmp_path, small_parts, what):
     cached_stage(world, tmp_path / "run")
