@@ -1367,14 +1367,15 @@ class Trainer:
             parameter.requires_grad_(True)
         return wrapped
 
-    def count(self, arguments: tuple) -> int:
-        """FLOPs of one pass, there and back, by running it once for nothing. What `--checkpoint-activations` computes
+    def count(self, piece, draws: Draws, arguments: tuple) -> int:
+        """FLOPs of one pass, from a piece of the loader's batch there and back, by running it once for nothing. What `--checkpoint-activations` computes
         twice is counted once, as model FLOPs are (PaLM, Chowdhery et al. 2022)."""
         before, recomputed = [b.clone() for b in self.buffers.values()], 0
         # compiled networks would hide their operations; naming the compiler costs seconds of imports
         eager = torch.compiler.set_stance("force_eager") if self.job.args.compile else contextlib.nullcontext()
         with eager, FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             with self.autocast():
+                self.stage.inputs(piece, draws, self.step)  # the frozen networks, as far as they are not cached
                 loss = self.stage(*arguments)["loss"]
             if self.job.args.checkpoint_activations:
                 runs = counter.get_flop_counts().items()
@@ -1403,16 +1404,16 @@ class Trainer:
         factor = warm * 0.5 * (1 + math.cos(math.pi * self.step / recipe.steps))
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        pieces = zip(*(tensor.chunk(passes) for tensor in batch))
+        pieces = list(zip(*(tensor.chunk(passes) for tensor in batch)))
+
+        def draws(part: int) -> Draws:
+            return Draws(self.job.args.seed, self.name, self.step, self.job.device, rank * passes + part, count * passes)
+
         with self.autocast():
-            parts = [
-                self.stage.inputs(piece, Draws(
-                    self.job.args.seed, self.name, self.step, self.job.device, rank * passes + i, count * passes
-                ), self.step) for i, piece in enumerate(pieces)
-            ]
+            parts = [self.stage.inputs(piece, draws(i), self.step) for i, piece in enumerate(pieces)]
         if self.wrapped is None or self.step == getattr(self.stage, "gan_start", None):
             self.wrapped = None  # the old one's hooks go with it
-            self.flops = self.count(parts[0]) * passes
+            self.flops = self.count(pieces[0], draws(0), parts[0]) * passes
             self.wrapped = self.wrap()
         if passes > 1:
             with self.autocast():
