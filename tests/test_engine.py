@@ -123,9 +123,9 @@ def fresh(base, name, stage):
     """A folder in which a stage can begin: the results of the stages before it."""
     out = base / name
     shutil.rmtree(out, ignore_errors=True)
-    results = ("standins", "stage1.safetensors", "stage2.safetensors", "tokens.safetensors")[: STAGES.index(stage) + (stage == "ar")]
+    results = ("standins", "stage1.safetensors", "stage2.safetensors", "tokens")[: STAGES.index(stage) + (stage == "ar")]
     for result in results:
-        copy = shutil.copytree if result == "standins" else shutil.copy
+        copy = shutil.copytree if result in ("standins", "tokens") else shutil.copy
         out.mkdir(exist_ok=True)
         copy(base / "base" / result, out / result)
     return out
@@ -345,10 +345,15 @@ def test_full_disk_keeps_the_old_state(base):
     assert last_state(out, "ar").name == "step-0000009.safetensors"
 
 
+def without_settings():
+    """As if states did not say by which flags they were made."""
+    train.settings = lambda *_: "{}"
+
+
 def test_state_of_another_model_is_refused(base):
     out = fresh(base, "other", "1")
     finish("1", out, *SHORT[2:], "--steps", "2")
-    said = finish("1", out, *SHORT[2:], "--steps", "4", "--bits", "12", "--resume", code=2)
+    said = finish("1", out, *SHORT[2:], "--steps", "4", "--bits", "12", "--resume", code=2, prepare=without_settings)
     assert "state of another model" in said and "--overwrite" in said and "Traceback" not in said
 
 
@@ -371,8 +376,8 @@ def broken_pictures(first):
     healthy = train.Refining.inputs
 
     def inputs(self, batch, draws, step):
-        pictures, adversarial = healthy(self, batch, draws, step)
-        return pictures * (float("nan") if step >= first else 1), adversarial
+        pictures, *rest = healthy(self, batch, draws, step)
+        return pictures * (float("nan") if step >= first else 1), *rest
 
     train.Refining.inputs = inputs
 
