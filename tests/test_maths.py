@@ -442,7 +442,7 @@ def test_one_backward_pass_gives_each_player_its_own_gradient():
     real = torch.randn(2, 3, 16, 16)
 
     class Stage:
-        discriminator, real_mean, fake_mean = net, torch.zeros(()), torch.zeros(())
+        discriminator, real_mean, fake_mean, lecam_decay = net, torch.zeros(()), torch.zeros(()), 0.999
 
     train.Refining.adversarial_losses(Stage(), real, output, {}).backward()
     (generator_only,) = torch.autograd.grad(-train.GAN * net(output).mean(), output)
