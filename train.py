@@ -398,7 +398,7 @@ class Draws:
     the rows of part number `part` of `parts` equal ones, so that the number of processes, and of passes in which each
     goes through its share, changes nothing; and resuming has no state to restore."""
 
-    def __init__(self, seed: int, stage: str, step: int, device: torch.device, part: int, parts: int):
+    def __init__(self, seed: int, stage: str, step: int, device: torch.device, part: int = 0, parts: int = 1):
         key = int.from_bytes(hashlib.sha256(f"{seed} {stage} {step}".encode()).digest()[:7], "big")
         self.generator, self.device = torch.Generator(device).manual_seed(key), device
         self.part, self.parts = part, parts
@@ -607,7 +607,7 @@ class StandIns(nn.Module):
             windows = windows[..., top : top + side, left : left + side]
         shape = (len(pictures), config.latent_channels, *(side // config.factor for side in windows.shape[2:]))
         # Batch norm makes one thing of a batch: all ranks put the same half of the pictures of all through the ResNet.
-        classified, classes = (gather(tensor)[: max(2, len(tensor) * ranks()[1] // 2)] for tensor in batch)
+        classified, classes = (gather(tensor)[: max(8, len(tensor) * ranks()[1] // 2)] for tensor in batch)
         return (
             pictures, batch[1].to(device), windows, draws.normal(*shape)[third], share, to_signed(classified.to(device)),
             classes.to(device),
@@ -928,6 +928,7 @@ class Refining(nn.Module):
             networks["resnet"] = load_resnet(job.weights["resnet"])
         self.frozen = {name: network.to(job.device) for name, network in networks.items()}
         self.dataset = pictures_and_features(job, self.semtok.vae, self.frozen["siglip"])
+        self.lecam_decay = 0.999 ** (1 / job.args.accumulate)  # of a pass: 0.999 a step
         self.gan_start = job.recipe("2").gan_start
 
     def inputs(self, batch, draws: Draws, step: int) -> tuple:
@@ -970,7 +971,7 @@ class Refining(nn.Module):
         self.discriminator.requires_grad_(True)
         on_real, on_fake = self.discriminator(real).float(), self.discriminator(output.detach()).float()
         for mean, logits in ((self.real_mean, on_real), (self.fake_mean, on_fake)):
-            mean.lerp_(mean_over_ranks(logits.detach().mean()), 1 - 0.999 ** (1 / self.job.args.accumulate))
+            mean.lerp_(mean_over_ranks(logits.detach().mean()), 1 - self.lecam_decay)
         hinge = 0.5 * (F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean())
         out["d_loss"] = hinge + LECAM * lecam(on_real, on_fake, self.real_mean, self.fake_mean)
         out["d_real"], out["d_fake"] = on_real.mean().detach(), on_fake.mean().detach()
@@ -1079,7 +1080,7 @@ class Generating(nn.Module):
 
     def validate(self) -> dict[str, float]:
         """Bits of held-out pictures' masked tokens: nats a bit, share guessed right."""
-        masked = self.masks(self.val_bits, Draws(0, "validation", 0, self.job.device, 0, 1))
+        masked = self.masks(self.val_bits, Draws(0, "validation", 0, self.job.device))
         losses = self.ar.loss(self.val_bits, self.val_labels, masked)
         return {"val_nll_per_bit": losses["nll"].item(), "val_bit_accuracy": losses["accuracy"].item()}
 
@@ -1347,7 +1348,7 @@ class Trainer:
                 ]
                 groups.append({"params": members, "base_lr": lr, "weight_decay": decay})
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], recipe.lr, betas=(0.9, 0.95), fused=True)
-        # Counted where the gradients are: asking them each step would make the host wait for the GPU.
+        # Counted where the gradients are: asking for them each step would make the host wait for the GPU.
         self.skipped, self.bad_in_a_row = (torch.zeros((), dtype=torch.long, device=job.device) for _ in range(2))
 
     def autocast(self):
@@ -1426,7 +1427,7 @@ class Trainer:
         losses = dict(zip(losses, values.unbind()))
         decisive = torch.stack([value for name, value in losses.items() if name == "loss" or name.startswith("grad_norm")])
         bad = ~decisive.isfinite().all()
-        self.optimizer.found_inf = bad.to(torch.float32)  # the fused optimiser's own way to skip a step without asking the device
+        self.optimizer.found_inf = bad.to(torch.float32)  # the fused optimiser's way to skip without asking the device
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for buffer, old in zip(self.buffers.values(), before):
@@ -1542,8 +1543,8 @@ class Trainer:
             moments = {k: f"adam/{k}/{name}" for k in ("exp_avg", "exp_avg_sq") if f"adam/{k}/{name}" in source.shapes}
             if moments:
                 state = {kind: cut_like(source.get(key), parameter) for kind, key in moments.items()}
-                # steps are counted by a plain number, on no rank cut up
-                self.optimizer.state[parameter] = state | {"step": source.get(f"adam/step/{name}").to(parameter.device, copy=True)}
+                count = source.get(f"adam/step/{name}").to(parameter.device, copy=True)
+                self.optimizer.state[parameter] = state | {"step": count}
         self.step = int(source.metadata["step"])
         self.skipped.fill_(int(source.metadata["skipped"]))
 
@@ -1647,6 +1648,8 @@ def run_stage(name: str, job: Job) -> None:
             if step % recipe.save_every == 0 or last or stopped:
                 trainer.save()
             if stopped and not last:
+                if rank > 0:
+                    sys.exit(2)
                 raise UserError(f"stopped at step {step} with its state saved: go on with {command(args, name)} --resume")
     figures = trainer.show("validate")
     if rank == 0:
@@ -2196,7 +2199,9 @@ def report(error: BaseException) -> int:
     """Say in one sentence on stderr why this process stops; returns its exit code. An error of the program's own is raised
     again."""
     if ranks()[0] > 0:
-        time.sleep(5)  # rank 0 has mostly stopped for the same reason, and its end is this process's end
+        if isinstance(error, KeyboardInterrupt):
+            return 130
+        time.sleep(20)  # rank 0 has mostly stopped for the same reason, and its end is this process's end
     if isinstance(error, KeyboardInterrupt):
         text = "interrupted; what has been saved is whole: go on with --resume"
     elif isinstance(error, torch.OutOfMemoryError):

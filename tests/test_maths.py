@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from types import SimpleNamespace
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -404,7 +403,7 @@ def test_grouped_head_predicts_joint_values():
 
 
 def test_masks_have_ratios_between_seven_tenths_and_one():
-    masks = train.draw_masks(4000, 100, 0.7, train.Draws(0, "ar", 0, torch.device("cpu"), 0, 1))
+    masks = train.draw_masks(4000, 100, 0.7, train.Draws(0, "ar", 0, torch.device("cpu")))
     ratios = masks.float().mean(1)
     assert ratios.min() >= 0.7 and ratios.max() == 1.0
     assert torch.allclose(ratios.mean(), torch.tensor(0.855), atol=0.01)  # mean of ceil(100 r) / 100 is half a token more
@@ -412,7 +411,7 @@ def test_masks_have_ratios_between_seven_tenths_and_one():
 
 
 def test_masks_of_any_share_hide_at_least_one_token():
-    counts = train.draw_masks(4000, 16, 0.0, train.Draws(0, "ar", 0, torch.device("cpu"), 0, 1)).sum(1)
+    counts = train.draw_masks(4000, 16, 0.0, train.Draws(0, "ar", 0, torch.device("cpu"))).sum(1)
     assert sorted(set(counts.tolist())) == list(range(1, 17))
     assert (counts.bincount(minlength=17)[1:] - 250).abs().max() < 80  # each equally often
 
@@ -449,8 +448,7 @@ def test_one_backward_pass_gives_each_player_its_own_gradient():
     real = torch.randn(2, 3, 16, 16)
 
     class Stage:
-        discriminator, real_mean, fake_mean = net, torch.zeros(()), torch.zeros(())
-        job = SimpleNamespace(args=SimpleNamespace(accumulate=1))
+        discriminator, real_mean, fake_mean, lecam_decay = net, torch.zeros(()), torch.zeros(()), 0.999
 
     train.Refining.adversarial_losses(Stage(), real, output, {}).backward()
     (generator_only,) = torch.autograd.grad(-train.GAN * net(output).mean(), output)
