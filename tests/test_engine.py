@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from test_pipeline import call, make_pictures, same_tensors, sentence
+from test_pipeline import call, make_pictures, same_tensors
 
 import semtok
 import train
