@@ -83,12 +83,12 @@ RECIPES = {
         "1": Recipe(400, 16, 3e-3, warmup=50, log_every=25, save_every=200, preview_every=200),
         # In batches of 16 the paper's weights drown the pixels: lambda_s 0.05 or lambda_p 0.1 cost 2.3 dB after 400 steps.
         "2": Recipe(
-            1400, 16, 3e-3, warmup=50, gan_start=1260, semantic=0.003, perceptual=0.01,
+            1000, 16, 3e-3, warmup=50, gan_start=900, semantic=0.003, perceptual=0.01,
             log_every=25, save_every=500, preview_every=500,
         ),
         # Of 16 tokens, a share of 0.7 masked leaves at most 4 known: sampling would end where training never was.
         "ar": Recipe(
-            2400, 32, 3.5e-3, weight_decay=0.03, warmup=50, least_masked=0.0, log_every=50, save_every=800, preview_every=800,
+            3400, 32, 3.5e-3, weight_decay=0.03, warmup=50, least_masked=0.0, log_every=50, save_every=850, preview_every=850,
         ),
     },
 }
