@@ -1369,8 +1369,8 @@ class Trainer:
         return wrapped
 
     def count(self, piece, draws: Draws, arguments: tuple) -> int:
-        """FLOPs of one pass, from a piece of the loader's batch there and back, by running it once for nothing. What `--checkpoint-activations` computes
-        twice is counted once, as model FLOPs are (PaLM, Chowdhery et al. 2022)."""
+        """FLOPs of one pass, from a piece of the loader's batch there and back, by running it once for nothing. What
+        `--checkpoint-activations` computes twice is counted once, as model FLOPs are (PaLM, Chowdhery et al. 2022)."""
         before, recomputed = [b.clone() for b in self.buffers.values()], 0
         # compiled networks would hide their operations; naming the compiler costs seconds of imports
         eager = torch.compiler.set_stance("force_eager") if self.job.args.compile else contextlib.nullcontext()
