@@ -60,7 +60,7 @@ GUIDANCE = {"L": 6.0, "XL": 5.3, "XXL": 4.9, "tiny": 9.0}
 class Attention(nn.Module):
     """Self-attention with RMS qk-norm and RoPE, no biases, bidirectional or causal: (B, L, width) -> (B, L, width)."""
 
-    def __init__(self, width: int, heads: int, causal: bool):
+    def __init__(self, width: int, heads: int, causal: bool = False):
         super().__init__()
         self.heads, self.causal = heads, causal
         self.wqkv = nn.Linear(width, 3 * width, bias=False)
@@ -93,7 +93,7 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """A transformer block. Its AdaLN is the shared one plus a table of its own, 6 x width."""
 
-    def __init__(self, width: int, heads: int, causal: bool):
+    def __init__(self, width: int, heads: int, causal: bool = False):
         super().__init__()
         self.attention_norm = nn.RMSNorm(width, eps=1e-6)
         self.attention = Attention(width, heads, causal)

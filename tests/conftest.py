@@ -12,13 +12,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the reference libraries only eve
 
 def pytest_configure(config):
     """The marker of what CI leaves out."""
-    config.addinivalue_line("markers", "full: the real sizes; minutes, gigabytes of memory and disk; only run with -m full")
+    config.addinivalue_line("markers", "full: real sizes and slow doubles; minutes, gigabytes of memory and disk; only run with -m full")
 
 
 def pytest_collection_modifyitems(config, items):
     """Leaves out what is marked full, saying so, unless -m asks for it."""
     if "full" not in config.getoption("-m"):
-        reason = "the real sizes: python -m pytest tests -m full -s runs it (2 to 5 minutes on two cores, 6 GB of memory, 6 GB of disk)"
+        reason = "real sizes or slow: python -m pytest tests -m full -s runs it (2 to 5 minutes on two cores, 6 GB of memory, 6 GB of disk)"
         for item in items:
             if "full" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))

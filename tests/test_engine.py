@@ -169,8 +169,10 @@ def twenty(base):
     return get
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage, way", [
+    *((stage, "ddp") for stage in STAGES), ("1", "fsdp"), ("ar", "fsdp"),
+    pytest.param("0", "fsdp", marks=pytest.mark.full), pytest.param("2", "fsdp", marks=pytest.mark.full),  # a minute of CI
+])
 def test_two_processes_are_one(twenty, stage, way):
     """Two gloo processes with DDP or FSDP take the 20 steps that one process takes.
 

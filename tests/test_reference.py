@@ -332,7 +332,8 @@ def test_siglip_resizes_pictures_of_another_size_with_antialias(transformers, tm
 # ----------------------------------------------------------------------------------------------------- SD3.5's decoder
 
 CONFIG = replace(
-    semtok.PRESETS["tiny"], tokens=7, bits=10, decoder_depth=4, decoder_width=128, decoder_heads=4, decoder_dual_depth=2
+    semtok.PRESETS["tiny"], tokens=7, bits=10, decoder_depth=4, decoder_width=128, decoder_heads=4, decoder_dual_depth=2,
+    vae=replace(semtok.PRESETS["tiny"].vae, latent_channels=16),
 )
 
 
