@@ -86,6 +86,15 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     return _MeanOverRanks.apply(value)
 
 
+def gather(rows: torch.Tensor) -> torch.Tensor:
+    """The rows (B, ...) of every rank, each with as many, in the order of the ranks: (ranks * B, ...), without gradient."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return rows
+    everyone = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, rows.contiguous())
+    return torch.cat(everyone)
+
+
 class BSQ(nn.Module):
     """The quantiser of Eq. 3 and its entropy loss, Eq. 4. It has no parameters.
 

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from bsq import BSQ
+from bsq import BSQ, gather
 from mmdit import (
     FeedForward, FinalLayer, MMDiT, PatchEmbed, RotaryTable, TensorFiles, TimestepEmbedder, UserError, attend, describe_keys,
     load_recipes, only, read_json, rope_1d, rope_2d,
@@ -719,12 +719,9 @@ def whole_batch(x_sig: torch.Tensor) -> tuple[torch.Tensor, int]:
     """What the contrast of Eq. 2 compares with: the features (B, C, g, g) of every rank's pictures, pooled and normalised,
     (ranks * B, C) in the order of the ranks, and which row of it is this rank's first."""
     u = F.normalize(x_sig.float().mean((2, 3)), dim=-1)  # P is the mean
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return u, 0
     # u carries no gradient (SigLIP is frozen), so a plain gather makes the global batch's negatives exact
-    gathered = [torch.empty_like(u) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, u.contiguous())
-    return torch.cat(gathered), dist.get_rank() * len(u)
+    everyone = gather(u)
+    return everyone, dist.get_rank() * len(u) if len(everyone) > len(u) else 0
 
 
 def euler(velocity, noise: torch.Tensor, steps: int, shift: float = 1.0) -> torch.Tensor:

@@ -24,7 +24,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import fid
 from ar import AR_PRESETS, GUIDANCE, ARConfig, MaskedAR, ar_metadata
-from bsq import bits_to_codes, code_usage, codes_to_bits, mean_over_ranks
+from bsq import bits_to_codes, code_usage, codes_to_bits, gather, mean_over_ranks
 from mmdit import TensorFiles, UserError, load_sd35
 from semtok import (
     PICTURES, PRESETS, VAE, Decoder, SemTok, SemTokConfig, SigLIP, SigLIPConfig, choose_device, load_semtok, load_siglip,
@@ -88,11 +88,12 @@ RECIPES = {
         ),
         # Of 16 tokens, a share of 0.7 masked leaves at most 4 known: sampling would end where training never was.
         "ar": Recipe(
-            3400, 32, 3.5e-3, weight_decay=0.03, warmup=50, least_masked=0.0, log_every=50, save_every=850, preview_every=850,
+            2700, 32, 3.5e-3, weight_decay=0.03, warmup=50, least_masked=0.0, log_every=50, save_every=900, preview_every=900,
         ),
     },
 }
-TINY_VGG, TINY_RESNET, TINY_DISCRIMINATOR = (8, 8, 16, 24, 24), 8, (16, 3, 4)
+TINY_SIGLIP = SigLIPConfig(width=64, depth=2, heads=2, hidden=128, patch=8, grid=4)
+TINY_VGG, TINY_RESNET, TINY_DISCRIMINATOR = (8, 8, 16, 24, 24), (8, (1, 1, 1, 1)), (16, 3, 4)
 QUANT, GAN = 0.0025, 0.1  # lambda_q, lambda_G (section 4.1)
 PERCEPTUAL_TERMS = {"lpips": ("lpips",), "resnet": ("resnet",), "both": ("lpips", "resnet")}  # Table 11
 LECAM = 0.001
@@ -181,7 +182,7 @@ def draw_shape(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray
     if SHAPES[label] == "ring":
         fill(_OUTLINES["circle"] * 0.5, 0)
     if SHAPES[label] == "crescent":
-        fill(_OUTLINES["circle"] * 0.8 + (0.42, 0), 0)
+        fill(_OUTLINES["circle"] * 0.8 - (0, 0.42), 0)  # on its back: flipped, it is still one of its kind
     cover = np.asarray(mask.reduce(4), np.float64)[..., None] / 255
     return (background * (1 - cover) + colour * cover).clip(0, 255).round().astype(np.uint8), label
 
@@ -383,16 +384,6 @@ def wait_for_all() -> None:
 PATIENCE = datetime.timedelta(hours=2)  # how long ranks wait for one that writes a large state or validates
 
 
-def gather(tensor: torch.Tensor) -> torch.Tensor:
-    """The rows of every rank's tensor (B, ...), each as long, in the order of the ranks: (ranks * B, ...)."""
-    if ranks()[1] == 1:
-        return tensor
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    rows = [torch.empty_like(tensor, device=device) for _ in range(ranks()[1])]
-    dist.all_gather(rows, tensor.contiguous().to(device))
-    return torch.cat(rows)
-
-
 class Draws:
     """A step's random numbers, a function of (seed, stage, step) alone. They are drawn for the global batch and cut to
     the rows of part number `part` of `parts` equal ones, so that the number of processes, and of passes in which each
@@ -523,6 +514,34 @@ class Job:
     train: object  # picture sources
     val: object
 
+    def network(self, name: str) -> nn.Module:
+        """A frozen network, "vae", "siglip", "lpips" or "resnet", from its file."""
+        files = self.weights
+        if name == "vae":
+            network = load_vae(files["vae"], device=self.device)
+        elif name == "siglip":
+            network = load_siglip(files["siglip"], device=self.device)
+        elif name == "lpips":
+            network = fid.load_lpips(files["vgg"], files["lpips"])
+        else:
+            network = load_resnet(files["resnet"])
+        return network.requires_grad_(False).to(self.device)
+
+    def tokenizer(self, stage: str) -> tuple[SemTok, dict[str, str]]:
+        """The tokenizer that an earlier stage has made, and its file's metadata."""
+        return load_semtok(need(self.path(RESULTS[stage]), stage, self), self.device)
+
+    def new_tokenizer(self, siglip: SigLIP) -> SemTok:
+        """A tokenizer to be trained from its start: its VAE and, with --sd35, its decoder are pretrained, the rest is new."""
+        vae = self.network("vae")
+        config = replace(tokenizer_config(self.args), semantic_width=siglip.config.width, vae=vae.config)
+        decoder = None
+        if "sd35" in self.weights:
+            with torch.device("meta"):
+                decoder = Decoder(config)
+            load_sd35(decoder, self.weights["sd35"], self.device)  # straight there: in float32 it is 9 GB
+        return SemTok(config, vae, decoder).to(self.device)
+
     @property
     def weights(self) -> dict[str, str]:
         """Where the frozen networks are: vae, siglip, vgg, lpips, resnet and sd35, as far as given or stood in for."""
@@ -579,19 +598,21 @@ class StandIns(nn.Module):
     def __init__(self, job: Job):
         super().__init__()
         config, classes = PRESETS["tiny"], len(job.train.classes)
-        self.job, self.dataset = job, Flipped(job.train)
-        self.vae = VAE(config.vae)
-        patch = config.image_size // config.grid
-        self.siglip = SigLIP(SigLIPConfig(config.semantic_width, 2, 2, 2 * config.semantic_width, patch, config.grid))
+        self.job = job
+        self.vae, self.siglip = VAE(config.vae), SigLIP(TINY_SIGLIP)
         self.class_names = nn.Embedding(classes, config.semantic_width)
         self.siglip_scale, self.siglip_bias = nn.Parameter(torch.tensor([10.0]).log()), nn.Parameter(torch.tensor([-2.0]))
         self.vgg, self.vgg_head = fid.VGG16Features(TINY_VGG), nn.Linear(TINY_VGG[-1], classes)
-        self.resnet = ResNet(TINY_RESNET, (1, 1, 1, 1), classes, config.image_size)
+        self.resnet = ResNet(*TINY_RESNET, classes, config.image_size)
         nn.init.constant_(self.vae.encoder.conv_out.bias[config.vae.latent_channels :], -6)  # start with little noise
         nn.init.normal_(self.siglip.embeddings.position_embedding.weight, std=0.02)  # PyTorch's 1.0 would drown the patches
         for layer in self.vgg.features:
             if isinstance(layer, nn.Conv2d):  # no batch norm: thirteen layers deep, it starts only with He's gain
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+
+    def open_dataset(self) -> Dataset:
+        """What the loader reads."""
+        return Flipped(self.job.train)
 
     def inputs(self, batch, draws: Draws, step: int) -> tuple:
         """(pictures, labels) of the loader -> the arguments of forward."""
@@ -819,7 +840,6 @@ def pictures_and_features(job: Job, vae: VAE, siglip: SigLIP) -> Dataset:
     pictures = Flipped(job.train)
     if not job.args.cache:
         return pictures
-    vae.to(job.device)
     side = PRESETS[job.args.preset].image_size // vae.config.factor
     numbers = vae.config.latent_channels * side**2 + siglip.config.width * siglip.config.grid**2  # of one picture
     exact = 2 * 4 * numbers * len(job.train) <= EXACT_CACHE
@@ -855,10 +875,13 @@ class Pretraining(nn.Module):
         super().__init__()
         self.job = job
         # Frozen networks stand in a dict, not among the submodules: never trained, averaged, saved or put in train mode.
-        self.frozen = {"siglip": load_siglip(job.weights["siglip"], device=job.device).requires_grad_(False)}
-        self.semtok = new_tokenizer(job, self.frozen["siglip"])
+        self.frozen = {"siglip": job.network("siglip")}
+        self.semtok = job.new_tokenizer(self.frozen["siglip"])
         self.semtok.decoder.mask_tokens.requires_grad_(False)  # they join in stage II
-        self.dataset = pictures_and_features(job, self.semtok.vae, self.frozen["siglip"])
+
+    def open_dataset(self) -> Dataset:
+        """What the loader reads, computed first when it is cached."""
+        return pictures_and_features(self.job, self.semtok.vae, self.frozen["siglip"])
 
     def inputs(self, batch, draws: Draws, step: int) -> tuple:
         """A batch of the loader -> the arguments of forward."""
@@ -908,28 +931,27 @@ class Refining(nn.Module):
         super().__init__()
         self.job = job
         if not job.args.from_scratch:
-            self.semtok, _ = load_semtok(need(job.path("stage1.safetensors"), "1", job), job.device)
-        networks = {"siglip": load_siglip(job.weights["siglip"], device=job.device).requires_grad_(False)}
+            self.semtok, _ = job.tokenizer("1")
+        self.frozen = {"siglip": job.network("siglip")}
         if job.args.from_scratch:
-            self.semtok = new_tokenizer(job, networks["siglip"])
+            self.semtok = job.new_tokenizer(self.frozen["siglip"])
         self.first_samples = None  # stage 1's row of the preview: drawn once, before anything moves
         self.semtok.train().start_refiner()
         self.semtok.vae.requires_grad_(False)
         self.semtok.encoder.requires_grad_(not job.args.freeze_encoder)
         self.semtok.decoder.x_embedder.requires_grad_(False)  # nothing noisy comes in any more
-        self.discriminator = Discriminator(*((128, 4, 16) if job.args.preset == "paper" else TINY_DISCRIMINATOR))
+        self.discriminator = Discriminator() if job.args.preset == "paper" else Discriminator(*TINY_DISCRIMINATOR)
         self.register_buffer("real_mean", torch.zeros(()))
         self.register_buffer("fake_mean", torch.zeros(()))
         # Only now, when everything that is trained has been initialised alike, whichever terms are asked for.
         self.perceptual = PERCEPTUAL_TERMS[job.args.perceptual or "both"]
-        if "lpips" in self.perceptual:
-            networks["lpips"] = fid.load_lpips(job.weights["vgg"], job.weights["lpips"])
-        if "resnet" in self.perceptual:
-            networks["resnet"] = load_resnet(job.weights["resnet"])
-        self.frozen = {name: network.to(job.device) for name, network in networks.items()}
-        self.dataset = pictures_and_features(job, self.semtok.vae, self.frozen["siglip"])
+        self.frozen |= {name: job.network(name) for name in self.perceptual}
         self.lecam_decay = 0.999 ** (1 / job.args.accumulate)  # of a pass: 0.999 a step
         self.gan_start = job.recipe("2").gan_start
+
+    def open_dataset(self) -> Dataset:
+        """As in stage I."""
+        return pictures_and_features(self.job, self.semtok.vae, self.frozen["siglip"])
 
     def inputs(self, batch, draws: Draws, step: int) -> tuple:
         """A batch of the loader -> the arguments of forward."""
@@ -1004,18 +1026,6 @@ class Refining(nn.Module):
         return export_tokenizer(self.semtok, self.job, "2", figures)
 
 
-def new_tokenizer(job: Job, siglip: SigLIP) -> SemTok:
-    """A tokenizer to be trained from its start: its VAE and, with --sd35, its decoder are pretrained, the rest is new."""
-    vae = load_vae(job.weights["vae"], device=job.device)
-    config = replace(tokenizer_config(job.args), semantic_width=siglip.config.width, vae=vae.config)
-    decoder = None
-    if "sd35" in job.weights:
-        with torch.device("meta"):
-            decoder = Decoder(config)
-        load_sd35(decoder, job.weights["sd35"], job.device)  # straight there: in float32 it is 9 GB
-    return SemTok(config, vae, decoder)
-
-
 def semantic_loss(out: dict, stage: str, job: Job) -> torch.Tensor:
     """lambda_s L_sem of Eq. 6 and 7 from a step's `contrast` and `distill`. Either can be left out (Table 4): its weight is
     then 0, and its value is still measured. Adds both weights to out, for the log."""
@@ -1034,13 +1044,13 @@ class Generating(nn.Module):
     def __init__(self, job: Job):
         super().__init__()
         self.job = job
-        tokenizer, metadata = load_semtok(need(job.path("stage2.safetensors"), "2", job), job.device)
-        self.frozen = {"tokenizer": tokenizer}
-        self.fingerprint = metadata["fingerprint"]
+        tokenizer, metadata = job.tokenizer("2")
+        self.frozen, self.fingerprint = {"tokenizer": tokenizer.requires_grad_(False)}, metadata["fingerprint"]
         self.ar = MaskedAR(ar_config(job.args, tokenizer.config, len(job.train.classes)))
-        self.dataset = tokenise(tokenizer, self.fingerprint, job)
-        pictures, self.val_labels = job.held_out(500)
-        self.val_bits = codes_to_bits(in_batches(tokenizer.encode, to_signed(pictures)))
+
+    def open_dataset(self) -> Dataset:
+        """What the loader reads: tokens, computed first."""
+        return tokenise(self.frozen["tokenizer"], self.fingerprint, self.job)
 
     def inputs(self, batch, draws: Draws, step: int) -> tuple:
         """(bits, labels) of the loader -> the arguments of forward: classes dropped, masks drawn."""
@@ -1080,8 +1090,9 @@ class Generating(nn.Module):
 
     def validate(self) -> dict[str, float]:
         """Bits of held-out pictures' masked tokens: nats a bit, share guessed right."""
-        masked = self.masks(self.val_bits, Draws(0, "validation", 0, self.job.device))
-        losses = self.ar.loss(self.val_bits, self.val_labels, masked)
+        pictures, labels = self.job.held_out(500)
+        bits = codes_to_bits(in_batches(self.frozen["tokenizer"].encode, to_signed(pictures)))
+        losses = self.ar.loss(bits, labels, self.masks(bits, Draws(0, "validation", 0, self.job.device)))
         return {"val_nll_per_bit": losses["nll"].item(), "val_bit_accuracy": losses["accuracy"].item()}
 
     def export(self, figures: dict[str, float]) -> str:
@@ -1610,7 +1621,9 @@ def run_stage(name: str, job: Job) -> None:
     wait_for_all()  # whoever removes or writes files below has been seen by all to find them as they were
     torch.manual_seed(args.seed)
     say(f"stage {name}: {NAMES[name]}, {recipe.steps} steps of {recipe.batch_size} on {count} x {job.device}")
-    trainer = Trainer(STAGE_CLASSES[name](job).to(job.device), recipe, name, job)
+    stage = STAGE_CLASSES[name](job).to(job.device)
+    dataset = stage.open_dataset()  # before its networks are compiled or cut up
+    trainer = Trainer(stage, recipe, name, job)
     if args.resume and states:
         trainer.load()
     elif rank == 0:
@@ -1621,8 +1634,8 @@ def run_stage(name: str, job: Job) -> None:
     log = Log(job, name, trainer.step) if rank == 0 else None
     started, stop, rate = time.time(), StopSignal(), matmul_rate(job.device)
     batches = DataLoader(
-        trainer.stage.dataset, num_workers=job.workers, persistent_workers=job.workers > 0,
-        batch_sampler=Schedule(len(trainer.stage.dataset), recipe.batch_size, args.seed, trainer.step, recipe.steps),
+        dataset, num_workers=job.workers, persistent_workers=job.workers > 0,
+        batch_sampler=Schedule(len(dataset), recipe.batch_size, args.seed, trainer.step, recipe.steps),
     )
     with stop, tqdm(batches, f"stage {name}", initial=trainer.step, total=recipe.steps, unit="step", disable=rank > 0) as bar:
         for batch in bar:
@@ -1706,12 +1719,7 @@ def measured(out: dict) -> dict[str, float]:
     entry = dict(zip(names, values.tolist()))
     if "codes" not in out:
         return entry
-    bits = codes_to_bits(out["codes"])
-    if ranks()[1] > 1:
-        everyone = [torch.empty_like(bits, dtype=torch.uint8) for _ in range(ranks()[1])]
-        dist.all_gather(everyone, bits.to(torch.uint8))
-        bits = torch.cat(everyone).bool()
-    return entry | code_usage(bits)
+    return entry | code_usage(gather(codes_to_bits(out["codes"]).to(torch.uint8)).bool())  # gloo gathers no bool
 
 
 @functools.cache
@@ -1779,86 +1787,78 @@ def missing_files(args: argparse.Namespace, stage: str) -> list[str]:
     return sentences
 
 
-def networks(stage: str, args: argparse.Namespace) -> dict[str, tuple]:
-    """All networks that a stage holds, on the meta device, frozen as its class freezes them: name -> (module, step, runs).
+class Planned(Job):
+    """A job on the meta device, where tensors have shapes and no values. Nothing is read but the sizes of a given SigLIP."""
 
-    step: a function that does with one picture what a training step does, gradients flowing into its inputs where
-    something upstream is trained; None for a network that waits for previews. runs: how many forward passes that is.
-    """
-    config = tokenizer_config(args)
-    tiny, side = args.preset == "tiny", config.grid * config.patch
-    with torch.device("meta"):
-        if tiny:
-            toys = StandIns(Job(args, torch.device("meta"), DrawnShapes("train", 0, config.image_size), None))
-            siglip, vgg, resnet, judge = toys.siglip, toys.vgg, toys.resnet, Discriminator(*TINY_DISCRIMINATOR)
+    weights = {}  # in place of Job's: no file is to be loaded
+
+    def __init__(self, args: argparse.Namespace):
+        classes = argparse.Namespace(classes=SHAPES if args.preset == "tiny" else range(1000))
+        super().__init__(args, torch.device("meta"), classes, None)
+
+    def network(self, name: str) -> nn.Module:
+        """A frozen network of the published size, or of the stand-in's."""
+        tiny, config, given = self.args.preset == "tiny", PRESETS[self.args.preset], self.args.siglip
+        if name == "vae":
+            network = VAE(config.vae)
+        elif name == "siglip":
+            found = given and os.path.exists(given)  # another tower may have other sizes
+            network = load_siglip(given, device="meta") if found else SigLIP(TINY_SIGLIP if tiny else SigLIPConfig())
+        elif name == "lpips":
+            widths = TINY_VGG if tiny else fid.VGG_WIDTHS
+            network = fid.LPIPS(fid.VGG16Features(widths), [torch.empty(1, width, 1, 1) for width in widths])
         else:
-            given = args.siglip and os.path.exists(args.siglip)  # another tower may have other sizes
-            siglip = load_siglip(args.siglip, device="meta") if given else SigLIP(SigLIPConfig())
-            vgg, resnet, judge = fid.VGG16Features(), ResNet(), Discriminator()
-        model = SemTok(replace(config, semantic_width=siglip.config.width), toys.vae if tiny else None)
-        lpips = fid.LPIPS(vgg, [torch.empty(1, width, 1, 1) for width in (TINY_VGG if tiny else fid.VGG_WIDTHS)])
-        ar = MaskedAR(ar_config(args, config))
-        pictures, t = torch.empty(1, 3, config.image_size, config.image_size), torch.empty(1)
-        latents, codes = torch.empty(1, config.vae.latent_channels, side, side), torch.empty(1, config.tokens, config.bits)
-        features = torch.empty(1, config.grid**2, config.encoder_width)  # the encoder's x
-        labels, masked = torch.empty(1, dtype=torch.long), torch.empty(1, config.tokens, dtype=torch.bool)
-    trained = [siglip, model.vae, vgg, resnet] if stage == "0" else [ar] if stage == "ar" else [model]
-    terms = PERCEPTUAL_TERMS[args.perceptual or "both"]
-    for module in (model, lpips, siglip, resnet, ar):
-        module.to("meta").eval().requires_grad_(False)  # rotary tables and new embedders were made on the CPU
-    for module in trained:
-        module.requires_grad_(True)
-    vae, encoder, decoder = model.vae.requires_grad_(stage == "0"), model.encoder, model.decoder
-    if stage == "0":  # an upper bound: the VAE sees a part of each batch, most of the time in small windows
+            network = ResNet(*TINY_RESNET, len(SHAPES), config.image_size) if tiny else ResNet()
+        return network.requires_grad_(False).to("meta")
+
+    def tokenizer(self, stage: str) -> tuple[SemTok, dict[str, str]]:
+        """A new tokenizer for the one that an earlier stage will make."""
+        return self.new_tokenizer(self.network("siglip")).eval(), {"fingerprint": ""}
+
+    def batch(self, size: int) -> tuple[torch.Tensor, ...]:
+        """What the loader brings."""
+        config, labels = tokenizer_config(self.args), torch.empty(size, dtype=torch.long)
+        if self.args.stage == "ar":
+            return torch.empty(size, config.tokens, config.bits, dtype=torch.bool), labels
+        pictures = torch.empty(size, 3, config.image_size, config.image_size, dtype=torch.uint8)
+        side = config.image_size // config.vae.factor
+        return pictures, labels, *[torch.empty(size, config.vae.latent_channels, side, side)] * self.args.cache
+
+
+def planned(args: argparse.Namespace) -> nn.Module:
+    """The stage of args.stage on the meta device, made, frozen and joined by its own class."""
+    with torch.device("meta"):
+        return STAGE_CLASSES[args.stage](Planned(args)).to("meta")  # rotary tables and new embedders were made on the CPU
+
+
+def networks(stage: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
+    """The networks of a stage, by the names that people know them by."""
+    if isinstance(stage, StandIns):
         return {
-            "VAE": (vae, lambda: vae.decode(vae.encode(pictures)), 1), "SigLIP": (siglip, lambda: siglip(pictures), 1),
-            "VGG16": (vgg, lambda: vgg(pictures), 1), "ResNet": (resnet, lambda: resnet(pictures), 1),
+            "VAE": (stage.vae.encoder, stage.vae.decoder), "SigLIP": (stage.siglip,), "VGG16": (stage.vgg, stage.vgg_head),
+            "ResNet": (stage.resnet,),
         }
-    if stage == "ar":  # the tokenizer has worked before the first step
-        waiting = {"VAE encoder": vae.encoder, "encoder": encoder, "decoder": decoder, "VAE decoder": vae.decoder}
-        step = (ar, lambda: ar.loss(codes > 0, labels, masked)["loss"], 1)
-        return {name: (module, None, 0) for name, module in waiting.items()} | {f"AR {ar_size(args)}": step}
-
-    def moving(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.clone().requires_grad_()
-
-    def upstream(tensor: torch.Tensor) -> torch.Tensor:  # out of the encoder
-        return tensor if args.freeze_encoder else moving(tensor)
-
-    def judged():  # as Refining.adversarial_losses
-        judge.requires_grad_(False)
-        fooled = judge(moving(pictures))
-        judge.requires_grad_(True)
-        return fooled, judge(pictures), judge(pictures)
-
-    (decoder.mask_tokens if stage == "1" else decoder.x_embedder).requires_grad_(False)
-    encoder.requires_grad_(not args.freeze_encoder)
-    heads = nn.ModuleList([model.w_x, model.w_z])
-    found = {
-        "VAE encoder": (vae.encoder, None if args.cache else lambda: vae.encode(pictures), 1),
-        "SigLIP": (siglip, lambda: siglip(pictures), 1),
-        "encoder": (encoder, lambda: encoder(latents), 1),
-        "alignment": (heads, lambda: (heads[0](upstream(features)), heads[1](upstream(codes).flatten(1))), 1),
-        "decoder": (decoder, lambda: decoder(upstream(codes), *((latents, t) if stage == "1" else ())), 1),
-        "VAE decoder": (vae.decoder, (lambda: vae.decode(moving(latents))) if stage == "2" else None, 1),
-    }
-    if stage == "2":
-        if "lpips" in terms:
-            found["LPIPS' VGG16"] = lpips, lambda: lpips(moving(pictures), pictures), 2
-        if "resnet" in terms:
-            found["ResNet-50"] = resnet, lambda: (resnet(pictures), resnet(moving(pictures))), 2
-        found["discriminator"] = judge, judged, 3
+    semtok = stage.frozen["tokenizer"] if isinstance(stage, Generating) else stage.semtok
+    found = {"VAE encoder": (semtok.vae.encoder,)} | {"SigLIP": (stage.frozen[name],) for name in stage.frozen if name == "siglip"}
+    found |= {"encoder": (semtok.encoder,), "alignment": (semtok.w_x, semtok.w_z), "decoder": (semtok.decoder,)}
+    found["VAE decoder"] = (semtok.vae.decoder,)
+    names = {"lpips": "LPIPS' VGG16", "resnet": "ResNet-50"}
+    found |= {names[name]: (stage.frozen[name],) for name in names if name in stage.frozen}
+    if isinstance(stage, Refining):
+        found["discriminator"] = (stage.discriminator,)
+    if isinstance(stage, Generating):
+        found[f"AR {ar_size(stage.job.args)}"] = (stage.ar,)
     return found
 
 
 class Autocast(torch.overrides.TorchFunctionMode):
     """CUDA's autocast for the meta device, which has none: matrix products and convolutions take bfloat16, norms and
     resizing float32, attention the kernel that keeps no L x L map. `copies`: the weights that it cast, by parameter and
-    by whether it was being trained (a discriminator changes that within a step)."""
+    by whether it was being trained (a discriminator changes that within a step); `storages`: where they are."""
 
     def __init__(self):
         super().__init__()
-        self.copies = {}
+        self.copies, self.storages = {}, set()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         """Run a function of torch with its tensors cast as autocast casts them."""
@@ -1871,100 +1871,145 @@ class Autocast(torch.overrides.TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
     def _half(self, value):
-        if isinstance(value, nn.Parameter):  # cast once for the whole batch: no activation
-            return self.copies.setdefault((value, value.requires_grad), value.bfloat16())
-        return value.bfloat16() if isinstance(value, torch.Tensor) else value
+        if not isinstance(value, nn.Parameter):
+            return value.bfloat16() if isinstance(value, torch.Tensor) else value
+        if (key := (value, value.requires_grad)) not in self.copies:  # once a step: no activation
+            self.copies[key] = value.bfloat16()
+            self.storages.add(self.copies[key].untyped_storage()._cdata)
+        return self.copies[key]
 
 
-def measure(module: nn.Module, step, backward: bool = True) -> tuple[int, int, int, int]:
-    """One picture through a network's step, and back -> FLOPs forward, FLOPs in all, bytes that the forward pass keeps
-    for the backward pass, bytes of the weights' bfloat16 copies that live as long."""
-    kept = {}
+@dataclass
+class Cost:
+    """What a step takes: FLOPs of its forward passes and in all; bytes that they keep for the backward pass, and of the
+    weights' bfloat16 copies that live as long; of some modules, FLOPs forward and bytes kept."""
 
-    def keep(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor  # by storage: views of one tensor are kept once
-        return tensor
+    forward: int
+    total: int
+    kept: int
+    copies: int
+    parts: dict[nn.Module, tuple[int, int]]
 
-    with FlopCounterMode(display=False) as counter:
-        with Autocast() as autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            out = step()
+
+def measure(step, owners: list[nn.Module], parts: Iterable[nn.Module] = (), backward: bool = True) -> Cost:
+    """Run step() -> loss, and back, on the meta device. owners: the modules whose weights are no activations."""
+    weights = {t.untyped_storage()._cdata for owner in owners for t in (*owner.parameters(), *owner.buffers())}
+    kept, size, sums, opened, hooks = {}, 0, {part: (0, 0) for part in parts}, [], []
+    with FlopCounterMode(display=False) as counter, Autocast() as autocast:
+        def keep(tensor):
+            nonlocal size
+            storage = tensor.untyped_storage()  # views of one tensor are kept once
+            if (place := storage._cdata) not in weights and place not in kept:
+                kept[place] = tensor  # so that no other takes its place
+                size += 0 if place in autocast.storages else storage.nbytes()
+            return tensor
+
+        def enter(*_):
+            opened.append((counter.get_total_flops(), size))
+
+        def leave(part, *_):
+            now, then = (counter.get_total_flops(), size), opened.pop()
+            sums[part] = tuple(had + after - before for had, after, before in zip(sums[part], now, then))
+
+        for part in sums:
+            hooks += [part.register_forward_pre_hook(enter), part.register_forward_hook(leave)]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = step()
         forward = counter.get_total_flops()
-        for tensor in [*module.parameters(), *module.buffers(), *autocast.copies.values()]:
-            kept.pop(tensor.untyped_storage()._cdata, None)  # there once, however large the batch
-        loss = sum(o.float().sum() for o in (out if isinstance(out, (tuple, list)) else (out,)))
-        if loss.requires_grad and backward:
+        for hook in hooks:  # the backward pass may run blocks again
+            hook.remove()
+        if backward:
             loss.backward()
-    copies = sum(copy.nbytes for copy in autocast.copies.values()) if loss.requires_grad else 0
-    return forward, counter.get_total_flops(), sum(t.untyped_storage().nbytes() for t in kept.values()), copies
+        copies = sum(c.nbytes for (_, t), c in autocast.copies.items() if t or c.untyped_storage()._cdata in kept)
+        return Cost(forward, counter.get_total_flops(), size, copies, sums)
+
+
+def measure_step(stage: nn.Module, batch: int, checkpointed: bool = False) -> Cost:
+    """The cost of a training step of a planned stage on `batch` pictures, every loss joined; checkpointed: forward alone."""
+    for module in stage.modules():
+        if hasattr(module, "checkpoint_activations"):
+            module.checkpoint_activations = checkpointed
+    name, last = stage.job.args.stage, stage.job.recipe(stage.job.args.stage).steps - 1
+    draws = Draws(0, name, last, torch.device("cpu"))
+    draws.device = stage.job.device
+
+    def step():
+        return stage(*stage.inputs(stage.job.batch(batch), draws, last))["loss"]
+
+    parts = [module for modules in networks(stage).values() for module in modules]
+    owners = [stage, *getattr(stage, "frozen", {}).values()]
+    with torch.device("meta"):
+        return measure(step, owners, [*parts, *blocks_of(stage)], backward=not checkpointed)
 
 
 def plan(args: argparse.Namespace) -> str:
-    """What --dry-run prints: parameters, FLOPs, memory, length and missing files of a run, from the modules themselves on
-    the meta device. Raises UserError for a run that could not start."""
+    """What --dry-run prints: parameters, FLOPs, memory, length and missing files of a run, from a step of the stage itself
+    on the meta device. Raises UserError for a run that could not start."""
     if args.stage == "all":
         return "\n\n".join(plan(argparse.Namespace(**vars(args) | {"stage": stage})) for stage in asked_for(args))
     if args.stage not in RECIPES[args.preset]:
         raise UserError(f"stage {args.stage} makes stand-ins for the tiny preset; the paper preset reads the real weights")
-    stage, paper, config = args.stage, args.preset == "paper", PRESETS[args.preset]
-    recipe = Job(args, None, None, None).recipe(stage)
-    gpus, bits, side = args.gpus or (8 if paper else 1), args.bits or config.bits, config.image_size
+    name, paper, config = args.stage, args.preset == "paper", tokenizer_config(args)
+    recipe = Job(args, None, None, None).recipe(name)
+    gpus, side = args.gpus or (8 if paper else 1), config.image_size
     (large, flop), (room, byte) = ((1e12, "TFLOP"), (2**30, "GiB")) if paper else ((1e9, "GFLOP"), (2**20, "MiB"))
     if recipe.batch_size % (gpus * args.accumulate):
         passes = f" with --accumulate {args.accumulate}" if args.accumulate > 1 else ""
         raise UserError(f"a batch of {recipe.batch_size} does not divide by {gpus} GPUs{passes}: change --batch-size or --gpus")
     batch = recipe.batch_size // gpus // args.accumulate
+    stage = planned(args)
+    cost, lean = measure_step(stage, batch), measure_step(stage, batch, checkpointed=True)
+    blocks = [block for block in blocks_of(stage) if any(p.requires_grad for p in block.parameters())]
     lines = [
-        f"stage {stage}, {NAMES[stage]}, {args.preset} preset: {recipe.steps:,} steps of {recipe.batch_size} pictures of "
+        f"stage {name}, {NAMES[name]}, {args.preset} preset: {recipe.steps:,} steps of {recipe.batch_size} pictures of "
         f"{side} x {side}, {batch} a GPU{' and pass' * (args.accumulate > 1)}, GPUs: {gpus}",
-        f"{config.tokens} tokens of {bits} bits: {config.tokens * bits / side**2:.3f} bits per pixel", "",
-        f"{'network':16}{'trained, M':>12}{'frozen, M':>12}{'published':>12}{'runs':>8}{'forward, ' + flop:>16}{'a step, ' + flop:>16}",
+        f"{config.tokens} tokens of {config.bits} bits: {config.bits_per_pixel:.3f} bits per pixel", "",
+        f"{'network':16}{'trained, M':>12}{'frozen, M':>12}{'published':>12}{'forward, ' + flop:>18}",
     ]
-    sizes, costs, lean, block, recomputed = {}, {}, {}, 0, 0
-    for name, (module, step, runs) in networks(stage, args).items():
-        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        sizes[name] = trained, sum(p.numel() for p in module.parameters()) - trained
-        costs[name] = lean[name] = measure(module, step) if step else (0, 0, 0, 0)
-        blocks = getattr(module, "joint_blocks", getattr(module, "blocks", ()))
-        if trained and blocks:
-            module.checkpoint_activations = True
-            forward, total, memory, copies = costs[name]
-            lean[name] = forward, total + forward, measure(module, step, backward=False)[2], copies
-            block = max(block, *(sum(p.numel() for p in b.parameters()) for b in blocks))
-            recomputed = max(recomputed, (memory - lean[name][2]) / len(blocks))  # one block at a time is there in full
-        flops = [f"{value / large:.4f}" for value in (costs[name][0] / runs, costs[name][1])] if step else ("-", "-")
-        figures = PUBLISHED.get(name, "-") if paper else "-", runs if step else "-"
-        lines.append("{:16}{:12.2f}{:12.2f}{:>12}{:>8}{:>16}{:>16}".format(name, *(n / 1e6 for n in sizes[name]), *figures, *flops))
-    (trained, frozen), totals, lean_totals = (list(map(sum, zip(*table.values()))) for table in (sizes, costs, lean))
-    lines.append(f"{'all':16}{trained / 1e6:12.2f}{frozen / 1e6:12.2f}{'':20}{totals[0] / large:16.4f}{totals[1] / large:16.4f}")
-    lines.append("FLOPs of one picture: forward is one run of the network ('all': every run), a step adds the backward passes")
-    if "decoder" in sizes and paper:  # SD3.5's pooled-text embedder, 2048 -> width -> width, ends as a bias: see load_sd35
+
+    def sizes(modules) -> tuple[int, int]:  # parameters: trained, frozen
+        parameters = {p: p.numel() for module in modules for p in module.parameters()}
+        trained = sum(count for p, count in parameters.items() if p.requires_grad)
+        return trained, sum(parameters.values()) - trained
+
+    for label, modules in networks(stage).items():
+        flops = sum(cost.parts[module][0] for module in modules)
+        shown = f"{flops / batch / large:.4f}" if flops else "-"  # those of previews alone
+        figures = *(count / 1e6 for count in sizes(modules)), PUBLISHED.get(label, "-") if paper else "-", shown
+        lines.append("{:16}{:12.2f}{:12.2f}{:>12}{:>18}".format(label, *figures))
+    trained, frozen = sizes([stage, *getattr(stage, "frozen", {}).values()])
+    lines.append(f"{'all':16}{trained / 1e6:12.2f}{frozen / 1e6:12.2f}{'':12}{cost.forward / batch / large:18.4f}")
+    lines.append(f"FLOPs of one picture in a step: forward as above, with the backward passes {cost.total / batch / large:.4f} {flop}")
+    if paper and name != "ar":  # SD3.5's pooled-text embedder, 2048 -> width -> width, ends as a bias: see load_sd35
         folded = (2048 + 1 + config.decoder_width + 1) * config.decoder_width
-        vae = sum(sizes["VAE encoder"] + sizes["VAE decoder"]) / 1e6
-        whole = (sum(sizes["decoder"]) + folded) / 1e6
+        whole, vae = ((sum(sizes([part])) + more) / 1e6 for part, more in ((stage.semtok.decoder, folded), (stage.semtok.vae, 0)))
         lines.append(f"the decoder has {whole:.0f}M before SD3.5's pooled-text embedder is folded; the VAE has {vae:.1f}M")
 
-    averaged = trained - sizes.get("discriminator", (0,))[0] if STAGE_CLASSES[stage].averaged else 0
+    averaged = sum(p.numel() for n, p in stage.named_parameters() if p.requires_grad and n.startswith(stage.averaged))
+    block = max((sum(p.numel() for p in b.parameters()) for b in blocks), default=0)
     rows = [  # bytes on a GPU: under DDP, under FSDP
         ("trained weights, float32", 4 * trained, 4 * trained / gpus), ("frozen weights, float32", 4 * frozen, 4 * frozen),
         ("gradients, float32", 4 * trained, 4 * trained / gpus),  # DDP's with gradient_as_bucket_view, else twice
         ("AdamW, two moments", 8 * trained, 8 * trained / gpus),
         ("EMA", 4 * averaged, 4 * averaged / gpus),
-        ("bfloat16 copies (autocast)", totals[3], 2 * 4 * block),  # FSDP gathers two blocks, weights and gradients
+        ("bfloat16 copies (autocast)", cost.copies, 2 * 4 * block),  # FSDP gathers two blocks, weights and gradients
     ]
     fixed = [sum(row[i] for row in rows) for i in (1, 2)]
-    for note, kept in (("", totals[2] * batch), (", checkpointed", (lean_totals[2] + recomputed) * batch)):
+    again = max((cost.parts[b][1] for b in blocks), default=0)  # checkpointed, one block at a time is there in full
+    for note, kept in (("", cost.kept), (", checkpointed", lean.kept + again)):
         rows += [(f"activations{note}", kept, kept), (f"total{note}", fixed[0] + kept, fixed[1] + kept)]
     lines += ["", f"{f'memory of a GPU, {byte}':28}{'DDP':>12}{'FSDP':>12}"]
-    for name, *amounts in rows:
-        marks = ["!" if name.startswith("total") and amount > CARD else " " for amount in amounts]
-        lines.append(f"{name:28}{''.join(f'{amount / room:12.2f}{mark}' for amount, mark in zip(amounts, marks))}".rstrip())
+    for label, *amounts in rows:
+        marks = ["!" if label.startswith("total") and amount > CARD else " " for amount in amounts]
+        lines.append(f"{label:28}{''.join(f'{amount / room:12.2f}{mark}' for amount, mark in zip(amounts, marks))}".rstrip())
     lines += [
-        "!: more than a GPU of 80 GB has. Activations are what one picture's forward pass on the meta device saves for the",
-        "backward pass (types as autocast's, attention fused), times the batch. The CUDA context, workspaces and fragments,",
-        "a few GiB, come on top. FSDP shards what is trained.", "",
+        "!: more than a GPU of 80 GB has. Activations are what a step on the meta device saves for the backward pass (types",
+        "as autocast's, attention fused). The CUDA context, workspaces and fragments, a few GiB, come on top. FSDP shards",
+        "what is trained.", "",
     ]
-    for note, flops in (("", totals[1]), (", checkpointed", lean_totals[1])):
-        work = recipe.steps * recipe.batch_size * flops
+    recomputed = sum(cost.parts[b][0] for b in blocks)
+    for note, flops in (("", cost.total), (", checkpointed", cost.total + recomputed)):
+        work = recipe.steps * recipe.batch_size * flops / batch
         hours, seconds = work / (PEAK * UTILISATION) / 3600, work / (CPU_PEAK * CPU_UTILISATION)
         took = f"{hours:,.4g} GPU-hours, {hours / gpus:,.3g} hours on {gpus} GPU{'s' * (gpus > 1)}"
         lines.append(f"length{note}: {took if paper else f'{seconds:,.3g} seconds on two CPU cores'}")
@@ -1972,7 +2017,7 @@ def plan(args: argparse.Namespace) -> str:
         lines.append(f"  at {UTILISATION:.0%} of an H100's {PEAK / 1e12:.0f} TFLOP/s, dense bfloat16; a floor for convolutions, which reach less")
     else:
         lines.append(f"  at {CPU_UTILISATION:.0%} of the {CPU_PEAK / 1e9:.0f} GFLOP/s that they reach on large products: the right order, not more")
-    missing = missing_files(args, stage)
+    missing = missing_files(args, name)
     if paper and not os.path.isdir(args.data or ""):
         missing.append(
             f"--data {args.data + ' is no folder' if args.data else 'is not given'} (ImageNet-1k's training pictures, a folder for each "

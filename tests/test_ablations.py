@@ -129,7 +129,7 @@ def test_perceptual_terms_ask_for_their_files_alone(choice, needed):
     args = train.parse_arguments(["--stage", "2", "--preset", "paper", "--perceptual", choice])
     asked = {flag for flag in train.WEIGHTS for text in train.missing_files(args, "2") if text.startswith(f"--{flag} ")}
     assert asked == needed | {"siglip"}
-    rows = train.networks("2", train.parse_arguments(["--stage", "2", "--perceptual", choice]))
+    rows = train.networks(train.planned(train.parse_arguments(["--stage", "2", "--perceptual", choice])))
     assert {"LPIPS' VGG16", "ResNet-50"} & rows.keys() == {
         "LPIPS' VGG16" if "lpips" in needed else "", "ResNet-50" if "resnet" in needed else ""
     } - {""}
@@ -175,7 +175,10 @@ def test_freeze_encoder(world, tmp_path):
     assert {n.split(".")[1] for n in free.keys() - frozen.keys()} == {"encoder"} and not frozen.keys() - free.keys()
     assert "decoder.mask_tokens" in moved and {f"semtok.{n}" for n in moved} <= frozen.keys()
     args = [train.parse_arguments(["--stage", "2", *flags]) for flags in ((), ("--freeze-encoder",))]
-    free, frozen = ({n: any(p.requires_grad for p in m.parameters()) for n, (m, *_) in train.networks("2", a).items()} for a in args)
+    free, frozen = (
+        {n: any(p.requires_grad for m in modules for p in m.parameters()) for n, modules in train.networks(train.planned(a)).items()}
+        for a in args
+    )
     assert {n for n in free if free[n] != frozen[n]} == {"encoder"}
 
 
@@ -454,23 +457,24 @@ def cached_stage(world, out, *flags, stage="1"):
 
 def test_cached_features_are_those_of_the_step(world, tmp_path, small_parts):
     stage, plain = cached_stage(world, tmp_path / "run"), make_stage(world, "1")
-    assert len(stage.dataset) == 27 and len(list((tmp_path / "run" / "features").iterdir())) == 3
+    dataset = stage.open_dataset()
+    assert len(dataset) == 27 and len(list((tmp_path / "run" / "features").iterdir())) == 3
     items = [(0, False), (0, True), (13, True), (26, False)]
-    loaded = [torch.utils.data.default_collate([s.dataset[item] for item in items]) for s in (stage, plain)]
+    loaded = [torch.utils.data.default_collate([d[item] for item in items]) for d in (dataset, plain.open_dataset())]
     parts = [train.frozen_features(batch, s.semtok.vae, s.frozen["siglip"], torch.device("cpu")) for batch, s in zip(loaded, (stage, plain))]
     for cached, computed in zip(*parts):
         assert cached.dtype == torch.float32 and torch.allclose(cached, computed, atol=1e-5)
-    assert [rows.shape for rows in stage.dataset[0, True][2:]] == [(8, 8, 8), (64, 4, 4)]
+    assert [rows.shape for rows in dataset[0, True][2:]] == [(8, 8, 8), (64, 4, 4)]
     # stage 2 finds the same cache and makes nothing
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "features").iterdir()}
-    cached_stage(world, tmp_path / "run", stage="2")
+    cached_stage(world, tmp_path / "run", stage="2").open_dataset()
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "features").iterdir()}
 
 
 def test_large_caches_hold_latents_in_half_precision(world, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "EXACT_CACHE", 0)
     stage = cached_stage(world, tmp_path / "run")
-    picture, _, latents = stage.dataset[4, True]
+    picture, _, latents = stage.open_dataset()[4, True]
     exact = stage.semtok.vae.encode(semtok.to_signed(picture[None]))[0]
     assert latents.dtype == torch.float16
     error = (latents.float() - exact).abs() / exact.abs().clamp_min(2**-14)  # below that float16 is coarser
@@ -478,7 +482,7 @@ def test_large_caches_hold_latents_in_half_precision(world, tmp_path, monkeypatc
 
 
 def test_interrupted_caching_goes_on(world, tmp_path, small_parts, monkeypatch):
-    whole = cached_stage(world, tmp_path / "whole").dataset
+    whole = cached_stage(world, tmp_path / "whole").open_dataset()
     write, written = train.write_tensors, []
 
     def interrupted(path, *rest):
@@ -489,13 +493,13 @@ def test_interrupted_caching_goes_on(world, tmp_path, small_parts, monkeypatch):
 
     monkeypatch.setattr(train, "write_tensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        cached_stage(world, tmp_path / "run")
+        cached_stage(world, tmp_path / "run").open_dataset()
     assert sorted(os.listdir(tmp_path / "run" / "features")) == ["part-00000.safetensors", "part-00001.safetensors"]
     damaged = tmp_path / "run" / "features" / "part-00000.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:100])
     again = []
     monkeypatch.setattr(train, "write_tensors", lambda path, *rest: again.append(os.path.basename(path)) or write(path, *rest))
-    resumed = cached_stage(world, tmp_path / "run").dataset
+    resumed = cached_stage(world, tmp_path / "run").open_dataset()
     assert again == ["part-00000.safetensors", "part-00002.safetensors"]
     for item in ((index, flip) for index in range(27) for flip in (False, True)):
         assert all(torch.equal(one, other) for one, other in zip(resumed[item][2:], whole[item][2:]))
@@ -511,7 +515,7 @@ def test_caching_holds_one_part_at_a_time(world, tmp_path, small_parts, monkeypa
         write(path, tensors, *rest)
 
     monkeypatch.setattr(train, "write_tensors", watched)
-    cached_stage(world, tmp_path / "run")
+    cached_stage(world, tmp_path / "run").open_dataset()
     assert sizes == [10, 10, 7]
 
 
@@ -534,8 +538,9 @@ def test_caches_are_mapped_not_read(tmp_path, monkeypatch):
 
 def test_the_plan_of_a_cached_run_spares_the_encoder_of_the_vae():
     def runs(*flags):
-        rows = train.networks("1", train.parse_arguments(["--stage", "1", *flags]))
-        return {name: step is not None for name, (_, step, _) in rows.items()}
+        stage = train.planned(train.parse_arguments(["--stage", "1", *flags]))
+        parts = train.measure_step(stage, 4).parts
+        return {name: sum(parts[module][0] for module in modules) > 0 for name, modules in train.networks(stage).items()}
 
     plain, cached = runs(), runs("--cache")
     assert plain["VAE encoder"] and not cached["VAE encoder"] and plain | {"VAE encoder": False} == cached
@@ -543,7 +548,7 @@ def test_the_plan_of_a_cached_run_spares_the_encoder_of_the_vae():
 
 @pytest.mark.parametrize("what", ["vae", "siglip", "pictures"])
 def test_stale_caches_are_refused_and_made_again_on_request(world, tmp_path, small_parts, what):
-    cached_stage(world, tmp_path / "run")
+    cached_stage(world, tmp_path / "run").open_dataset()
     parts = sorted((tmp_path / "run" / "features").iterdir())
     times, flags = [part.stat().st_mtime_ns for part in parts], []
     if what == "pictures":  # one pixel of one of them
@@ -559,9 +564,9 @@ def test_stale_caches_are_refused_and_made_again_on_request(world, tmp_path, sma
         (tmp_path / what / "config.json").write_text('{"num_attention_heads": 2}')
         flags = [f"--{what}", tmp_path / what / "model.safetensors"]
     with pytest.raises(mmdit.UserError, match=f"features is stale, its {what} being others than now.*--overwrite"):
-        cached_stage(world, tmp_path / "run", *flags)
+        cached_stage(world, tmp_path / "run", *flags).open_dataset()
     assert times == [part.stat().st_mtime_ns for part in parts]
-    cached_stage(world, tmp_path / "run", *flags, "--overwrite")
+    cached_stage(world, tmp_path / "run", *flags, "--overwrite").open_dataset()
     assert all(part.stat().st_mtime_ns > time for part, time in zip(parts, times))
 
 
@@ -610,8 +615,8 @@ def test_two_processes_share_the_caching(world, tmp_path, small_parts):
     out = copy_run(world, tmp_path / "run", "standins")
     arguments = ["--stage", "1", "--data", world[0], "--out", out, *STEPS, "--cache", "--processes", 2, "--workers", 0]
     assert train.command_line([*map(str, arguments)]) == 0
-    alone = cached_stage(world, tmp_path / "alone")
+    alone = cached_stage(world, tmp_path / "alone").open_dataset()
     for part in sorted((tmp_path / "alone" / "features").iterdir()):
         one, other = mmdit.TensorFiles(str(part)), mmdit.TensorFiles(str(out / "features" / part.name))
         assert one.metadata == other.metadata and all(torch.allclose(one.get(n), other.get(n), atol=1e-5) for n in one.shapes)
-    assert len(alone.dataset.cache.parts) == 3
+    assert len(alone.cache.parts) == 3
