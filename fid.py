@@ -980,6 +980,11 @@ def main(argv=None):
         folder = os.path.dirname(args.save_stats or "") or "."
         if args.save_stats and not (args.save_stats.endswith(".npz") and os.path.isdir(folder)):
             raise UserError(f"cannot write {args.save_stats}: expected a name ending in .npz in a folder that exists")
+        try:
+            torch.zeros(1, device=args.device).item()
+        except (RuntimeError, AssertionError) as error:  # no such name, none in this machine, none in this build of torch
+            raise UserError(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]}): give cpu, or cuda "
+                            "or cuda:N where there is one") from error
         show(evaluate(args), args)
     except UserError as error:
         print(f"{args.mark}{error}", file=sys.stderr)

@@ -134,10 +134,10 @@ def write_picture(path: str, picture: Image.Image) -> None:
 
 def choose_device(name: str | None) -> torch.device:
     """The device asked for, by default CUDA where there is one. Raises UserError for one that is not there."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise UserError(f"--device {name} is unknown: use cpu, cuda or cuda:N") from None
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name} is unknown: use cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UserError(f"--device {name} was asked for, and this machine has {torch.cuda.device_count()} CUDA devices: use --device cpu")
     return device

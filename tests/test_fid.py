@@ -778,6 +778,9 @@ def bad_inputs(folder, toy):
         "toy with nothing toy": (["--toy", folder / "four.npz", folder / "four.npz"], "--toy"),
         "pairs of nothing": (["--pairs", good, folder / "deep"], "16"),
         "unlike pairs": (["--pairs", good, folder / "whole.npz"], "by position"),
+        "no such device": ([*toys, good, good, "--device", "abacus"], "--device abacus"),
+        "no device": ([*toys, good, good, "--device", "meta"], "--device meta"),
+        "absent device": ([*toys, good, good, "--device", "cuda:99"], "--device cuda:99"),
     }
 
 
@@ -785,7 +788,7 @@ BAD = ("nothing there", "empty folder", "one picture", "one picture to save", "s
        "16 bits", "not a zip", "damaged zip", "cut zip", "no known keys", "floats", "channels first", "NaN statistics",
        "NaN features", "another dimension", "mu alone", "statistics to save", "no such folder",
        "weights of another kind", "no weights", "weights not there", "toy without the flag", "toy without a file",
-       "toy with nothing toy", "pairs of nothing", "unlike pairs")
+       "toy with nothing toy", "pairs of nothing", "unlike pairs", "no such device", "no device", "absent device")
 OWN_PROCESS = ("empty folder", "sizes in one folder", "corrupt picture", "damaged zip", "NaN features", "no weights")
 
 
@@ -809,7 +812,7 @@ def check_sentence(name, code, out, err, expected):
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_sentence(name, bad, capsys):
     folder, cases = bad
-    code = fid.main([*map(str, cases[name][0]), "--workers", "0", "--device", "cpu"])
+    code = fid.main(["--device", "cpu", *map(str, cases[name][0]), "--workers", "0"])
     check_sentence(name, code, *capsys.readouterr(), cases[name][1])
     assert not list(folder.glob("out.npz")) and not list(folder.glob(".*"))
 

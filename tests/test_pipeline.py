@@ -335,6 +335,7 @@ def test_wrong_and_damaged_checkpoints(finished, tmp_path):
     ("train.py", ["--stage", "1", "--lr", "fast"], "--lr"),
     ("train.py", ["--stage", "1", "--resume", "--overwrite"], "exclude"),
     ("train.py", ["--stage", "1", "--device", "abacus"], "abacus"),
+    ("sample.py", ["--class", "1", "--device", "meta"], "meta"),
     ("train.py", ["--stage", "1", "--speed", "9"], "--speed"),
     ("sample.py", ["--class", "1", "--order", "raster"], "invalid choice"),
     ("sample.py", ["--class", "1", "--top-p", "1.5"], "at most 1"),
