@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bsq import bits_to_codes, bits_to_index, index_to_bits, mean_over_ranks
 from mmdit import (
-    RotaryTable, TensorFiles, UserError, attend, describe_keys, gated, load_recipes, modulate, normed_rotated, only, rope_1d,
+    RotaryTable, TensorFiles, UserError, attend, blank, describe_keys, gated, load_recipes, modulate, normed_rotated, only, rope_1d,
 )
 
 
@@ -123,7 +123,7 @@ class MaskedAR(nn.Module):
         self.config = config
         self.token_embedding = nn.Linear(config.bits, width)
         if not config.causal:
-            self.mask_embedding = nn.Parameter(torch.randn(width) * 0.02)
+            self.mask_embedding = nn.Parameter(torch.randn(width, device="cpu") * 0.02)
         self.class_embedding = nn.Embedding(config.classes + 1, width)  # the last is the null class of guidance
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))  # shared by all blocks
         self.blocks = nn.ModuleList(Block(width, config.heads, config.causal) for _ in range(config.depth))
@@ -310,7 +310,7 @@ def load_ar(path: str, device: str | torch.device = "cpu") -> tuple[MaskedAR, di
             f"{path} looks like {source.metadata.get('format') or describe_keys(source.shapes)}, and a SemTok AR transformer "
             "is needed: python train.py --stage ar makes one"
         )
-    with torch.device("meta"):
+    with blank():
         model = MaskedAR(ARConfig(**json.loads(source.metadata["config"])))
     recipes = {name: only(name) for name in model.state_dict()}
     return load_recipes(model, source, recipes, r"^$", "a SemTok AR transformer", device=device).eval(), source.metadata

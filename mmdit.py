@@ -10,11 +10,12 @@ those of SD3.5's published files, so that a state dict reads like one. This file
     image, _ = net(image, tokens, rope_2d(8, 8, 64), rope_1d(16, 64), time)    # (1, 64, 128)
 """
 
+import contextlib
 import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn as nn
@@ -396,6 +397,21 @@ def _what_instead(path: str, error: Exception) -> str:
     return f"it has {size} and looks truncated or damaged ({str(error).splitlines()[0]}); download it again"
 
 
+class _Uninitialised(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init" and (tensor := kwargs["tensor"]).is_meta:
+            return tensor
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def blank() -> Iterator[None]:
+    """`with blank():` new modules are shapes on the meta device, for `load_recipes` to fill. They are not initialised: without
+    values that would change nothing, and PyTorch would import its Python kernels for it, which takes two seconds."""
+    with torch.device("meta"), _Uninitialised():
+        yield
+
+
 # A target tensor: the source tensors it is made of, and how.
 Recipe = tuple[tuple[str, ...], Callable[..., torch.Tensor]]
 
@@ -425,12 +441,12 @@ def load_recipes(
     )
     unexpected = sorted(n for n in source.shapes if n not in used and not re.match(dropped, n))
     unexpected += sorted(n for n in recipes if n not in targets)
-    misshapen, blank = [], torch.zeros((), dtype=torch.uint8)  # not on meta, whose first operation imports 70 MB of Python
+    misshapen, dot = [], torch.zeros((), dtype=torch.uint8)  # not on meta, whose first operation imports 70 MB of Python
     for name in recipes.keys() & targets.keys():  # the recipes are run on shapes alone first: nothing is half loaded
         sources, make = recipes[name]
         if source.shapes.keys() >= set(sources):
             try:
-                shape = make(*(blank.expand(source.shapes[s]) for s in sources)).shape
+                shape = make(*(dot.expand(source.shapes[s]) for s in sources)).shape
             except (RuntimeError, IndexError, ValueError):  # parts that do not even fit each other
                 shape = None
             if shape != targets[name].shape:

@@ -13,6 +13,7 @@ optimiser) is in train.py.
 """
 
 import json
+import math
 import os
 import re
 from dataclasses import asdict, dataclass, field
@@ -28,7 +29,7 @@ from safetensors.torch import save_file
 
 from bsq import BSQ, gather
 from mmdit import (
-    FeedForward, FinalLayer, MMDiT, PatchEmbed, RotaryTable, TensorFiles, TimestepEmbedder, UserError, attend, describe_keys,
+    FeedForward, FinalLayer, MMDiT, PatchEmbed, RotaryTable, TensorFiles, TimestepEmbedder, UserError, attend, blank, describe_keys,
     load_recipes, only, read_json, rope_1d, rope_2d,
 )
 
@@ -354,7 +355,7 @@ def load_vae(path: str, dtype: torch.dtype = torch.float32, device: str | torch.
         raise UserError(f"{path} looks like {describe_keys(source.shapes)}, and {wanted} is needed")
     channels = tuple(blocks[level, "0"] for level in sorted({level for level, _ in blocks}))
     config = VAEConfig(channels, len({number for _, number in blocks}), conv_in[1])
-    with torch.device("meta"):
+    with blank():
         vae = VAE(config).to(dtype)
 
     def recipe(name: str, shape: torch.Size):
@@ -476,7 +477,7 @@ def load_siglip(path: str, dtype: torch.dtype = torch.float32, device: str | tor
     hidden = source.shapes.get(f"{prefix}encoder.layers.0.mlp.fc1.weight", (4 * width,))[0]
     depth = sum(bool(re.fullmatch(layers, key)) for key in source.shapes)
     config = SigLIPConfig(width, depth, heads, hidden, patches[2], grid, size % patches[2])
-    with torch.device("meta"):
+    with blank():
         tower = SigLIP(config).to(dtype)
     # Not used: the attention pooling head (SemTok pools by the mean), the text tower and the loss's two scalars.
     dropped = rf"{prefix}head\.|text_model\.|logit_(scale|bias)$|{prefix}embeddings\.position_ids$"
@@ -553,7 +554,7 @@ class Encoder(MMDiT):
         width, head_dim = config.encoder_width, config.encoder_width // config.encoder_heads
         super().__init__(config.encoder_depth, width, config.encoder_heads)
         self.x_embedder = PatchEmbed(config.vae.latent_channels, config.patch, width)
-        self.mask_tokens = nn.Parameter(torch.randn(config.tokens, width) * 0.02)
+        self.mask_tokens = nn.Parameter(torch.randn(config.tokens, width, device="cpu") * 0.02)
         self.norm_out = nn.LayerNorm(width, eps=1e-6)
         self.to_bits = nn.Linear(width, config.bits)
         self.x_rope = RotaryTable(rope_2d(config.grid, config.grid, head_dim))
@@ -630,7 +631,7 @@ class SemTok(nn.Module):
         self.w_x = nn.Linear(config.encoder_width, config.semantic_width)
         # On the flattened tokens: each has its own identity, and a mean over them would leave only d numbers.
         self.w_z = nn.Linear(config.tokens * config.bits, config.semantic_width)
-        self.log_t = nn.Parameter(torch.tensor([1 / 0.07]).log())  # one number, not (): FSDP shards no scalars
+        self.log_t = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))  # one number, not (): FSDP shards no scalars
 
     # ---- training
 
@@ -745,7 +746,7 @@ def load_semtok(path: str, device: str | torch.device = "cpu") -> tuple[SemTok, 
             f"{path} looks like {source.metadata.get('format') or describe_keys(source.shapes)}, and a SemTok tokenizer is "
             "needed: python train.py --stage 2 makes one"
         )
-    with torch.device("meta"):
+    with blank():
         model = SemTok(SemTokConfig.from_dict(json.loads(source.metadata["config"])))
     recipes = {name: only(name) for name in model.state_dict()}
     return load_recipes(model, source, recipes, r"^$", "a SemTok tokenizer", device=device).eval(), source.metadata

@@ -42,7 +42,7 @@ from tqdm import tqdm
 import fid
 from ar import AR_PRESETS, GUIDANCE, ARConfig, MaskedAR, ar_metadata
 from bsq import bits_to_codes, code_usage, codes_to_bits, gather, mean_over_ranks
-from mmdit import TensorFiles, UserError, load_sd35
+from mmdit import TensorFiles, UserError, blank, load_sd35
 from semtok import (
     PICTURES, PRESETS, VAE, Decoder, SemTok, SemTokConfig, SigLIP, SigLIPConfig, choose_device, load_semtok, load_siglip,
     load_vae, picture_grid, read_picture, to_signed, to_uint8, tokenizer_metadata, whole_batch, write_file, write_picture,
@@ -537,7 +537,7 @@ class Job:
         config = replace(tokenizer_config(self.args), semantic_width=siglip.config.width, vae=vae.config)
         decoder = None
         if "sd35" in self.weights:
-            with torch.device("meta"):
+            with blank():
                 decoder = Decoder(config)
             load_sd35(decoder, self.weights["sd35"], self.device)  # straight there: in float32 it is 9 GB
         return SemTok(config, vae, decoder).to(self.device)
