@@ -56,8 +56,9 @@ class Sampler:
                 "on one token more, so leave out --steps, --order and --compile"
             )
         cuda = device.type == "cuda"
-        for network in (self.ar, self.tokenizer):
-            network.to(torch.bfloat16 if cuda else torch.float32)
+        if cuda if args.bfloat16 is None else args.bfloat16:
+            self.ar.bfloat16()
+            self.tokenizer.bfloat16()
         if args.compile or (args.compile is None and cuda and args.npz and not config.causal):
             # All steps have the same shapes, so that on CUDA each one's forward is the same CUDA graph: few pictures at once
             # would else wait for Python to launch their kernels.
@@ -172,7 +173,8 @@ def npz(args: argparse.Namespace, device: torch.device) -> str:
     sampler = Sampler(args, device)
     path = args.out or os.path.join(args.run, f"samples-{args.npz}.npz")
     parts = f"{path}.parts"
-    settings = json.dumps(sampler.options | {"n": args.npz, "seed": args.seed, "model": fingerprint(args.run)}, sort_keys=True)
+    about = {"n": args.npz, "seed": args.seed, "bfloat16": args.bfloat16, "model": fingerprint(args.run)}
+    settings = json.dumps(sampler.options | about, sort_keys=True)
     plan = os.path.join(parts, "settings.json")
     if os.path.isfile(plan):
         with open(plan, encoding="utf-8") as file:
@@ -244,10 +246,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--order", choices=["random", "confidence"], help="which tokens are filled first (Table 14; default random)")
     add("--seed", type=int, default=0, help="same seed, same device: the same pictures (default 0)")
     add("--batch-size", type=_above_zero, default=64, help="with --npz, pictures drawn at once (default 64)")
-    add(
-        "--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile the transformer: a slow start, then faster steps (default: with --npz on CUDA)",
-    )
+    flag = argparse.BooleanOptionalAction
+    add("--bfloat16", action=flag, help="draw with networks in bfloat16 (default: on CUDA); photos stay float32")
+    add("--compile", action=flag, help="torch.compile the transformer: a slow start, then fast steps (default: --npz on CUDA)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     args = parser.parse_args(arguments)
     if args.seed < 0:

@@ -9,12 +9,14 @@ take turns from working ones. A new section is one more function with a docstrin
 
 import argparse
 import contextlib
-import dataclasses
+import gc
 import os
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -149,21 +151,29 @@ def flops(function):
     return counter.get_total_flops()
 
 
-def over_floor(cases, rate, runs):
-    """Time `cases`, name -> (function, its FLOPs, pictures), in turns with `rate`, which measures FLOP/s anew; print each
-    one's seconds, pictures a second, time over the floor and share of the rate: medians over the rounds."""
-    seconds, rates = {name: [] for name in cases}, []
+def over_floor(cases, dtype, shape, runs):
+    """Time `cases`, name -> (function, its FLOPs, pictures), in turns, each right after the rate of a matrix product (m, k)
+    x (k, n), shape (m, k, n): on CUDA a square one of 8192, for smaller ones are over before the clock has moved.
+
+    Prints seconds, pictures a second, time over the floor and share of the rate, medians over the rounds, and the share
+    of the best rate that the best round reaches, which other work on the machine disturbs least."""
+    import train
+    seconds, rates, shape = {name: [] for name in cases}, {name: [] for name in cases}, 3 * (8192,) if CUDA else shape
     for function, *_ in cases.values():
         function()  # compilers and caches are warm
     for _ in range(runs):
-        rates.append(rate())
         for name, (function, *_) in cases.items():
+            rates[name].append(train.matmul_rate.__wrapped__(DEVICE, dtype, shape))  # anew, not out of the cache
             seconds[name].append(timed(function)[0])
-    print(f"  matrix products: {statistics.median(rates) / 1e9:,.0f} GFLOP/s ({min(rates) / 1e9:,.0f} to {max(rates) / 1e9:,.0f})")
+    every = [speed / 1e9 for speeds in rates.values() for speed in speeds]
+    print(f"  matrix products {shape[:2]} x {shape[1:]}, {dtype}: {statistics.median(every):,.0f} GFLOP/s "
+          f"({min(every):,.0f} to {max(every):,.0f})")
     for name, (_, work, pictures) in cases.items():
         middle = report(name, seconds[name])
-        share = statistics.median(work / spent / speed for spent, speed in zip(seconds[name], rates))
-        print(f"  {'':52s} {work / 1e12:8.3f} TFLOP, {pictures / middle:.2f} images/s: {1 / share:.2f} x the floor, {share:.2f} of the rate")
+        share = statistics.median(work / spent / speed for spent, speed in zip(seconds[name], rates[name]))
+        best = work / 1e9 / min(seconds[name]) / max(every)
+        print(f"  {'':52s} {work / 1e12:.3f} TFLOP, {pictures / middle:.2f} images/s; {1 / share:.2f} x the floor, "
+              f"{share:.2f} of the rate, {best:.2f} of the best one")
 
 
 @contextlib.contextmanager
@@ -180,66 +190,49 @@ def clocks(*places):
         yield spent
 
 
-def random_weights(network, dtype=torch.float32):
-    """The network in eval mode on the device, with numbers in place of the zeros that some layers start from."""
-    for parameter in network.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
-    return network.to(DEVICE, dtype).eval()
-
-
 def ar(options):
-    """AR-L: forward, training step and sampling with guidance, against the rate of its qkv product at the same batch."""
+    """AR-L: forward, training step and sampling with guidance, against the rate of its qkv product."""
     import ar
     import train
-    large = ar.AR_PRESETS["L"]
-
-    def rate(dtype, batch=8):  # measured anew, not out of the cache
-        return train.matmul_rate.__wrapped__(DEVICE, dtype, (batch * (large.tokens + 1), large.width, 3 * large.width))
+    large, product = ar.AR_PRESETS["L"], (8 * 257, 1024, 3 * 1024)
 
     def inputs(batch):
-        bits = torch.rand(batch, large.tokens, large.bits, device=DEVICE) < 0.5
-        return bits, torch.arange(batch, device=DEVICE), torch.rand(batch, large.tokens, device=DEVICE) < 0.8
+        bits, masked = (torch.rand(batch, large.tokens, n, device=DEVICE) < 0.5 for n in (large.bits, 1))
+        return bits, torch.arange(batch, device=DEVICE), masked[..., 0]
 
+    def forward(stance):
+        with torch.no_grad(), torch.compiler.set_stance(stance):
+            model(*eight)
+
+    eight = inputs(8)
     for dtype in (torch.float32, torch.bfloat16):
-        print(f"AR-L forward, batch 8 of 257 positions, {dtype}; rate: (2056, 1024) x (1024, 3072)")
-        model, eight = random_weights(ar.MaskedAR(large), dtype), inputs(8)
+        print(f"AR-L forward, batch 8 of 257 positions, {dtype}")
+        model = ar.MaskedAR(large).to(DEVICE, dtype).eval()
         train.compile_blocks(model)
-
-        @torch.no_grad()
-        def forward(stance, model=model, eight=eight):
-            with torch.compiler.set_stance(stance):
-                model(*eight)
-
         work = flops(lambda: model(*eight))
-        cases = {name: (lambda stance=stance: forward(stance), work, 8)
-                 for name, stance in {"eager": "force_eager", "compiled": "default"}.items()}
-        over_floor(cases, lambda dtype=dtype: rate(dtype), options.runs)
+        cases = {"eager": "force_eager", "compiled": "default"}
+        over_floor({n: (partial(forward, stance), work, 8) for n, stance in cases.items()}, dtype, product, options.runs)
 
-    size = large if CUDA else dataclasses.replace(large, depth=4)
-    batch, dtype = (64, torch.bfloat16) if CUDA else (8, torch.float32)
-    print(f"AR-L training step, {size.depth} blocks, batch {batch}, float32 weights, products in {dtype}; rate: its qkv product")
-    args = train.parse_arguments(["--stage", "ar", "--preset", "paper", *(["--compile"] if CUDA else [])])
+    size, batch, dtype = (large, 64, torch.bfloat16) if CUDA else (replace(large, depth=4), 8, torch.float32)
+    print(f"AR-L training step, {size.depth} blocks, batch {batch}, float32 weights, products in {dtype}")
+    args = train.parse_arguments(["--stage", "ar", "--preset", "paper", "--compile" if CUDA else "--no-compile"])
     stage = train.Generating.__new__(train.Generating)  # without the tokenizer's files
     torch.nn.Module.__init__(stage)
     stage.job, stage.ar = train.Job(args, DEVICE, None, None), ar.MaskedAR(size)
     trainer = train.Trainer(stage.to(DEVICE), stage.job.recipe("ar"), "ar", stage.job)
-    data = [tensor.cpu() for tensor in inputs(batch)[:2]]
-    trainer.train_step(data)
-    over_floor({"step": (lambda: trainer.train_step(data), trainer.flops, batch)}, lambda: rate(dtype, batch), options.runs)
-    del trainer, stage
+    step = partial(trainer.train_step, inputs(batch)[:2])
+    step()
+    over_floor({"step": (step, trainer.flops, batch)}, dtype, product, options.runs)
 
     steps, batches = (64, (1, 8, 64)) if CUDA else (4, (1, 4))
-    print(f"AR-L sampling, {steps} steps with guidance, {dtype}; rate: (2056, 1024) x (1024, 3072)")
-    model = random_weights(ar.MaskedAR(large), dtype)
+    print(f"AR-L sampling, {steps} steps with guidance, {dtype}")
+    model, cases = ar.MaskedAR(large).to(DEVICE, dtype).eval(), {}
     if CUDA:  # as sample.py
         model.hidden = torch.compile(model.hidden, mode="reduce-overhead", dynamic=False)
-    cases = {}
     for batch in batches:
-        def draw(labels=torch.arange(batch, device=DEVICE)):
-            return model.generate(labels, steps=steps, cfg=6.0)
+        draw = partial(model.generate, torch.arange(batch, device=DEVICE), steps=steps, cfg=6.0)
         cases[f"batch {batch}"] = draw, flops(draw), batch
-    over_floor(cases, lambda: rate(dtype), options.runs)
+    over_floor(cases, dtype, product, options.runs)
     for name, (draw, *_) in cases.items():
         with clocks((model, "hidden")) as spent:
             whole, _ = timed(draw)
@@ -249,39 +242,37 @@ def ar(options):
 def decode(options):
     """The refiner: codes -> pictures, the decoder's one step and the VAE."""
     import semtok
-    import train
-    config, batches = semtok.PRESETS["paper"], (1, 8, 64) if CUDA else (1, 4)
-    if not CUDA:
-        config = dataclasses.replace(config, decoder_depth=4, decoder_dual_depth=2)
+    paper = semtok.PRESETS["paper"]
+    config, batches = (paper, (1, 8, 64)) if CUDA else (replace(paper, decoder_depth=4, decoder_dual_depth=2), (1, 4))
     dtype = torch.bfloat16 if CUDA else torch.float32
-    model, cases = random_weights(semtok.SemTok(config), dtype), {}
-    print(f"Refiner, {config.decoder_depth} blocks and SD3.5's VAE, 256 x 256, {dtype}; rate: (2048, 1536) x (1536, 4608)")
+    model, cases = semtok.SemTok(config).to(DEVICE, dtype).eval(), {}
+    print(f"Refiner, {config.decoder_depth} blocks and SD3.5's VAE, 256 x 256, {dtype}")
+
+    def pictures(codes):
+        return model.decode(model.refine(codes))
+
     for batch in batches:
-        def picture(codes=torch.randn(batch, config.tokens, config.bits, device=DEVICE).sign() / config.bits**0.5):
-            return model.decode(model.refine(codes))
-        cases[f"batch {batch}"] = picture, flops(picture), batch
-    over_floor(cases, lambda: train.matmul_rate.__wrapped__(DEVICE, dtype, (2048, 1536, 4608)), options.runs)
+        draw = partial(pictures, torch.randn(batch, config.tokens, config.bits, device=DEVICE).sign() / config.bits**0.5)
+        cases[f"batch {batch}"] = draw, flops(draw), batch
+    over_floor(cases, dtype, (2048, 1536, 3 * 1536), options.runs)
 
 
 def stages(options):
     """On a CPU, each stage of the tiny preset as train.py runs it, in one process; on CUDA, steps of stages 1 and 2 of the
     paper's size: 32 and 8 pictures, a GPU's share among 8."""
     with tempfile.TemporaryDirectory() as folder:
-        if CUDA:
-            paper_steps(folder, options)
-        else:
-            tiny_stages(folder)
+        (paper_steps if CUDA else tiny_stages)(folder, options)
 
 
-def tiny_stages(folder):
+def tiny_stages(folder, _):
     """60 steps of each stage. The wall clock runs from the end of the first step to that of the last and includes loading
     and logging, not previews and states; model computation is frozen networks and inputs, forward and backward passes,
     clipping, and the optimiser."""
     import train
     args = train.parse_arguments(["--stage", "all", "--out", folder, "--steps", "60", "--processes", "1"])
     pictures = [train.open_pictures(None, split, 0, 32, 0) for split in ("train", "val")]
-    job, ends, take = train.Job(args, DEVICE, *pictures), [], train.Trainer.train_step
-    print(f"Tiny stages, 60 steps each, float32; rate: (768, 768) x (768, 768), {train.matmul_rate(DEVICE) / 1e9:,.0f} GFLOP/s")
+    job, ends, take, rate = train.Job(args, DEVICE, *pictures), [], train.Trainer.train_step, train.matmul_rate(DEVICE)
+    print(f"Tiny stages, 60 steps each; matrix products (768, 768) x (768, 768), float32: {rate / 1e9:,.0f} GFLOP/s")
     for name in train.STAGES:
         inside = [(train.STAGE_CLASSES[name], "inputs"), (train.Trainer, "forward_backward"), (train.Trainer, "clip")]
         with clocks(*inside, (torch.optim.AdamW, "step")) as spent, \
@@ -297,7 +288,7 @@ def tiny_stages(folder):
         wall = end - start - (resting - idle)
         each, count = wall / (len(ends) - 1), job.recipe(name).batch_size
         print(f"  stage {name:3s} {1000 * each:7.1f} ms a step, {count / each:.0f} images/s, {work / 1e9:.1f} GFLOP: "
-              f"{each * train.matmul_rate(DEVICE) / work:.1f} x the floor; {(after - before) / wall:.1%} inside model computation")
+              f"{each * rate / work:.1f} x the floor; {(after - before) / wall:.1%} inside model computation")
 
 
 def paper_steps(folder, options):
@@ -307,10 +298,9 @@ def paper_steps(folder, options):
     import train
     out, parts = Path(folder), {"vae": semtok.VAE(semtok.VAEConfig()), "siglip": semtok.SigLIP(semtok.SigLIPConfig()),
                                 "vgg": fid.VGG16Features(), "resnet": train.ResNet()}
-    tensors = {name: network.state_dict() for name, network in parts.items()}
-    tensors["lpips"] = {f"lin{i}.model.1.weight": torch.rand(1, w, 1, 1) for i, w in enumerate((64, 128, 256, 512, 512))}
+    heads = {f"lin{i}.model.1.weight": torch.rand(1, w, 1, 1) for i, w in enumerate((64, 128, 256, 512, 512))}
     files = []
-    for name, state in tensors.items():
+    for name, state in ({name: network.state_dict() for name, network in parts.items()} | {"lpips": heads}).items():
         semtok.write_tensors(str(out / f"{name}.safetensors"), state, {})
         files += [f"--{name}", str(out / f"{name}.safetensors")]
     pictures = train.InMemory(torch.randint(256, (64, 3, 256, 256), dtype=torch.uint8), [0] * 64, ["any"])
@@ -322,11 +312,12 @@ def paper_steps(folder, options):
         job = train.Job(args, DEVICE, pictures, pictures)
         trainer = train.Trainer(train.STAGE_CLASSES[stage](job).to(DEVICE), job.recipe(stage), stage, job)
         data = [pictures.pictures[:batch], torch.zeros(batch, dtype=torch.long)]
-        print(f"Stage {stage}, paper preset, {batch} pictures, {' '.join(flags)}, bfloat16; rate: (8192, 8192) x (8192, 8192)")
+        print(f"Stage {stage}, paper preset, {batch} pictures, {' '.join(flags)}")
         trainer.train_step(data)
-        cases = {"step": (lambda: trainer.train_step(data), trainer.flops, batch)}
-        over_floor(cases, lambda: train.matmul_rate.__wrapped__(DEVICE), options.runs)
-        del trainer
+        step = partial(trainer.train_step, data)
+        over_floor({"step": (step, trainer.flops, batch)}, torch.bfloat16, None, options.runs)
+        del trainer, step
+        gc.collect()  # the next one needs the memory
 
 
 SECTIONS = {"metrics": metrics, "ar": ar, "stages": stages, "decode": decode}

@@ -351,6 +351,34 @@ def test_real_command_exits_with_two_and_writes_nothing(script, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_compiled_sampling_draws_the_same_pictures(finished, monkeypatch):
+    """--compile, as far as the compiler's graphs: one serves all steps, and the pictures are the eager ones."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, mode, **options: compiler(function, backend="aot_eager", **options))
+    torch._dynamo.reset()
+    pictures, device = [], torch.device("cpu")
+    for flag in ("--no-compile", "--compile"):
+        sampler = sample.Sampler(sample.parse_arguments(["--class", "1", "--run", str(finished[0]), flag]), device)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            pictures.append(sampler.draw([0, 1, 2], sample.generator(device, 7)))
+        assert hasattr(sampler.ar.hidden, "_torchdynamo_orig_callable") is (flag == "--compile")
+    assert torch.equal(*pictures)
+
+
+def test_sampling_in_bfloat16(finished):
+    """What CUDA does, on a CPU: the same tokens give nearly the same pictures, and new ones can be drawn."""
+    device = torch.device("cpu")
+    whole, half = (
+        sample.Sampler(sample.parse_arguments(["--class", "1", "--run", str(finished[0]), flag]), device)
+        for flag in ("--no-bfloat16", "--bfloat16")
+    )
+    assert {p.dtype for network in (half.ar, half.tokenizer) for p in network.parameters()} == {torch.bfloat16}
+    bits = torch.rand(4, 16, 24, generator=sample.generator(device, 0)) < 0.5
+    assert (half.pictures(bits).float() - whole.pictures(bits).float()).abs().mean() < 2
+    drawn = half.draw([0, 2], sample.generator(device, 7))
+    assert drawn.shape == (2, 3, 32, 32) and drawn.dtype == torch.uint8
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_cuda_where_there_is_none(finished, pictures, tmp_path):
     sentence(call("sample.py", "--class", "1", "--run", finished[0], "--device", "cuda"), "0 CUDA devices", "--device cpu")
