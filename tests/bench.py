@@ -245,7 +245,7 @@ def decode(options):
     paper = semtok.PRESETS["paper"]
     config, batches = (paper, (1, 8, 64)) if CUDA else (replace(paper, decoder_depth=4, decoder_dual_depth=2), (1, 4))
     dtype = torch.bfloat16 if CUDA else torch.float32
-    model, cases = semtok.SemTok(config).to(DEVICE, dtype).eval(), {}
+    model, cases = semtok.SemTok(config).requires_grad_(False).to(DEVICE, dtype).eval(), {}
     print(f"Refiner, {config.decoder_depth} blocks and SD3.5's VAE, 256 x 256, {dtype}")
 
     def pictures(codes):
