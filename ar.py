@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bsq import bits_to_codes, bits_to_index, index_to_bits, mean_over_ranks
 from mmdit import (
-    RotaryTable, TensorFiles, UserError, attend, describe_keys, gated, load_recipes, modulate, normed_rotated, only, rope_1d,
+    RotaryTable, TensorFiles, UserError, attend, describe_keys, load_recipes, modulate, normed_rotated, only, rope_1d,
 )
 
 
