@@ -52,8 +52,8 @@ class Sampler:
         config = self.ar.config
         if config.causal and (args.steps not in (None, config.tokens) or args.order or args.compile):
             raise UserError(
-                f"ar.safetensors in {args.run} predicts the next token: it takes {config.tokens} steps from left to right, each "
-                "on one token more, so leave out --steps, --order and --compile"
+                f"ar.safetensors in {args.run} predicts the next token: it takes {config.tokens} steps from left to right, "
+                "each on one token more, so leave out --steps, --order and --compile"
             )
         cuda = device.type == "cuda"
         if cuda if args.bfloat16 is None else args.bfloat16:
@@ -248,7 +248,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=_above_zero, default=64, help="with --npz, pictures drawn at once (default 64)")
     flag = argparse.BooleanOptionalAction
     add("--bfloat16", action=flag, help="draw with networks in bfloat16 (default: on CUDA); photos stay float32")
-    add("--compile", action=flag, help="torch.compile the transformer: a slow start, then fast steps (default: --npz on CUDA)")
+    add("--compile", action=flag, help="compile the transformer: a slow start, then fast steps (default: with --npz on CUDA)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     args = parser.parse_args(arguments)
     if args.seed < 0:
