@@ -22,7 +22,11 @@ from torch.utils.checkpoint import checkpoint
 
 from bsq import bits_to_codes, bits_to_index, index_to_bits, mean_over_ranks
 from mmdit import (
+<<<<<<< HEAD
     RotaryTable, TensorFiles, UserError, attend, blank, describe_keys, gated, load_recipes, modulate, normed_rotated, only, rope_1d,
+=======
+    RotaryTable, TensorFiles, UserError, attend, describe_keys, load_recipes, modulate, normed_rotated, only, rope_1d,
+>>>>>>> speed
 )
 
 
@@ -104,8 +108,8 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, modulation: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         """x (B, L, width), modulation (B, 6, width), rope (2, L, head_dim) -> (B, L, width)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.table)[:, :, None].unbind(1)  # (B, 1, width)
-        x = x + gated(self.attention(modulate(self.attention_norm(x), shift1, scale1), rope), gate1)
-        return x + gated(self.feed_forward(modulate(self.ffn_norm(x), shift2, scale2)), gate2)
+        x = torch.addcmul(x, self.attention(modulate(self.attention_norm(x), shift1, scale1), rope), gate1)
+        return torch.addcmul(x, self.feed_forward(modulate(self.ffn_norm(x), shift2, scale2)), gate2)
 
 
 class MaskedAR(nn.Module):

@@ -53,7 +53,7 @@ def rope_2d(height: int, width: int, head_dim: int, theta: float = 10000.0) -> t
 def apply_rope(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     """Rotate x (..., L, head_dim) by rope (2, L, head_dim): channel i turns with channel i + head_dim/2."""
     cos, sin = rope.to(x.dtype)
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class RotaryTable(nn.Module):

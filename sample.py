@@ -27,6 +27,12 @@ from semtok import (
     PICTURES, SemTok, choose_device, load_semtok, picture_grid, read_picture, to_signed, to_uint8, write_file, write_picture,
 )
 
+JOBS = ("class", "labels", "image", "npz", "reconstruct")
+DRAWING = ("class", "labels", "npz")
+BELONGS = {  # which of them an option changes; the others refuse it
+    "n": ("class", "labels"), "steps": (*DRAWING, "image"), "seed": (*DRAWING, "image"), "batch_size": ("npz",),
+    **dict.fromkeys(("cfg", "cfg_schedule", "top_p", "order", "bfloat16", "compile"), DRAWING),
+}
 PART = 500  # pictures of --npz that are written at a time: what an interruption can cost
 
 
@@ -50,11 +56,19 @@ class Sampler:
             )
         self.classes = json.loads(metadata["classes"])
         config = self.ar.config
-        if config.causal and (args.steps not in (None, config.tokens) or args.order):
+        if config.causal and (args.steps not in (None, config.tokens) or args.order or args.compile):
             raise UserError(
-                f"ar.safetensors in {args.run} predicts the next token: it takes {config.tokens} steps from left to right, so "
-                "leave out --steps and --order"
+                f"ar.safetensors in {args.run} predicts the next token: it takes {config.tokens} steps from left to right, "
+                "each on one token more, so leave out --steps, --order and --compile"
             )
+        cuda = device.type == "cuda"
+        if cuda if args.bfloat16 is None else args.bfloat16:
+            self.ar.bfloat16()
+            self.tokenizer.bfloat16()
+        if args.compile or (args.compile is None and cuda and args.npz and not config.causal):
+            # All steps have the same shapes, so that on CUDA each one's forward is the same CUDA graph: few pictures at once
+            # would else wait for Python to launch their kernels.
+            self.ar.hidden = torch.compile(self.ar.hidden, mode="reduce-overhead", dynamic=False)
         self.options = {
             "steps": args.steps or config.steps,
             "cfg": float(metadata["guidance"]) if args.cfg is None else args.cfg,
@@ -95,7 +109,7 @@ def load(loader, run: str, name: str, stage: str, device: torch.device) -> tuple
 def class_grid(args: argparse.Namespace, device: torch.device) -> str:
     """`--class` and `--labels`: n pictures of each class; returns the picture's path."""
     sampler = Sampler(args, device)
-    labels = [sampler.label(text) for text in args.labels or [args.label]]
+    labels = [sampler.label(text) for text in args.labels or [vars(args)["class"]]]
     count = args.n or (16 if len(labels) == 1 else 8)
     pictures = sampler.draw([label for label in labels for _ in range(count)], generator(device, args.seed), progress=True)
     rows = {f"{label}: {sampler.classes[label]}": row for label, row in zip(labels, pictures.split(count))}
@@ -165,7 +179,8 @@ def npz(args: argparse.Namespace, device: torch.device) -> str:
     sampler = Sampler(args, device)
     path = args.out or os.path.join(args.run, f"samples-{args.npz}.npz")
     parts = f"{path}.parts"
-    settings = json.dumps(sampler.options | {"n": args.npz, "seed": args.seed, "model": fingerprint(args.run)}, sort_keys=True)
+    about = {"n": args.npz, "seed": args.seed, "bfloat16": args.bfloat16, "model": fingerprint(args.run)}
+    settings = json.dumps(sampler.options | about, sort_keys=True)
     plan = os.path.join(parts, "settings.json")
     if os.path.isfile(plan):
         with open(plan, encoding="utf-8") as file:
@@ -204,7 +219,8 @@ def npz(args: argparse.Namespace, device: torch.device) -> str:
 
 def fingerprint(run: str) -> list[float]:
     """What tells the checkpoints of a run from those of another training: size and time of writing."""
-    return [value for name in ("ar", "stage2") for s in [os.stat(os.path.join(run, f"{name}.safetensors"))] for value in (s.st_size, s.st_mtime)]
+    files = (os.stat(os.path.join(run, f"{name}.safetensors")) for name in ("ar", "stage2"))
+    return [value for file in files for value in (file.st_size, file.st_mtime)]
 
 
 def _write_bytes(path: str, content: bytes) -> None:
@@ -217,11 +233,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="sample.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Draw pictures from a trained SemTok, or put pictures through its tokenizer. Prints where the result is.",
-        epilog="The default of --cfg is the paper's for its sizes; the tiny preset's was never swept.",
+        epilog="The default of --cfg is the paper's for its sizes, and for the tiny preset's the best of a sweep.",
     )
     parser.error = lambda message: parser.exit(2, f"sample.py: {message}; --help explains every option\n")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--class", dest="label", metavar="CLASS", help="a grid of pictures of one class, by number or name")
+    what.add_argument("--class", metavar="CLASS", help="a grid of pictures of one class, by number or name")
     what.add_argument("--labels", nargs="+", metavar="CLASS", help="a row of pictures for each of several classes")
     what.add_argument("--image", metavar="FILE", help="a picture through the tokenizer: original | stage 1 | stage 2")
     what.add_argument("--npz", type=_above_zero, metavar="N", help="N class-balanced pictures in ADM's .npz format")
@@ -237,10 +253,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--order", choices=["random", "confidence"], help="which tokens are filled first (Table 14; default random)")
     add("--seed", type=int, default=0, help="same seed, same device: the same pictures (default 0)")
     add("--batch-size", type=_above_zero, default=64, help="with --npz, pictures drawn at once (default 64)")
+    flag = argparse.BooleanOptionalAction
+    add("--bfloat16", action=flag, help="draw with networks in bfloat16 (default: on CUDA); photos stay float32")
+    add("--compile", action=flag, help="compile the transformer: a slow start, then fast steps (default: with --npz on CUDA)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     args = parser.parse_args(arguments)
     if args.seed < 0:
         parser.error(f"argument --seed: {args.seed} must not be negative")
+    asked = next(name for name in JOBS if vars(args)[name] is not None)
+    for name, jobs in BELONGS.items():
+        if vars(args)[name] != parser.get_default(name) and asked not in jobs:
+            fits = ", ".join(f"--{job}" for job in jobs)
+            parser.error(f"--{name.replace('_', '-')} changes nothing with --{asked}: it belongs to {fits}")
     return args
 
 
@@ -260,6 +284,8 @@ def main(arguments: list[str] | None = None) -> None:
     """The command. Raises UserError for what the person at the keyboard can mend."""
     args = parse_arguments(arguments)
     device = choose_device(args.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32, as in training
     job = photo if args.image else npz if args.npz else reconstruct if args.reconstruct else class_grid
     print(job(args, device))
 

@@ -861,7 +861,8 @@ def frozen_features(batch, vae: VAE, siglip: SigLIP, device: torch.device) -> tu
     """A batch of the loader, (pictures, labels) or of Featured -> pictures (B, 3, H, W) in [-1, 1], normalised latents
     (B, channels, h, w), SigLIP features (B, C, g, g); what the cache does not hold is computed."""
     pictures, _, *cached = batch
-    pictures, cached = to_signed(pictures.to(device)), [rows.to(device).float() for rows in cached]
+    pictures, *cached = (part.to(device, non_blocking=True) for part in (pictures, *cached))
+    pictures, cached = to_signed(pictures), [rows.float() for rows in cached]
     latents = cached[0] if cached else vae.encode(pictures)
     return pictures, latents, cached[1] if len(cached) > 1 else siglip(pictures)
 
@@ -1054,7 +1055,7 @@ class Generating(nn.Module):
 
     def inputs(self, batch, draws: Draws, step: int) -> tuple:
         """(bits, labels) of the loader -> the arguments of forward: classes dropped, masks drawn."""
-        bits, labels = (part.to(self.job.device) for part in batch)
+        bits, labels = (part.to(self.job.device, non_blocking=True) for part in batch)
         labels = labels.masked_fill(draws.uniform(len(labels)) < 0.1, self.ar.config.classes)
         return bits, labels, self.masks(bits, draws)
 
@@ -1635,6 +1636,7 @@ def run_stage(name: str, job: Job) -> None:
     started, stop, rate = time.time(), StopSignal(), matmul_rate(job.device)
     batches = DataLoader(
         dataset, num_workers=job.workers, persistent_workers=job.workers > 0,
+        pin_memory=job.device.type == "cuda",  # else every batch's copy would wait for the steps that are under way
         batch_sampler=Schedule(len(dataset), recipe.batch_size, args.seed, trainer.step, recipe.steps),
     )
     with stop, tqdm(batches, f"stage {name}", initial=trainer.step, total=recipe.steps, unit="step", disable=rank > 0) as bar:
@@ -1723,12 +1725,16 @@ def measured(out: dict) -> dict[str, float]:
 
 
 @functools.cache
-def matmul_rate(device: torch.device) -> float:
-    """FLOP/s of a square matrix product as training does it, float32 on a CPU, bfloat16 on CUDA: the best of a few."""
+def matmul_rate(
+    device: torch.device, dtype: torch.dtype | None = None, shape: tuple[int, int, int] | None = None
+) -> float:
+    """FLOP/s of a matrix product (m, k) x (k, n), shape (m, k, n): the best of a few. By default of a square one as
+    training does it, float32 on a CPU, bfloat16 on CUDA."""
     cuda = device.type == "cuda"
-    side, rates = 8192 if cuda else 768, []
-    dtype, own = torch.bfloat16 if cuda else torch.float32, torch.Generator(device).manual_seed(0)
-    a, b = torch.randn(2, side, side, generator=own, device=device, dtype=dtype)
+    dtype, rates = dtype or (torch.bfloat16 if cuda else torch.float32), []
+    m, k, n = shape or 3 * (8192 if cuda else 768,)
+    own = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(*sides, generator=own, device=device, dtype=dtype) for sides in ((m, k), (k, n)))
     for _ in range(6):
         if cuda:
             torch.cuda.synchronize(device)
@@ -1736,7 +1742,7 @@ def matmul_rate(device: torch.device) -> float:
         a @ b
         if cuda:
             torch.cuda.synchronize(device)
-        rates.append(2 * side**3 / (time.perf_counter() - start))
+        rates.append(2 * m * k * n / (time.perf_counter() - start))
     return max(rates)
 
 

@@ -1,16 +1,24 @@
 """Measurements run by hand, one section per function, chosen on the command line: `python tests/bench.py metrics`.
 
+`ar`, `stages` and `decode` set times against the floor: FLOPs over the rate of a matrix product measured in the same run,
+in turns with what it is compared with. On CUDA they have the paper's sizes, on a CPU sizes that fit into minutes.
+
 Needs what the tests need. Prints what was measured, on how many cores, and ratios; pin the process (taskset) to keep
 other work out of the numbers. On a busy machine set OMP_WAIT_POLICY=PASSIVE, or waiting threads are counted as work and
 take turns from working ones. A new section is one more function with a docstring, listed in SECTIONS."""
 
 import argparse
+import contextlib
+import gc
 import os
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -18,10 +26,18 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+
 def timed(function):
-    """(seconds, result) of one call."""
+    """(seconds, result) of one call, until the GPU, where there is one, is done too."""
+    if CUDA:
+        torch.cuda.synchronize()
     start = time.perf_counter()
     result = function()
+    if CUDA:
+        torch.cuda.synchronize()
     return time.perf_counter() - start, result
 
 
@@ -122,7 +138,189 @@ def metrics(options):
     report("fid.precision_recall", [timed(lambda: fid.precision_recall(one, two))[0]])
 
 
-SECTIONS = {"metrics": metrics}
+# --------------------------------------------------------------------------------------------------- time over the floor
+
+
+def flops(function):
+    """FLOPs of one call (matrix products, attention, convolutions)."""
+    import train
+    from torch.utils.flop_counter import FlopCounterMode
+    eager = torch.compiler.set_stance("force_eager")  # compiled networks would hide their operations
+    with eager, torch.no_grad(), FlopCounterMode(display=False, custom_mapping=train.CPU_ATTENTION) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def over_floor(cases, dtype, shape, runs):
+    """Time `cases`, name -> (function, its FLOPs, pictures), in turns, each right after the rate of a matrix product (m, k)
+    x (k, n), shape (m, k, n): on CUDA a square one of 8192, for smaller ones are over before the clock has moved.
+
+    Prints seconds, pictures a second, time over the floor and share of the rate, medians over the rounds, and the share
+    of the best rate that the best round reaches, which other work on the machine disturbs least."""
+    import train
+    seconds, rates, shape = {name: [] for name in cases}, {name: [] for name in cases}, 3 * (8192,) if CUDA else shape
+    for function, *_ in cases.values():
+        function()  # compilers and caches are warm
+    for _ in range(runs):
+        for name, (function, *_) in cases.items():
+            rates[name].append(train.matmul_rate.__wrapped__(DEVICE, dtype, shape))  # anew, not out of the cache
+            seconds[name].append(timed(function)[0])
+    every = [speed / 1e9 for speeds in rates.values() for speed in speeds]
+    print(f"  matrix products {shape[:2]} x {shape[1:]}, {dtype}: {statistics.median(every):,.0f} GFLOP/s "
+          f"({min(every):,.0f} to {max(every):,.0f})")
+    for name, (_, work, pictures) in cases.items():
+        middle = report(name, seconds[name])
+        share = statistics.median(work / spent / speed for spent, speed in zip(seconds[name], rates[name]))
+        best = work / 1e9 / min(seconds[name]) / max(every)
+        print(f"  {'':52s} {work / 1e12:.3f} TFLOP, {pictures / middle:.2f} images/s; {1 / share:.2f} x the floor, "
+              f"{share:.2f} of the rate, {best:.2f} of the best one")
+
+
+@contextlib.contextmanager
+def clocks(*places):
+    """While open, functions, each (owner, name), add the seconds they take to the dict that comes out, by name."""
+    spent = {name: 0.0 for _, name in places}
+    with contextlib.ExitStack() as stack:
+        for owner, name in places:
+            def clocked(*arguments, _original=getattr(owner, name), _name=name, **options):
+                seconds, result = timed(lambda: _original(*arguments, **options))
+                spent[_name] += seconds
+                return result
+            stack.enter_context(mock.patch.object(owner, name, clocked))
+        yield spent
+
+
+def ar(options):
+    """AR-L: forward, training step and sampling with guidance, against the rate of its qkv product."""
+    import ar
+    import train
+    large, product = ar.AR_PRESETS["L"], (8 * 257, 1024, 3 * 1024)
+
+    def inputs(batch):
+        bits, masked = (torch.rand(batch, large.tokens, n, device=DEVICE) < 0.5 for n in (large.bits, 1))
+        return bits, torch.arange(batch, device=DEVICE), masked[..., 0]
+
+    def forward(stance):
+        with torch.no_grad(), torch.compiler.set_stance(stance):
+            model(*eight)
+
+    eight = inputs(8)
+    for dtype in (torch.float32, torch.bfloat16):
+        print(f"AR-L forward, batch 8 of 257 positions, {dtype}")
+        model = ar.MaskedAR(large).to(DEVICE, dtype).eval()
+        train.compile_blocks(model)
+        work = flops(lambda: model(*eight))
+        cases = {"eager": "force_eager", "compiled": "default"}
+        over_floor({n: (partial(forward, stance), work, 8) for n, stance in cases.items()}, dtype, product, options.runs)
+
+    size, batch, dtype = (large, 64, torch.bfloat16) if CUDA else (replace(large, depth=4), 8, torch.float32)
+    print(f"AR-L training step, {size.depth} blocks, batch {batch}, float32 weights, products in {dtype}")
+    args = train.parse_arguments(["--stage", "ar", "--preset", "paper", "--compile" if CUDA else "--no-compile"])
+    stage = train.Generating.__new__(train.Generating)  # without the tokenizer's files
+    torch.nn.Module.__init__(stage)
+    stage.job, stage.ar = train.Job(args, DEVICE, None, None), ar.MaskedAR(size)
+    trainer = train.Trainer(stage.to(DEVICE), stage.job.recipe("ar"), "ar", stage.job)
+    step = partial(trainer.train_step, inputs(batch)[:2])
+    step()
+    over_floor({"step": (step, trainer.flops, batch)}, dtype, product, options.runs)
+
+    steps, batches = (64, (1, 8, 64)) if CUDA else (4, (1, 4))
+    print(f"AR-L sampling, {steps} steps with guidance, {dtype}")
+    model, cases = ar.MaskedAR(large).to(DEVICE, dtype).eval(), {}
+    if CUDA:  # as sample.py
+        model.hidden = torch.compile(model.hidden, mode="reduce-overhead", dynamic=False)
+    for batch in batches:
+        draw = partial(model.generate, torch.arange(batch, device=DEVICE), steps=steps, cfg=6.0)
+        cases[f"batch {batch}"] = draw, flops(draw), batch
+    over_floor(cases, dtype, product, options.runs)
+    for name, (draw, *_) in cases.items():
+        with clocks((model, "hidden")) as spent:
+            whole, _ = timed(draw)
+        print(f"  {name}: {whole / spent['hidden'] - 1:.1%} above the time of its forwards")
+
+
+def decode(options):
+    """The refiner: codes -> pictures, the decoder's one step and the VAE."""
+    import semtok
+    paper = semtok.PRESETS["paper"]
+    config, batches = (paper, (1, 8, 64)) if CUDA else (replace(paper, decoder_depth=4, decoder_dual_depth=2), (1, 4))
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    model, cases = semtok.SemTok(config).requires_grad_(False).to(DEVICE, dtype).eval(), {}
+    print(f"Refiner, {config.decoder_depth} blocks and SD3.5's VAE, 256 x 256, {dtype}")
+
+    def pictures(codes):
+        return model.decode(model.refine(codes))
+
+    for batch in batches:
+        draw = partial(pictures, torch.randn(batch, config.tokens, config.bits, device=DEVICE).sign() / config.bits**0.5)
+        cases[f"batch {batch}"] = draw, flops(draw), batch
+    over_floor(cases, dtype, (2048, 1536, 3 * 1536), options.runs)
+
+
+def stages(options):
+    """On a CPU, each stage of the tiny preset as train.py runs it, in one process; on CUDA, steps of stages 1 and 2 of the
+    paper's size: 32 and 8 pictures, a GPU's share among 8."""
+    with tempfile.TemporaryDirectory() as folder:
+        (paper_steps if CUDA else tiny_stages)(folder, options)
+
+
+def tiny_stages(folder, _):
+    """60 steps of each stage. The wall clock runs from the end of the first step to that of the last and includes loading
+    and logging, not previews and states; model computation is frozen networks and inputs, forward and backward passes,
+    clipping, and the optimiser."""
+    import train
+    args = train.parse_arguments(["--stage", "all", "--out", folder, "--steps", "60", "--processes", "1"])
+    pictures = [train.open_pictures(None, split, 0, 32, 0) for split in ("train", "val")]
+    job, ends, take, rate = train.Job(args, DEVICE, *pictures), [], train.Trainer.train_step, train.matmul_rate(DEVICE)
+    print(f"Tiny stages, 60 steps each; matrix products (768, 768) x (768, 768), float32: {rate / 1e9:,.0f} GFLOP/s")
+    for name in train.STAGES:
+        inside = [(train.STAGE_CLASSES[name], "inputs"), (train.Trainer, "forward_backward"), (train.Trainer, "clip")]
+        with clocks(*inside, (torch.optim.AdamW, "step")) as spent, \
+                clocks((train.Trainer, "show"), (train.Trainer, "save")) as shown:
+            def step(trainer, batch):
+                result = take(trainer, batch)
+                ends.append((time.perf_counter(), sum(spent.values()), sum(shown.values()), trainer.flops))
+                return result
+            ends.clear()
+            with mock.patch.object(train.Trainer, "train_step", step):
+                train.run_stage(name, job)
+        (start, before, idle, _), (end, after, resting, work) = ends[0], ends[-1]
+        wall = end - start - (resting - idle)
+        each, count = wall / (len(ends) - 1), job.recipe(name).batch_size
+        print(f"  stage {name:3s} {1000 * each:7.1f} ms a step, {count / each:.0f} images/s, {work / 1e9:.1f} GFLOP: "
+              f"{each * rate / work:.1f} x the floor; {(after - before) / wall:.1%} inside model computation")
+
+
+def paper_steps(folder, options):
+    """Steps of stages 1 and 2 in real sizes, compiled, from random weights in files as the real ones look."""
+    import fid
+    import semtok
+    import train
+    out, parts = Path(folder), {"vae": semtok.VAE(semtok.VAEConfig()), "siglip": semtok.SigLIP(semtok.SigLIPConfig()),
+                                "vgg": fid.VGG16Features(), "resnet": train.ResNet()}
+    heads = {f"lin{i}.model.1.weight": torch.rand(1, w, 1, 1) for i, w in enumerate((64, 128, 256, 512, 512))}
+    files = []
+    for name, state in ({name: network.state_dict() for name, network in parts.items()} | {"lpips": heads}).items():
+        semtok.write_tensors(str(out / f"{name}.safetensors"), state, {})
+        files += [f"--{name}", str(out / f"{name}.safetensors")]
+    pictures = train.InMemory(torch.randint(256, (64, 3, 256, 256), dtype=torch.uint8), [0] * 64, ["any"])
+    torch.set_float32_matmul_precision("high")  # as train.py
+    for stage, batch, flags in (("1", 32, ["--accumulate", "4"]), ("2", 8, ["--from-scratch", "--checkpoint-activations"])):
+        args = train.parse_arguments(
+            ["--stage", stage, "--preset", "paper", "--out", folder, "--compile", "--batch-size", str(batch), *flags, *files]
+        )
+        job = train.Job(args, DEVICE, pictures, pictures)
+        trainer = train.Trainer(train.STAGE_CLASSES[stage](job).to(DEVICE), job.recipe(stage), stage, job)
+        data = [pictures.pictures[:batch], torch.zeros(batch, dtype=torch.long)]
+        print(f"Stage {stage}, paper preset, {batch} pictures, {' '.join(flags)}")
+        trainer.train_step(data)
+        step = partial(trainer.train_step, data)
+        over_floor({"step": (step, trainer.flops, batch)}, torch.bfloat16, None, options.runs)
+        del trainer, step
+        gc.collect()  # the next one needs the memory
+
+
+SECTIONS = {"metrics": metrics, "ar": ar, "stages": stages, "decode": decode}
 
 
 def main():

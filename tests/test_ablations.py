@@ -327,6 +327,7 @@ def test_a_whole_run_of_ablations_describes_itself(world, tmp_path):
     assert made.returncode == 0 and Image.open(made.stdout.strip()).size == (2 * 96, 96 + 18), made.stderr
     sentence(call("sample.py", "--class", 1, "--run", out, "--steps", 4), "predicts the next token", "16 steps")
     sentence(call("sample.py", "--class", 1, "--run", out, "--order", "random"), "predicts the next token")
+    sentence(call("sample.py", "--class", 1, "--run", out, "--compile"), "predicts the next token", "--compile")
 
 
 @pytest.mark.parametrize("stage, flags, words", [

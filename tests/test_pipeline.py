@@ -336,6 +336,9 @@ def test_wrong_and_damaged_checkpoints(finished, tmp_path):
     ("train.py", ["--stage", "1", "--resume", "--overwrite"], "exclude"),
     ("train.py", ["--stage", "1", "--device", "abacus"], "abacus"),
     ("sample.py", ["--class", "1", "--device", "meta"], "meta"),
+    ("sample.py", ["--image", "photo.jpg", "--cfg-schedule", "constant"], "--cfg-schedule changes nothing with --image: it belongs to --class"),
+    ("sample.py", ["--reconstruct", "folder", "--seed", "3"], "--seed changes nothing"),
+    ("sample.py", ["--class", "1", "--batch-size", "3"], "--batch-size changes nothing"),
     ("train.py", ["--stage", "1", "--speed", "9"], "--speed"),
     ("sample.py", ["--class", "1", "--order", "raster"], "invalid choice"),
     ("sample.py", ["--class", "1", "--top-p", "1.5"], "at most 1"),
@@ -350,6 +353,34 @@ def test_bad_flags(script, arguments, words, tmp_path):
 def test_real_command_exits_with_two_and_writes_nothing(script, tmp_path):
     sentence(run(script, *(["--stage", "3"] if script == "train.py" else ["--class", "1", "--order", "raster"]), cwd=tmp_path), "invalid choice")
     assert not list(tmp_path.iterdir())
+
+
+def test_compiled_sampling_draws_the_same_pictures(finished, monkeypatch):
+    """--compile, as far as the compiler's graphs: one serves all steps, and the pictures are the eager ones."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, mode, **options: compiler(function, backend="aot_eager", **options))
+    torch._dynamo.reset()
+    pictures, device = [], torch.device("cpu")
+    for flag in ("--no-compile", "--compile"):
+        sampler = sample.Sampler(sample.parse_arguments(["--class", "1", "--run", str(finished[0]), flag]), device)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            pictures.append(sampler.draw([0, 1, 2], sample.generator(device, 7)))
+        assert hasattr(sampler.ar.hidden, "_torchdynamo_orig_callable") is (flag == "--compile")
+    assert torch.equal(*pictures)
+
+
+def test_sampling_in_bfloat16(finished):
+    """What CUDA does, on a CPU: the same tokens give nearly the same pictures, and new ones can be drawn."""
+    device = torch.device("cpu")
+    whole, half = (
+        sample.Sampler(sample.parse_arguments(["--class", "1", "--run", str(finished[0]), flag]), device)
+        for flag in ("--no-bfloat16", "--bfloat16")
+    )
+    assert {p.dtype for network in (half.ar, half.tokenizer) for p in network.parameters()} == {torch.bfloat16}
+    bits = torch.rand(4, 16, 24, generator=sample.generator(device, 0)) < 0.5
+    assert (half.pictures(bits).float() - whole.pictures(bits).float()).abs().mean() < 2
+    drawn = half.draw([0, 2], sample.generator(device, 7))
+    assert drawn.shape == (2, 3, 32, 32) and drawn.dtype == torch.uint8
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
