@@ -22,11 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bsq import bits_to_codes, bits_to_index, index_to_bits, mean_over_ranks
 from mmdit import (
-<<<<<<< HEAD
-    RotaryTable, TensorFiles, UserError, attend, blank, describe_keys, gated, load_recipes, modulate, normed_rotated, only, rope_1d,
-=======
-    RotaryTable, TensorFiles, UserError, attend, describe_keys, load_recipes, modulate, normed_rotated, only, rope_1d,
->>>>>>> speed
+    RotaryTable, TensorFiles, UserError, attend, blank, describe_keys, load_recipes, modulate, normed_rotated, only, rope_1d,
 )
 
 

@@ -206,9 +206,8 @@ def test_a_run_is_scored_offline_by_its_own_toys(finished, pictures, tmp_path):
     assert sorted(str(path.relative_to(reference)) for path in reference.rglob("*.png")) == [
         f"{name}/{i:05d}.png" for i, name in enumerate(CLASSES)  # every 50th of 30: the first of each class is held out
     ]
-    options = ("--run", finished[0], "--steps", 2)
-    assert call("sample.py", "--npz", 12, "--out", samples, *options).returncode == 0
-    assert call("sample.py", "--reconstruct", reference, "--out", recons, *options).returncode == 0
+    assert call("sample.py", "--npz", 12, "--out", samples, "--run", finished[0], "--steps", 2).returncode == 0
+    assert call("sample.py", "--reconstruct", reference, "--out", recons, "--run", finished[0]).returncode == 0
 
     def score(*arguments):
         result = call("fid.py", "--inception", toys / "inception.safetensors", "--device", "cpu", *arguments)
