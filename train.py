@@ -4,9 +4,10 @@
     python train.py --stage 1 --data FOLDER        # your own pictures: FOLDER/CLASS/picture.jpg
     python train.py --stage 1 --preset paper --data IMAGENET/train --sd35 FILE --siglip FILE ...
 
-Section 3.2 and 3.3, Eq. 6 and 7, appendix A. In this file, from top to bottom: recipes, pictures, the networks that
-only training needs, one class a stage (its losses and what it shows), the loop that all of them share, the command
-line. The models themselves are in semtok.py and ar.py.
+Section 3.2 and 3.3, Eq. 6 and 7, appendix A. The models themselves are in semtok.py and ar.py. In this file, from top to
+bottom: recipes; pictures; several processes; the networks that only training needs; a run's settings and files; caches; THE
+PAPER'S STAGES, one class each, which can be read first and alone; stage 0's stand-ins; the loop that all stages share; the
+plan of a run (--dry-run); the command line.
 """
 
 import argparse
@@ -313,8 +314,6 @@ class _OrText(Dataset):
             return str(error), -1
 
 
-PART = 1024  # pictures of a cache in one file: what an interruption can cost
-EXACT_CACHE = 4 * 2**30  # a cache of frozen features up to this size is float32 and holds SigLIP's too
 MEMORY = 512 * 2**20  # a set of pictures up to this size is read once and kept
 
 
@@ -441,9 +440,11 @@ class ResNet(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
         channels = width
         for i, blocks in enumerate(layers):
-            stage = [Bottleneck(channels if j == 0 else 4 * width * 2**i, width * 2**i, 2 if i and not j else 1) for j in range(blocks)]
+            inner, stage = width * 2**i, []
+            for j in range(blocks):
+                stage.append(Bottleneck(channels, inner, stride=2 if i and not j else 1))
+                channels = 4 * inner
             self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
-            channels = 4 * width * 2**i
         self.fc = nn.Linear(channels, classes)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
@@ -490,8 +491,10 @@ def load_resnet(path: str) -> ResNet:
     layers = tuple(len({k.split(".")[1] for k in tensors if k.startswith(f"layer{i}.")}) for i in range(1, 5))
     width, classes = (len(tensors.get(name, ())) for name in ("conv1.weight", "fc.weight"))
     resnet = ResNet(width or 64, layers, classes or 1000, int(metadata.get("input_size", 224)))
-    # files differ in whether they keep num_batches_tracked, which nothing reads
-    tensors, expected = ({k: v for k, v in d.items() if not k.endswith("num_batches_tracked")} for d in (tensors, resnet.state_dict()))
+    def read(state):  # files differ in whether they keep num_batches_tracked, which nothing reads
+        return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+
+    tensors, expected = read(tensors), read(resnet.state_dict())
     fid.check_keys(tensors, {name: tensor.shape for name, tensor in expected.items()}, path, "torchvision's ResNet-50")
     resnet.load_state_dict(tensors, strict=False)
     return resnet.requires_grad_(False).eval()
@@ -502,7 +505,7 @@ def lecam(real: torch.Tensor, fake: torch.Tensor, real_mean: torch.Tensor, fake_
     return F.relu(real - fake_mean).square().mean() + F.relu(real_mean - fake).square().mean()
 
 
-# ------------------------------------------------------------------- the stages: what each one feeds, loses and shows
+# ------------------------------------------------------------------------------- a run: its settings, files and networks
 
 
 @dataclass
@@ -555,7 +558,8 @@ class Job:
         recipe, args = RECIPES[self.args.preset][stage], self.args
         if args.steps:  # a shorter run keeps its proportions
             share = args.steps / recipe.steps
-            recipe = replace(recipe, steps=args.steps, warmup=math.ceil(recipe.warmup * share), gan_start=round(recipe.gan_start * share))
+            warmup, gan_start = math.ceil(recipe.warmup * share), round(recipe.gan_start * share)
+            recipe = replace(recipe, steps=args.steps, warmup=warmup, gan_start=gan_start)
         changes = {name: getattr(args, name) for name in ("batch_size", "lr", "log_every", "save_every")}
         return replace(recipe, **{name: value for name, value in changes.items() if value})
 
@@ -575,6 +579,484 @@ class Job:
         return torch.stack(pictures).to(self.device), torch.tensor(labels, device=self.device)
 
 
+def tokenizer_config(args: argparse.Namespace) -> SemTokConfig:
+    """The sizes of a new tokenizer: the preset's, changed by --bits, --quantizer and --order."""
+    config = PRESETS[args.preset]
+    return replace(
+        config, bits=args.bits or config.bits, quantizer=args.quantizer or config.quantizer, causal=args.order == "raster"
+    )
+
+
+def ar_size(args: argparse.Namespace) -> str:
+    """The transformer's size, by name: the tiny preset has one, the paper three."""
+    return "tiny" if args.preset == "tiny" else args.ar_size or "L"
+
+
+def ar_config(args: argparse.Namespace, tokens: SemTokConfig, classes: int = 1000) -> ARConfig:
+    """The sizes of a transformer on a tokenizer's tokens, changed by --ar-size, --bit-groups and --order, which is by
+    default the tokenizer's own. Raises UserError for groups that its bits cannot form."""
+    bits, groups = tokens.bits, args.bit_groups or tokens.bits
+    if bits % groups or bits // groups > LARGEST_GROUP:
+        fits = [str(n) for n in range(1, bits + 1) if bits % n == 0 and bits // n <= LARGEST_GROUP]
+        raise UserError(
+            f"--bit-groups {groups} does not cut the tokenizer's {bits} bits into equal groups of at most {LARGEST_GROUP}, "
+            f"which a softmax can still hold: choose {', '.join(fits)}"
+        )
+    return replace(
+        AR_PRESETS[ar_size(args)], tokens=tokens.tokens, bits=bits, classes=classes, group_bits=bits // groups,
+        spherical=tokens.quantizer == "bsq", causal=tokens.causal if args.order is None else args.order == "raster",
+    )
+
+
+def asked_for(args: argparse.Namespace) -> list[str]:
+    """The stages of --stage, in order; with --from-scratch there is no stage 1."""
+    if args.stage != "all":
+        return [args.stage]
+    return ["2", "ar"] if args.from_scratch else ["1", "2", "ar"]
+
+
+def belongs(args: argparse.Namespace, name: str, stage: str) -> bool:
+    """Whether a flag of BELONGS changes a stage: what makes a tokenizer belongs to stage 1, or to a stage 2 without it."""
+    return stage in BELONGS[name] or (stage == "2" and bool(args.from_scratch) and "1" in BELONGS[name])
+
+
+def settings(args: argparse.Namespace, stage: str) -> str:
+    """The flags of BELONGS that were given and change a stage, as JSON: what its checkpoints say of how they were made."""
+    given = {name: getattr(args, name) for name in BELONGS if belongs(args, name, stage) and name != "cache"}
+    return json.dumps({name: value for name, value in given.items() if value not in (None, False)})
+
+
+def flags(given: dict) -> list[str]:
+    """Settings as they stand on the command line."""
+    return [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in given.items()]
+
+
+def check_settings(path: str, args: argparse.Namespace, stage: str) -> None:
+    """Raises UserError when a file of a stage, its result or a state, was made with other flags than this run's."""
+    before = TensorFiles(path).metadata.get("settings", "{}")
+    if before != settings(args, stage):
+        then, now = (" ".join(flags(json.loads(text))) or "no flag of the kind" for text in (before, settings(args, stage)))
+        raise UserError(
+            f"{path} was made with {then}, and this run has {now}: give the same flags, or another --out, or --overwrite"
+        )
+
+
+def command(args: argparse.Namespace, stage: str) -> str:
+    """The command line that runs another stage of the same run."""
+    parts = [f"python train.py --stage {stage}"]
+    if args.preset != "tiny":
+        parts.append(f"--preset {args.preset}")
+    if args.data:
+        parts.append(f"--data {args.data}")
+    if args.out != os.path.join("runs", args.preset):
+        parts.append(f"--out {args.out}")
+    return " ".join(parts + flags(json.loads(settings(args, stage))))
+
+
+def need(path: str, stage: str, job: Job) -> str:
+    """path, if the earlier stage has made it; else a UserError that says which command does."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is missing: make it first with {command(job.args, stage)}")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------- caches of what is frozen
+
+
+PART = 1024  # pictures of a cache in one file: what an interruption can cost
+EXACT_CACHE = 4 * 2**30  # a cache of frozen features up to this size is float32 and holds SigLIP's too
+
+
+class Cache(Dataset):
+    """What frozen networks make of every training picture and of its mirror image: item (index, flip) -> {name: row}.
+
+    In a folder, in parts of PART pictures. The processes share the parts that are missing, and each writes one at a time,
+    so that memory is bounded and an interrupted run goes on where it was; then all are mapped into memory, not read.
+    Raises UserError for a cache of other pictures or networks, unless the run may --overwrite it.
+    """
+
+    @torch.no_grad()
+    def __init__(self, folder: str, job: Job, about: dict[str, str], make):
+        """about: what the rows depend on beside the pictures. make: pictures (B, 3, H, W) uint8, labels (B,) -> {name:
+        (B, ...)}."""
+        self.count, (rank, processes) = len(job.train), ranks()
+        about = {"format": "semtok-cache", "pictures": job.train.fingerprint()} | about
+        starts = range(0, self.count, PART)
+        paths = {start: os.path.join(folder, f"part-{start // PART:05d}.safetensors") for start in starts}
+        missing = [start for start in starts if not _is_part(paths[start], about, job.args.overwrite)][rank::processes]
+        wait_for_all()  # all have seen what is there before any adds to it
+
+        def batches():
+            for start in missing:
+                part = range(start, min(start + PART, self.count))
+                yield from ([(index, False) for index in part[at : at + 64]] for at in range(0, len(part), 64))
+
+        workers, own = job.workers if missing else 0, torch.Generator()  # not the global one, which initialises networks
+        loader = iter(DataLoader(Flipped(job.train), batch_sampler=batches(), num_workers=workers, generator=own))
+        for start in tqdm(missing, f"caching {folder}", unit=f"x{PART}", leave=False, disable=rank > 0):
+            rows, length = {}, min(PART, self.count - start)
+            for _ in range(0, length, 64):
+                pictures, labels = next(loader)
+                pictures = pictures.to(job.device)
+                made = make(torch.cat([pictures, pictures.flip(-1)]), labels.repeat(2))
+                for name, values in made.items():  # (2 B, ...) -> (B, 2, ...)
+                    rows.setdefault(name, []).append(values.cpu().unflatten(0, (2, -1)).transpose(0, 1))
+            write_tensors(paths[start], {name: torch.cat(parts) for name, parts in rows.items()}, about)
+        wait_for_all()
+        files = [TensorFiles(path) for path in paths.values()]
+        self.parts = [{name: file.get(name) for name in file.shapes} for file in files]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, item: tuple[int, bool]) -> dict[str, torch.Tensor]:
+        index, flip = item
+        return {name: rows[index % PART, int(flip)] for name, rows in self.parts[index // PART].items()}
+
+
+def _is_part(path: str, about: dict[str, str], overwrite: bool) -> bool:
+    """Whether a file is a whole part of this very cache; UserError when it is of another one that must be kept."""
+    try:
+        found = TensorFiles(path).metadata
+    except UserError:  # not there, or damaged
+        return False
+    changed = [name for name in about if found.get(name) != about[name]]
+    if changed and not overwrite:
+        raise UserError(
+            f"{os.path.dirname(path)} is stale, its {' and '.join(changed)} being others than now: make it again with "
+            "--overwrite, which starts the stage again, or delete the folder"
+        )
+    return not changed
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """What tells one network's weights from another's."""
+    found = hashlib.sha256()
+    for tensor in tensors.values():
+        found.update(tensor.detach().cpu().contiguous().numpy())
+    return found.hexdigest()[:16]
+
+
+class Featured(Dataset):
+    """Pictures with what a cache holds of them: item (index, flip) -> (picture, label, latents[, SigLIP features])."""
+
+    def __init__(self, pictures: Flipped, cache: Cache):
+        self.pictures, self.cache = pictures, cache
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, item: tuple[int, bool]) -> tuple:
+        rows = self.cache[item]
+        return *self.pictures[item], *(rows[name] for name in ("latents", "x_sig") if name in rows)
+
+
+def pictures_and_features(job: Job, vae: VAE, siglip: SigLIP) -> Dataset:
+    """The training pictures; with --cache each comes with its latents and SigLIP features out of OUT/features.
+
+    SigLIP features of the paper's size would fill 1 TB for ImageNet to save 2% of a step's FLOPs, where latents save 9%: a
+    cache above EXACT_CACHE bytes holds latents alone, in float16 (84 GB), which rounds them by up to 2^-11 = 0.05%, and
+    on CUDA by nothing, because they come out of a bfloat16 convolution. A smaller one is float32 and holds both.
+    """
+    pictures = Flipped(job.train)
+    if not job.args.cache:
+        return pictures
+    side = PRESETS[job.args.preset].image_size // vae.config.factor
+    numbers = vae.config.latent_channels * side**2 + siglip.config.width * siglip.config.grid**2  # of one picture
+    exact = 2 * 4 * numbers * len(job.train) <= EXACT_CACHE
+    networks = {"vae": vae, "siglip": siglip} if exact else {"vae": vae}
+
+    def make(batch, labels):
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=job.device.type == "cuda"):  # as in a step
+            signed = to_signed(batch)
+            if not exact:
+                return {"latents": vae.encode(signed).half()}
+            return {"latents": vae.encode(signed).float(), "x_sig": siglip(signed).float()}
+
+    about = {name: digest(network.state_dict()) for name, network in networks.items()}
+    return Featured(pictures, Cache(job.path("features"), job, about, make))
+
+
+class Tokens(Dataset):
+    """Tokenised pictures out of a cache: item (index, flip) -> (bits (K, d) bool, label)."""
+
+    def __init__(self, cache: Cache, shape: tuple[int, int]):
+        self.cache, self.shape = cache, shape
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def __getitem__(self, item: tuple[int, bool]) -> tuple[torch.Tensor, int]:
+        row = self.cache[item]
+        bits = np.unpackbits(row["bits"].numpy(), count=self.shape[0] * self.shape[1])
+        return torch.from_numpy(bits.reshape(self.shape)).bool(), int(row["labels"])
+
+
+def tokenise(tokenizer: SemTok, fingerprint: str, job: Job) -> Tokens:
+    """The tokens of every training picture and of its mirror image, their bits packed, in OUT/tokens. See Cache."""
+    def make(pictures, labels):
+        bits = codes_to_bits(tokenizer.encode(to_signed(pictures))).flatten(1)
+        return {"bits": torch.from_numpy(np.packbits(bits.cpu().numpy(), axis=1)), "labels": labels.int()}
+
+    cache = Cache(job.path("tokens"), job, {"tokenizer": fingerprint}, make)
+    return Tokens(cache, (tokenizer.config.tokens, tokenizer.config.bits))
+
+
+# -------------------------------------------------------------- the paper's stages: what each one feeds, loses and shows
+
+
+class Tokenizing(nn.Module):
+    """What stages I and II share: the tokenizer that they train, and SigLIP, frozen, to which it is aligned."""
+
+    averaged, stage = ("semtok.",), ""
+
+    def __init__(self, job: Job, semtok: SemTok | None = None):
+        """semtok: the one to go on with; by default a new one."""
+        super().__init__()
+        self.job = job
+        # Frozen networks stand in a dict, not among the submodules: never trained, averaged, saved or put in train mode.
+        self.frozen = {"siglip": job.network("siglip")}
+        self.semtok = semtok or job.new_tokenizer(self.frozen["siglip"])
+
+    def open_dataset(self) -> Dataset:
+        """What the loader reads, computed first when it is cached."""
+        return pictures_and_features(self.job, self.semtok.vae, self.frozen["siglip"])
+
+    @torch.no_grad()
+    def features(self, batch) -> tuple[torch.Tensor, ...]:
+        """A batch of the loader, (pictures, labels) or of Featured -> normalised latents (B, channels, h, w), SigLIP
+        features (B, C, g, g), pictures (B, 3, H, W) in [-1, 1]; what the cache does not hold is computed."""
+        pictures, _, *cached = batch
+        pictures, *cached = (part.to(self.job.device, non_blocking=True) for part in (pictures, *cached))
+        pictures, cached = to_signed(pictures), [rows.float() for rows in cached]
+        latents = cached[0] if cached else self.semtok.vae.encode(pictures)
+        return latents, cached[1] if len(cached) > 1 else self.frozen["siglip"](pictures), pictures
+
+    def together(self, parts: list[tuple]) -> list[tuple]:
+        """To the arguments of forward for each part of a step is added what the contrast needs: what `semtok.whole_batch`
+        makes of the SigLIP features of all parts of all ranks, with the part's first row in it."""
+        features = [part[1] for part in parts]
+        everyone, first = whole_batch(torch.cat(features))
+        return [(*part, (everyone, first + i * len(own))) for i, (part, own) in enumerate(zip(parts, features))]
+
+    def semantic_loss(self, out: dict) -> torch.Tensor:
+        """lambda_s L_sem of Eq. 6 and 7 from a step's `contrast` and `distill`. Either can be left out (Table 4): its weight
+        is then 0, and its value is still measured. Adds both weights to out, for the log."""
+        scale, args = self.job.recipe(self.stage).semantic, self.job.args
+        weights = {"contrast": 0.0 if args.no_contrast else scale, "distill": 0.0 if args.no_distill else scale}
+        out |= {f"{name}_weight": torch.full_like(out[name].detach(), weight) for name, weight in weights.items()}
+        return sum(weight * out[name] for name, weight in weights.items())
+
+    def validate(self) -> dict[str, float]:
+        """Fidelity on held-out pictures."""
+        pictures, _ = self.job.held_out(200)
+        return fidelity(self.reconstruct(pictures), pictures)
+
+    def export(self, figures: dict[str, float]) -> str:
+        """Write the tokenizer with everything that sample.py needs to know; returns its path."""
+        path, tensors, job = self.job.path(RESULTS[self.stage]), self.semtok.state_dict(), self.job
+        metadata = tokenizer_metadata(
+            self.semtok, stage=self.stage, preset=job.args.preset, classes=json.dumps(job.train.classes),
+            figures=json.dumps(figures), fingerprint=digest(tensors), settings=settings(job.args, self.stage),
+        )
+        write_tensors(path, tensors, metadata)
+        return path
+
+
+class Pretraining(Tokenizing):
+    """Stage I, Eq. 6: flow matching through the tokens, entropy of the codes, alignment with SigLIP."""
+
+    stage, players = "1", ()
+
+    def __init__(self, job: Job):
+        super().__init__(job)
+        self.semtok.decoder.mask_tokens.requires_grad_(False)  # they join in stage II
+
+    def inputs(self, batch, draws: Draws, step: int) -> tuple:
+        """A batch of the loader -> the arguments of forward."""
+        latents, x_sig, _ = self.features(batch)
+        return latents, x_sig, draws.normal(*latents.shape), draws.uniform(len(latents))  # t is uniform in [0, 1]
+
+    def forward(
+        self, latents: torch.Tensor, x_sig: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, batch=None
+    ) -> dict[str, torch.Tensor]:
+        """Normalised latents (B, channels, h, w), SigLIP features (B, C, g, g), noise like the latents, times t (B,) ->
+        losses and codes. For a part of a larger batch, `batch`: see `together`."""
+        out = self.semtok(latents, x_sig, noise, t, batch)
+        return out | {"loss": out["diff"] + QUANT * out["quant"] + self.semantic_loss(out)}  # Eq. 6
+
+    def reconstruct(self, pictures: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, 3, H, W) -> uint8, through the tokens and the 25-step sampler, with fixed noise."""
+        rng = torch.Generator(self.job.device).manual_seed(0)
+        def through(part):
+            return to_uint8(self.semtok.decode(self.semtok.sample(self.semtok.encode(to_signed(part)), generator=rng)))
+        return in_batches(through, pictures)
+
+    def preview(self) -> Image.Image:
+        """Held-out pictures over their 25-step samples."""
+        pictures, _ = self.job.held_out(10)
+        return picture_grid({"original": pictures, "stage 1: 25-step sample": self.reconstruct(pictures)})
+
+
+class Refining(Tokenizing):
+    """Stage II, Eq. 7: one step from mask tokens to the latent, judged in pixels; Eq. 6's other terms stay."""
+
+    stage, players = "2", ("discriminator.",)
+
+    def __init__(self, job: Job):
+        super().__init__(job, None if job.args.from_scratch else job.tokenizer("1")[0])
+        self.first_samples = None  # stage 1's row of the preview: drawn once, before anything moves
+        self.semtok.train().start_refiner()
+        self.semtok.vae.requires_grad_(False)
+        self.semtok.encoder.requires_grad_(not job.args.freeze_encoder)
+        self.semtok.decoder.x_embedder.requires_grad_(False)  # nothing noisy comes in any more
+        self.discriminator = Discriminator() if job.args.preset == "paper" else Discriminator(*TINY_DISCRIMINATOR)
+        self.register_buffer("real_mean", torch.zeros(()))
+        self.register_buffer("fake_mean", torch.zeros(()))
+        # Only now, when everything that is trained has been initialised alike, whichever terms are asked for.
+        self.perceptual = PERCEPTUAL_TERMS[job.args.perceptual or "both"]
+        self.frozen |= {name: job.network(name) for name in self.perceptual}
+        self.lecam_decay = 0.999 ** (1 / job.args.accumulate)  # of a pass: 0.999 a step
+        self.gan_start = job.recipe("2").gan_start
+
+    def inputs(self, batch, draws: Draws, step: int) -> tuple:
+        """A batch of the loader -> the arguments of forward."""
+        return *self.features(batch), step >= self.gan_start
+
+    def forward(
+        self, latents: torch.Tensor, x_sig: torch.Tensor, pictures: torch.Tensor, adversarial: bool, batch=None
+    ) -> dict[str, torch.Tensor]:
+        """Normalised latents (B, channels, h, w) and SigLIP features (B, C, g, g) of pictures (B, 3, H, W) in [-1, 1], and
+        whether the discriminator has joined -> losses and codes. For a part of a larger batch, `batch`: see `together`."""
+        out = self.semtok(latents, x_sig, batch=batch)
+        output = self.semtok.vae.decode(out.pop("latents")).float()  # (B, 3, H, W)
+        out["mse"] = F.mse_loss(output, pictures)
+        if "lpips" in self.perceptual:
+            out["lpips"] = self.frozen["lpips"](output, pictures).mean()
+        if "resnet" in self.perceptual:
+            with torch.no_grad():
+                wanted = self.frozen["resnet"](pictures)
+            out["resnet"] = F.mse_loss(self.frozen["resnet"](output).float(), wanted.float())  # of logits
+        loss = out["mse"] + self.job.recipe("2").perceptual * sum(out[name] for name in self.perceptual)
+        loss = loss + QUANT * out["quant"] + self.semantic_loss(out)
+        if adversarial:
+            loss = loss + self.adversarial_losses(pictures, output, out)
+        return out | {"loss": loss}
+
+    def adversarial_losses(self, real: torch.Tensor, output: torch.Tensor, out: dict) -> torch.Tensor:
+        """Hinge losses of both players in one graph; adds `gan`, `d_loss`, `d_real`, `d_fake` to out, returns their sum.
+
+        The generator is judged by a discriminator whose weights stand still, the discriminator sees detached
+        pictures, so one backward pass gives each player its own gradient.
+        """
+        self.discriminator.requires_grad_(False)
+        out["gan"] = -self.discriminator(output).float().mean()
+        self.discriminator.requires_grad_(True)
+        on_real, on_fake = self.discriminator(real).float(), self.discriminator(output.detach()).float()
+        for mean, logits in ((self.real_mean, on_real), (self.fake_mean, on_fake)):
+            mean.lerp_(mean_over_ranks(logits.detach().mean()), 1 - self.lecam_decay)
+        hinge = 0.5 * (F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean())
+        out["d_loss"] = hinge + LECAM * lecam(on_real, on_fake, self.real_mean, self.fake_mean)
+        out["d_real"], out["d_fake"] = on_real.mean().detach(), on_fake.mean().detach()
+        return GAN * out["gan"] + out["d_loss"]
+
+    def reconstruct(self, pictures: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, 3, H, W) -> uint8, through the tokens and the refiner's one step."""
+        def through(part):
+            return to_uint8(self.semtok.decode(self.semtok.refine(self.semtok.encode(to_signed(part)))))
+        return in_batches(through, pictures)
+
+    def preview(self) -> Image.Image:
+        """Held-out pictures over stage 1's samples (unless this run began without a stage 1) and the refiner's output."""
+        pictures, _ = self.job.held_out(10)
+        if self.job.args.from_scratch:
+            return picture_grid({"original": pictures, "stage 2 from scratch": self.reconstruct(pictures)})
+        if self.first_samples is None:
+            stage1, _ = load_semtok(self.job.path("stage1.safetensors"), self.job.device)
+            rng = torch.Generator(self.job.device).manual_seed(0)
+            codes = stage1.encode(to_signed(pictures))
+            self.first_samples = to_uint8(stage1.decode(stage1.sample(codes, generator=rng)))
+        rows = {"stage 1: 25-step sample": self.first_samples, "stage 2: refiner": self.reconstruct(pictures)}
+        return picture_grid({"original": pictures} | rows)
+
+
+class Generating(nn.Module):
+    """The masked AR transformer of section 3.3 on the tokens of stage II, which are computed first; next-token prediction
+    when it or its tokenizer is sequential (Table 5)."""
+
+    averaged, players = ("ar.",), ()
+
+    def __init__(self, job: Job):
+        super().__init__()
+        self.job = job
+        tokenizer, metadata = job.tokenizer("2")
+        self.frozen, self.fingerprint = {"tokenizer": tokenizer.requires_grad_(False)}, metadata["fingerprint"]
+        self.ar = MaskedAR(ar_config(job.args, tokenizer.config, len(job.train.classes)))
+
+    def open_dataset(self) -> Dataset:
+        """What the loader reads: tokens, computed first."""
+        return tokenise(self.frozen["tokenizer"], self.fingerprint, self.job)
+
+    def inputs(self, batch, draws: Draws, step: int) -> tuple:
+        """(bits, labels) of the loader -> the arguments of forward: classes dropped, masks drawn."""
+        bits, labels = (part.to(self.job.device, non_blocking=True) for part in batch)
+        labels = labels.masked_fill(draws.uniform(len(labels)) < 0.1, self.ar.config.classes)
+        return bits, labels, self.masks(bits, draws)
+
+    def masks(self, bits: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """Which tokens of bits (B, K, d) are to be predicted: (B, K) bool. In next-token prediction, all."""
+        if self.ar.config.causal:
+            return torch.ones_like(bits[..., 0])
+        return draw_masks(*bits.shape[:2], self.job.recipe("ar").least_masked, draws)
+
+    def together(self, parts: list[tuple]) -> list[tuple]:
+        """The arguments of forward for each part of a step, with the mean number of masked tokens over all of them."""
+        tokens = mean_over_ranks(torch.stack([masked.sum() for *_, masked in parts]).float().mean())
+        return [(*part, tokens) for part in parts]
+
+    def forward(
+        self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor, tokens: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """bits (B, K, d), labels (B,), masked (B, K), tokens () as in `MaskedAR.loss` -> losses."""
+        return self.ar.loss(bits, labels, masked, tokens=tokens)
+
+    def preview(self) -> Image.Image:
+        """One sample of each class (of the first 20)."""
+        tokenizer, config = self.frozen["tokenizer"], self.ar.config
+        labels = torch.arange(min(20, config.classes), device=self.job.device)
+        rng = torch.Generator(self.job.device).manual_seed(0)
+        bits = self.ar.generate(labels, cfg=self.guidance(), generator=rng)
+        pictures = to_uint8(tokenizer.decode(tokenizer.refine(bits_to_codes(bits, config.spherical))))
+        return picture_grid({"one sample of each class": pictures})
+
+    def guidance(self) -> float:
+        """The guidance scale that suits this size, linear schedule."""
+        return GUIDANCE[ar_size(self.job.args)]
+
+    def validate(self) -> dict[str, float]:
+        """Bits of held-out pictures' masked tokens: nats a bit, share guessed right."""
+        pictures, labels = self.job.held_out(500)
+        bits = codes_to_bits(in_batches(self.frozen["tokenizer"].encode, to_signed(pictures)))
+        losses = self.ar.loss(bits, labels, self.masks(bits, Draws(0, "validation", 0, self.job.device)))
+        return {"val_nll_per_bit": losses["nll"].item(), "val_bit_accuracy": losses["accuracy"].item()}
+
+    def export(self, figures: dict[str, float]) -> str:
+        """Write `ar.safetensors`; returns its path."""
+        path, job = self.job.path("ar.safetensors"), self.job
+        metadata = ar_metadata(
+            self.ar, classes=json.dumps(job.train.classes), tokenizer=self.fingerprint, preset=job.args.preset,
+            guidance=self.guidance(), figures=json.dumps(figures), settings=settings(job.args, "ar"),
+        )
+        write_tensors(path, self.ar.state_dict(), metadata)
+        return path
+
+
+def draw_masks(batch: int, tokens: int, least: float, draws: Draws) -> torch.Tensor:
+    """Random masks (B, K) bool, each of a ratio uniform in [least, 1.0] (section 4.1: least = 0.7), at least one token."""
+    ratio = least + (1 - least) * draws.uniform(batch, 1)
+    return draws.uniform(batch, tokens).argsort(-1).argsort(-1) < (ratio * tokens).ceil().clamp_min(1)
+
+
 def fidelity(outputs: torch.Tensor, pictures: torch.Tensor) -> dict[str, float]:
     """Mean PSNR (dB) and SSIM of uint8 pictures (N, 3, H, W) against the originals."""
     return {"psnr": fid.psnr(outputs, pictures).mean().item(), "ssim": fid.ssim(outputs, pictures).mean().item()}
@@ -583,6 +1065,9 @@ def fidelity(outputs: torch.Tensor, pictures: torch.Tensor) -> dict[str, float]:
 def in_batches(function, tensor: torch.Tensor, size: int = 64) -> torch.Tensor:
     """function applied to slices of a long tensor, joined again."""
     return torch.cat([function(part) for part in tensor.split(size)])
+
+
+# ---------------------------------------------------------------------------------------------------- stage 0: stand-ins
 
 
 class StandIns(nn.Module):
@@ -752,498 +1237,6 @@ def write_reference(folder: str, source) -> None:
             Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error}): free some space or choose another --out") from None
-
-
-class Cache(Dataset):
-    """What frozen networks make of every training picture and of its mirror image: item (index, flip) -> {name: row}.
-
-    In a folder, in parts of PART pictures. The processes share the parts that are missing, and each writes one at a time,
-    so that memory is bounded and an interrupted run goes on where it was; then all are mapped into memory, not read.
-    Raises UserError for a cache of other pictures or networks, unless the run may --overwrite it.
-    """
-
-    @torch.no_grad()
-    def __init__(self, folder: str, job: Job, about: dict[str, str], make):
-        """about: what the rows depend on beside the pictures. make: pictures (B, 3, H, W) uint8, labels (B,) -> {name:
-        (B, ...)}."""
-        self.count, (rank, processes) = len(job.train), ranks()
-        about = {"format": "semtok-cache", "pictures": job.train.fingerprint()} | about
-        starts = range(0, self.count, PART)
-        paths = {start: os.path.join(folder, f"part-{start // PART:05d}.safetensors") for start in starts}
-        missing = [start for start in starts if not _is_part(paths[start], about, job.args.overwrite)][rank::processes]
-        wait_for_all()  # all have seen what is there before any adds to it
-
-        def batches():
-            for start in missing:
-                part = range(start, min(start + PART, self.count))
-                yield from ([(index, False) for index in part[at : at + 64]] for at in range(0, len(part), 64))
-
-        workers, own = job.workers if missing else 0, torch.Generator()  # not the global one, which initialises networks
-        loader = iter(DataLoader(Flipped(job.train), batch_sampler=batches(), num_workers=workers, generator=own))
-        for start in tqdm(missing, f"caching {folder}", unit=f"x{PART}", leave=False, disable=rank > 0):
-            rows, length = {}, min(PART, self.count - start)
-            for _ in range(0, length, 64):
-                pictures, labels = next(loader)
-                pictures = pictures.to(job.device)
-                made = make(torch.cat([pictures, pictures.flip(-1)]), labels.repeat(2))
-                for name, values in made.items():  # (2 B, ...) -> (B, 2, ...)
-                    rows.setdefault(name, []).append(values.cpu().unflatten(0, (2, -1)).transpose(0, 1))
-            write_tensors(paths[start], {name: torch.cat(parts) for name, parts in rows.items()}, about)
-        wait_for_all()
-        files = [TensorFiles(path) for path in paths.values()]
-        self.parts = [{name: file.get(name) for name in file.shapes} for file in files]
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, item: tuple[int, bool]) -> dict[str, torch.Tensor]:
-        index, flip = item
-        return {name: rows[index % PART, int(flip)] for name, rows in self.parts[index // PART].items()}
-
-
-def _is_part(path: str, about: dict[str, str], overwrite: bool) -> bool:
-    """Whether a file is a whole part of this very cache; UserError when it is of another one that must be kept."""
-    try:
-        found = TensorFiles(path).metadata
-    except UserError:  # not there, or damaged
-        return False
-    changed = [name for name in about if found.get(name) != about[name]]
-    if changed and not overwrite:
-        raise UserError(
-            f"{os.path.dirname(path)} is stale, its {' and '.join(changed)} being others than now: make it again with "
-            "--overwrite, which starts the stage again, or delete the folder"
-        )
-    return not changed
-
-
-class Featured(Dataset):
-    """Pictures with what a cache holds of them: item (index, flip) -> (picture, label, latents[, SigLIP features])."""
-
-    def __init__(self, pictures: Flipped, cache: Cache):
-        self.pictures, self.cache = pictures, cache
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, item: tuple[int, bool]) -> tuple:
-        rows = self.cache[item]
-        return *self.pictures[item], *(rows[name] for name in ("latents", "x_sig") if name in rows)
-
-
-def pictures_and_features(job: Job, vae: VAE, siglip: SigLIP) -> Dataset:
-    """The training pictures; with --cache each comes with its latents and SigLIP features out of OUT/features.
-
-    SigLIP features of the paper's size would fill 1 TB for ImageNet to save 2% of a step's FLOPs, where latents save 9%: a
-    cache above EXACT_CACHE bytes holds latents alone, in float16 (84 GB), which rounds them by up to 2^-11 = 0.05%, and
-    on CUDA by nothing, because they come out of a bfloat16 convolution. A smaller one is float32 and holds both.
-    """
-    pictures = Flipped(job.train)
-    if not job.args.cache:
-        return pictures
-    side = PRESETS[job.args.preset].image_size // vae.config.factor
-    numbers = vae.config.latent_channels * side**2 + siglip.config.width * siglip.config.grid**2  # of one picture
-    exact = 2 * 4 * numbers * len(job.train) <= EXACT_CACHE
-    networks = {"vae": vae, "siglip": siglip} if exact else {"vae": vae}
-
-    def make(batch, labels):
-        with torch.autocast(job.device.type, torch.bfloat16, enabled=job.device.type == "cuda"):  # as in a step
-            signed = to_signed(batch)
-            if not exact:
-                return {"latents": vae.encode(signed).half()}
-            return {"latents": vae.encode(signed).float(), "x_sig": siglip(signed).float()}
-
-    about = {name: digest(network.state_dict()) for name, network in networks.items()}
-    return Featured(pictures, Cache(job.path("features"), job, about, make))
-
-
-@torch.no_grad()
-def frozen_features(batch, vae: VAE, siglip: SigLIP, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """A batch of the loader, (pictures, labels) or of Featured -> pictures (B, 3, H, W) in [-1, 1], normalised latents
-    (B, channels, h, w), SigLIP features (B, C, g, g); what the cache does not hold is computed."""
-    pictures, _, *cached = batch
-    pictures, *cached = (part.to(device, non_blocking=True) for part in (pictures, *cached))
-    pictures, cached = to_signed(pictures), [rows.float() for rows in cached]
-    latents = cached[0] if cached else vae.encode(pictures)
-    return pictures, latents, cached[1] if len(cached) > 1 else siglip(pictures)
-
-
-class Pretraining(nn.Module):
-    """Stage I, Eq. 6: flow matching through the tokens, entropy of the codes, alignment with SigLIP."""
-
-    averaged, players = ("semtok.",), ()
-
-    def __init__(self, job: Job):
-        super().__init__()
-        self.job = job
-        # Frozen networks stand in a dict, not among the submodules: never trained, averaged, saved or put in train mode.
-        self.frozen = {"siglip": job.network("siglip")}
-        self.semtok = job.new_tokenizer(self.frozen["siglip"])
-        self.semtok.decoder.mask_tokens.requires_grad_(False)  # they join in stage II
-
-    def open_dataset(self) -> Dataset:
-        """What the loader reads, computed first when it is cached."""
-        return pictures_and_features(self.job, self.semtok.vae, self.frozen["siglip"])
-
-    def inputs(self, batch, draws: Draws, step: int) -> tuple:
-        """A batch of the loader -> the arguments of forward."""
-        _, latents, x_sig = frozen_features(batch, self.semtok.vae, self.frozen["siglip"], self.job.device)
-        return latents, x_sig, draws.normal(*latents.shape), draws.uniform(len(latents))  # t is uniform in [0, 1]
-
-    def together(self, parts: list[tuple]) -> list[tuple]:
-        """The arguments of forward for each part of a step, with the contrast's negatives out of all of them."""
-        return with_negatives(parts, 1)
-
-    def forward(
-        self, latents: torch.Tensor, x_sig: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, batch=None
-    ) -> dict[str, torch.Tensor]:
-        """Normalised latents (B, channels, h, w), SigLIP features (B, C, g, g), noise like the latents, times t (B,) ->
-        losses and codes. For a part of a larger batch, `batch`: see `with_negatives`."""
-        out = self.semtok(latents, x_sig, noise, t, batch)
-        return out | {"loss": out["diff"] + QUANT * out["quant"] + semantic_loss(out, "1", self.job)}  # Eq. 6
-
-    def reconstruct(self, pictures: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, 3, H, W) -> uint8, through the tokens and the 25-step sampler, with fixed noise."""
-        rng = torch.Generator(self.job.device).manual_seed(0)
-        def through(part):
-            return to_uint8(self.semtok.decode(self.semtok.sample(self.semtok.encode(to_signed(part)), generator=rng)))
-        return in_batches(through, pictures)
-
-    def preview(self) -> Image.Image:
-        """Held-out pictures over their 25-step samples."""
-        pictures, _ = self.job.held_out(10)
-        return picture_grid({"original": pictures, "stage 1: 25-step sample": self.reconstruct(pictures)})
-
-    def validate(self) -> dict[str, float]:
-        """Fidelity on held-out pictures."""
-        pictures, _ = self.job.held_out(200)
-        return fidelity(self.reconstruct(pictures), pictures)
-
-    def export(self, figures: dict[str, float]) -> str:
-        """Write `stage1.safetensors`; returns its path."""
-        return export_tokenizer(self.semtok, self.job, "1", figures)
-
-
-class Refining(nn.Module):
-    """Stage II, Eq. 7: one step from mask tokens to the latent, judged in pixels; Eq. 6's other terms stay."""
-
-    averaged, players = ("semtok.",), ("discriminator.",)
-
-    def __init__(self, job: Job):
-        super().__init__()
-        self.job = job
-        if not job.args.from_scratch:
-            self.semtok, _ = job.tokenizer("1")
-        self.frozen = {"siglip": job.network("siglip")}
-        if job.args.from_scratch:
-            self.semtok = job.new_tokenizer(self.frozen["siglip"])
-        self.first_samples = None  # stage 1's row of the preview: drawn once, before anything moves
-        self.semtok.train().start_refiner()
-        self.semtok.vae.requires_grad_(False)
-        self.semtok.encoder.requires_grad_(not job.args.freeze_encoder)
-        self.semtok.decoder.x_embedder.requires_grad_(False)  # nothing noisy comes in any more
-        self.discriminator = Discriminator() if job.args.preset == "paper" else Discriminator(*TINY_DISCRIMINATOR)
-        self.register_buffer("real_mean", torch.zeros(()))
-        self.register_buffer("fake_mean", torch.zeros(()))
-        # Only now, when everything that is trained has been initialised alike, whichever terms are asked for.
-        self.perceptual = PERCEPTUAL_TERMS[job.args.perceptual or "both"]
-        self.frozen |= {name: job.network(name) for name in self.perceptual}
-        self.lecam_decay = 0.999 ** (1 / job.args.accumulate)  # of a pass: 0.999 a step
-        self.gan_start = job.recipe("2").gan_start
-
-    def open_dataset(self) -> Dataset:
-        """As in stage I."""
-        return pictures_and_features(self.job, self.semtok.vae, self.frozen["siglip"])
-
-    def inputs(self, batch, draws: Draws, step: int) -> tuple:
-        """A batch of the loader -> the arguments of forward."""
-        return *frozen_features(batch, self.semtok.vae, self.frozen["siglip"], self.job.device), step >= self.gan_start
-
-    def together(self, parts: list[tuple]) -> list[tuple]:
-        """The arguments of forward for each part of a step, with the contrast's negatives out of all of them."""
-        return with_negatives(parts, 2)
-
-    def forward(
-        self, pictures: torch.Tensor, latents: torch.Tensor, x_sig: torch.Tensor, adversarial: bool, batch=None
-    ) -> dict[str, torch.Tensor]:
-        """pictures (B, 3, H, W) in [-1, 1], their normalised latents (B, channels, h, w) and SigLIP features (B, C, g, g);
-        whether the discriminator has joined -> losses and codes. For a part of a larger batch, `batch`: see
-        `with_negatives`."""
-        out = self.semtok(latents, x_sig, batch=batch)
-        output = self.semtok.vae.decode(out.pop("latents")).float()  # (B, 3, H, W)
-        out["mse"] = F.mse_loss(output, pictures)
-        if "lpips" in self.perceptual:
-            out["lpips"] = self.frozen["lpips"](output, pictures).mean()
-        if "resnet" in self.perceptual:
-            with torch.no_grad():
-                wanted = self.frozen["resnet"](pictures)
-            out["resnet"] = F.mse_loss(self.frozen["resnet"](output).float(), wanted.float())  # of logits
-        loss = out["mse"] + self.job.recipe("2").perceptual * sum(out[name] for name in self.perceptual)
-        loss = loss + QUANT * out["quant"] + semantic_loss(out, "2", self.job)
-        if adversarial:
-            loss = loss + self.adversarial_losses(pictures, output, out)
-        return out | {"loss": loss}
-
-    def adversarial_losses(self, real: torch.Tensor, output: torch.Tensor, out: dict) -> torch.Tensor:
-        """Hinge losses of both players in one graph; adds `gan`, `d_loss`, `d_real`, `d_fake` to out, returns their sum.
-
-        The generator is judged by a discriminator whose weights stand still, the discriminator sees detached
-        pictures, so one backward pass gives each player its own gradient.
-        """
-        self.discriminator.requires_grad_(False)
-        out["gan"] = -self.discriminator(output).float().mean()
-        self.discriminator.requires_grad_(True)
-        on_real, on_fake = self.discriminator(real).float(), self.discriminator(output.detach()).float()
-        for mean, logits in ((self.real_mean, on_real), (self.fake_mean, on_fake)):
-            mean.lerp_(mean_over_ranks(logits.detach().mean()), 1 - self.lecam_decay)
-        hinge = 0.5 * (F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean())
-        out["d_loss"] = hinge + LECAM * lecam(on_real, on_fake, self.real_mean, self.fake_mean)
-        out["d_real"], out["d_fake"] = on_real.mean().detach(), on_fake.mean().detach()
-        return GAN * out["gan"] + out["d_loss"]
-
-    def reconstruct(self, pictures: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, 3, H, W) -> uint8, through the tokens and the refiner's one step."""
-        return in_batches(lambda p: to_uint8(self.semtok.decode(self.semtok.refine(self.semtok.encode(to_signed(p))))), pictures)
-
-    def preview(self) -> Image.Image:
-        """Held-out pictures over stage 1's samples (unless this run began without a stage 1) and the refiner's output."""
-        pictures, _ = self.job.held_out(10)
-        if self.job.args.from_scratch:
-            return picture_grid({"original": pictures, "stage 2 from scratch": self.reconstruct(pictures)})
-        if self.first_samples is None:
-            stage1, _ = load_semtok(self.job.path("stage1.safetensors"), self.job.device)
-            rng = torch.Generator(self.job.device).manual_seed(0)
-            codes = stage1.encode(to_signed(pictures))
-            self.first_samples = to_uint8(stage1.decode(stage1.sample(codes, generator=rng)))
-        rows = {"stage 1: 25-step sample": self.first_samples, "stage 2: refiner": self.reconstruct(pictures)}
-        return picture_grid({"original": pictures} | rows)
-
-    def validate(self) -> dict[str, float]:
-        """Fidelity on held-out pictures."""
-        pictures, _ = self.job.held_out(200)
-        return fidelity(self.reconstruct(pictures), pictures)
-
-    def export(self, figures: dict[str, float]) -> str:
-        """Write `stage2.safetensors`; returns its path."""
-        return export_tokenizer(self.semtok, self.job, "2", figures)
-
-
-def semantic_loss(out: dict, stage: str, job: Job) -> torch.Tensor:
-    """lambda_s L_sem of Eq. 6 and 7 from a step's `contrast` and `distill`. Either can be left out (Table 4): its weight is
-    then 0, and its value is still measured. Adds both weights to out, for the log."""
-    scale = job.recipe(stage).semantic
-    weights = {"contrast": 0.0 if job.args.no_contrast else scale, "distill": 0.0 if job.args.no_distill else scale}
-    out |= {f"{name}_weight": torch.full_like(out[name].detach(), weight) for name, weight in weights.items()}
-    return sum(weight * out[name] for name, weight in weights.items())
-
-
-class Generating(nn.Module):
-    """The masked AR transformer of section 3.3 on the tokens of stage II, which are computed first; next-token prediction
-    when it or its tokenizer is sequential (Table 5)."""
-
-    averaged, players = ("ar.",), ()
-
-    def __init__(self, job: Job):
-        super().__init__()
-        self.job = job
-        tokenizer, metadata = job.tokenizer("2")
-        self.frozen, self.fingerprint = {"tokenizer": tokenizer.requires_grad_(False)}, metadata["fingerprint"]
-        self.ar = MaskedAR(ar_config(job.args, tokenizer.config, len(job.train.classes)))
-
-    def open_dataset(self) -> Dataset:
-        """What the loader reads: tokens, computed first."""
-        return tokenise(self.frozen["tokenizer"], self.fingerprint, self.job)
-
-    def inputs(self, batch, draws: Draws, step: int) -> tuple:
-        """(bits, labels) of the loader -> the arguments of forward: classes dropped, masks drawn."""
-        bits, labels = (part.to(self.job.device, non_blocking=True) for part in batch)
-        labels = labels.masked_fill(draws.uniform(len(labels)) < 0.1, self.ar.config.classes)
-        return bits, labels, self.masks(bits, draws)
-
-    def masks(self, bits: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """Which tokens of bits (B, K, d) are to be predicted: (B, K) bool. In next-token prediction, all."""
-        if self.ar.config.causal:
-            return torch.ones_like(bits[..., 0])
-        return draw_masks(*bits.shape[:2], self.job.recipe("ar").least_masked, draws)
-
-    def together(self, parts: list[tuple]) -> list[tuple]:
-        """The arguments of forward for each part of a step, with the mean number of masked tokens over all of them."""
-        tokens = mean_over_ranks(torch.stack([masked.sum() for *_, masked in parts]).float().mean())
-        return [(*part, tokens) for part in parts]
-
-    def forward(
-        self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor, tokens: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
-        """bits (B, K, d), labels (B,), masked (B, K), tokens () as in `MaskedAR.loss` -> losses."""
-        return self.ar.loss(bits, labels, masked, tokens=tokens)
-
-    def preview(self) -> Image.Image:
-        """One sample of each class (of the first 20)."""
-        tokenizer, config = self.frozen["tokenizer"], self.ar.config
-        labels = torch.arange(min(20, config.classes), device=self.job.device)
-        rng = torch.Generator(self.job.device).manual_seed(0)
-        bits = self.ar.generate(labels, cfg=self.guidance(), generator=rng)
-        pictures = to_uint8(tokenizer.decode(tokenizer.refine(bits_to_codes(bits, config.spherical))))
-        return picture_grid({"one sample of each class": pictures})
-
-    def guidance(self) -> float:
-        """The guidance scale that suits this size, linear schedule."""
-        return GUIDANCE[ar_size(self.job.args)]
-
-    def validate(self) -> dict[str, float]:
-        """Bits of held-out pictures' masked tokens: nats a bit, share guessed right."""
-        pictures, labels = self.job.held_out(500)
-        bits = codes_to_bits(in_batches(self.frozen["tokenizer"].encode, to_signed(pictures)))
-        losses = self.ar.loss(bits, labels, self.masks(bits, Draws(0, "validation", 0, self.job.device)))
-        return {"val_nll_per_bit": losses["nll"].item(), "val_bit_accuracy": losses["accuracy"].item()}
-
-    def export(self, figures: dict[str, float]) -> str:
-        """Write `ar.safetensors`; returns its path."""
-        path, job = self.job.path("ar.safetensors"), self.job
-        metadata = ar_metadata(
-            self.ar, classes=json.dumps(job.train.classes), tokenizer=self.fingerprint, preset=job.args.preset,
-            guidance=self.guidance(), figures=json.dumps(figures), settings=settings(job.args, "ar"),
-        )
-        write_tensors(path, self.ar.state_dict(), metadata)
-        return path
-
-
-def tokenizer_config(args: argparse.Namespace) -> SemTokConfig:
-    """The sizes of a new tokenizer: the preset's, changed by --bits, --quantizer and --order."""
-    config = PRESETS[args.preset]
-    return replace(
-        config, bits=args.bits or config.bits, quantizer=args.quantizer or config.quantizer, causal=args.order == "raster"
-    )
-
-
-def ar_size(args: argparse.Namespace) -> str:
-    """The transformer's size, by name: the tiny preset has one, the paper three."""
-    return "tiny" if args.preset == "tiny" else args.ar_size or "L"
-
-
-def ar_config(args: argparse.Namespace, tokens: SemTokConfig, classes: int = 1000) -> ARConfig:
-    """The sizes of a transformer on a tokenizer's tokens, changed by --ar-size, --bit-groups and --order, which is by
-    default the tokenizer's own. Raises UserError for groups that its bits cannot form."""
-    bits, groups = tokens.bits, args.bit_groups or tokens.bits
-    if bits % groups or bits // groups > LARGEST_GROUP:
-        fits = [str(n) for n in range(1, bits + 1) if bits % n == 0 and bits // n <= LARGEST_GROUP]
-        raise UserError(
-            f"--bit-groups {groups} does not cut the tokenizer's {bits} bits into equal groups of at most {LARGEST_GROUP}, "
-            f"which a softmax can still hold: choose {', '.join(fits)}"
-        )
-    return replace(
-        AR_PRESETS[ar_size(args)], tokens=tokens.tokens, bits=bits, classes=classes, group_bits=bits // groups,
-        spherical=tokens.quantizer == "bsq", causal=tokens.causal if args.order is None else args.order == "raster",
-    )
-
-
-def with_negatives(parts: list[tuple], place: int) -> list[tuple]:
-    """To the arguments of each part of a step, SigLIP's features (B, C, g, g) at one place of them, is added what the
-    contrast needs: what `semtok.whole_batch` makes of all parts of all ranks, with the part's first row in it."""
-    features = [part[place] for part in parts]
-    everyone, first = whole_batch(torch.cat(features))
-    return [(*part, (everyone, first + i * len(own))) for i, (part, own) in enumerate(zip(parts, features))]
-
-
-def draw_masks(batch: int, tokens: int, least: float, draws: Draws) -> torch.Tensor:
-    """Random masks (B, K) bool, each of a ratio uniform in [least, 1.0] (section 4.1: least = 0.7), at least one token."""
-    ratio = least + (1 - least) * draws.uniform(batch, 1)
-    return draws.uniform(batch, tokens).argsort(-1).argsort(-1) < (ratio * tokens).ceil().clamp_min(1)
-
-
-class Tokens(Dataset):
-    """Tokenised pictures out of a cache: item (index, flip) -> (bits (K, d) bool, label)."""
-
-    def __init__(self, cache: Cache, shape: tuple[int, int]):
-        self.cache, self.shape = cache, shape
-
-    def __len__(self) -> int:
-        return len(self.cache)
-
-    def __getitem__(self, item: tuple[int, bool]) -> tuple[torch.Tensor, int]:
-        row = self.cache[item]
-        bits = np.unpackbits(row["bits"].numpy(), count=self.shape[0] * self.shape[1])
-        return torch.from_numpy(bits.reshape(self.shape)).bool(), int(row["labels"])
-
-
-def tokenise(tokenizer: SemTok, fingerprint: str, job: Job) -> Tokens:
-    """The tokens of every training picture and of its mirror image, their bits packed, in OUT/tokens. See Cache."""
-    def make(pictures, labels):
-        bits = codes_to_bits(tokenizer.encode(to_signed(pictures))).flatten(1)
-        return {"bits": torch.from_numpy(np.packbits(bits.cpu().numpy(), axis=1)), "labels": labels.int()}
-
-    cache = Cache(job.path("tokens"), job, {"tokenizer": fingerprint}, make)
-    return Tokens(cache, (tokenizer.config.tokens, tokenizer.config.bits))
-
-
-def export_tokenizer(model: SemTok, job: Job, stage: str, figures: dict[str, float]) -> str:
-    """Write a tokenizer with everything that sample.py needs to know; returns the path."""
-    path, tensors = job.path(f"stage{stage}.safetensors"), model.state_dict()
-    metadata = tokenizer_metadata(
-        model, stage=stage, preset=job.args.preset, classes=json.dumps(job.train.classes), figures=json.dumps(figures),
-        fingerprint=digest(tensors), settings=settings(job.args, stage),
-    )
-    write_tensors(path, tensors, metadata)
-    return path
-
-
-def digest(tensors: dict[str, torch.Tensor]) -> str:
-    """What tells one network's weights from another's."""
-    found = hashlib.sha256()
-    for tensor in tensors.values():
-        found.update(tensor.detach().cpu().contiguous().numpy())
-    return found.hexdigest()[:16]
-
-
-def need(path: str, stage: str, job: Job) -> str:
-    """path, if the earlier stage has made it; else a UserError that says which command does."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path} is missing: make it first with {command(job.args, stage)}")
-    return path
-
-
-def command(args: argparse.Namespace, stage: str) -> str:
-    """The command line that runs another stage of the same run."""
-    parts = [f"python train.py --stage {stage}"]
-    if args.preset != "tiny":
-        parts.append(f"--preset {args.preset}")
-    if args.data:
-        parts.append(f"--data {args.data}")
-    if args.out != os.path.join("runs", args.preset):
-        parts.append(f"--out {args.out}")
-    return " ".join(parts + flags(json.loads(settings(args, stage))))
-
-
-def asked_for(args: argparse.Namespace) -> list[str]:
-    """The stages of --stage, in order; with --from-scratch there is no stage 1."""
-    if args.stage != "all":
-        return [args.stage]
-    return ["2", "ar"] if args.from_scratch else ["1", "2", "ar"]
-
-
-def belongs(args: argparse.Namespace, name: str, stage: str) -> bool:
-    """Whether a flag of BELONGS changes a stage: what makes a tokenizer belongs to stage 1, or to a stage 2 without it."""
-    return stage in BELONGS[name] or (stage == "2" and bool(args.from_scratch) and "1" in BELONGS[name])
-
-
-def settings(args: argparse.Namespace, stage: str) -> str:
-    """The flags of BELONGS that were given and change a stage, as JSON: what its checkpoints say of how they were made."""
-    given = {name: getattr(args, name) for name in BELONGS if belongs(args, name, stage) and name != "cache"}
-    return json.dumps({name: value for name, value in given.items() if value not in (None, False)})
-
-
-def flags(given: dict) -> list[str]:
-    """Settings as they stand on the command line."""
-    return [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in given.items()]
-
-
-def check_settings(path: str, args: argparse.Namespace, stage: str) -> None:
-    """Raises UserError when a file of a stage, its result or a state, was made with other flags than this run's."""
-    before = TensorFiles(path).metadata.get("settings", "{}")
-    if before != settings(args, stage):
-        then, now = (" ".join(flags(json.loads(text))) or "no flag of the kind" for text in (before, settings(args, stage)))
-        raise UserError(
-            f"{path} was made with {then}, and this run has {now}: give the same flags, or another --out, or --overwrite"
-        )
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
@@ -1845,11 +1838,12 @@ def networks(stage: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
             "ResNet": (stage.resnet,),
         }
     semtok = stage.frozen["tokenizer"] if isinstance(stage, Generating) else stage.semtok
-    found = {"VAE encoder": (semtok.vae.encoder,)} | {"SigLIP": (stage.frozen[name],) for name in stage.frozen if name == "siglip"}
-    found |= {"encoder": (semtok.encoder,), "alignment": (semtok.w_x, semtok.w_z), "decoder": (semtok.decoder,)}
-    found["VAE decoder"] = (semtok.vae.decoder,)
-    names = {"lpips": "LPIPS' VGG16", "resnet": "ResNet-50"}
-    found |= {names[name]: (stage.frozen[name],) for name in names if name in stage.frozen}
+    found = {
+        "VAE encoder": (semtok.vae.encoder,), "encoder": (semtok.encoder,), "alignment": (semtok.w_x, semtok.w_z),
+        "decoder": (semtok.decoder,), "VAE decoder": (semtok.vae.decoder,),
+    }
+    names = {"siglip": "SigLIP", "lpips": "LPIPS' VGG16", "resnet": "ResNet-50"}
+    found |= {names[name]: (network,) for name, network in stage.frozen.items() if name in names}
     if isinstance(stage, Refining):
         found["discriminator"] = (stage.discriminator,)
     if isinstance(stage, Generating):
@@ -2276,4 +2270,5 @@ def command_line(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: outside the loop either ends the run at once
     sys.exit(command_line())

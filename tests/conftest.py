@@ -2,11 +2,12 @@
 
 import os
 
-import pytest
-import torch
-
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers are the parallelism
+    os.environ["OMP_NUM_THREADS"] = "1"  # the workers are the parallelism: for torch below and for what the tests start
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the reference libraries only ever see files that a test has written
 
 

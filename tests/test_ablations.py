@@ -46,10 +46,10 @@ def make_stage(world, stage, *flags, out=None):
 def one_step(stage, pictures):
     """Losses of one forward pass, the same for the same weights, and their gradients by parameter."""
     batch = (pictures.pictures[:8], None)
-    features = train.frozen_features(batch, stage.semtok.vae, stage.frozen["siglip"], torch.device("cpu"))
+    latents, x_sig, shown = stage.features(batch)
     rng = torch.Generator().manual_seed(1)
-    noise, t = torch.randn(features[1].shape, generator=rng), torch.rand(8, generator=rng)
-    out = stage(*features[1:], noise, t) if isinstance(stage, train.Pretraining) else stage(*features, False)
+    noise, t = torch.randn(latents.shape, generator=rng), torch.rand(8, generator=rng)
+    out = stage(latents, x_sig, *((noise, t) if isinstance(stage, train.Pretraining) else (shown, False)))
     out["loss"].backward()
     return out, {name: p.grad for name, p in stage.named_parameters() if p.grad is not None}
 
@@ -462,7 +462,7 @@ def test_cached_features_are_those_of_the_step(world, tmp_path, small_parts):
     assert len(dataset) == 27 and len(list((tmp_path / "run" / "features").iterdir())) == 3
     items = [(0, False), (0, True), (13, True), (26, False)]
     loaded = [torch.utils.data.default_collate([d[item] for item in items]) for d in (dataset, plain.open_dataset())]
-    parts = [train.frozen_features(batch, s.semtok.vae, s.frozen["siglip"], torch.device("cpu")) for batch, s in zip(loaded, (stage, plain))]
+    parts = [one.features(batch) for batch, one in zip(loaded, (stage, plain))]
     for cached, computed in zip(*parts):
         assert cached.dtype == torch.float32 and torch.allclose(cached, computed, atol=1e-5)
     assert [rows.shape for rows in dataset[0, True][2:]] == [(8, 8, 8), (64, 4, 4)]

@@ -261,6 +261,18 @@ def test_stopping_saves_and_resuming_ends_in_the_same_bytes(finished, pictures, 
     assert logs[0] == logs[1]
 
 
+def test_a_signal_before_the_first_step_is_one_sentence(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--stage", "1", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    seen = ""
+    while "drawing" not in seen and process.poll() is None:
+        seen += process.stderr.read(1)
+    process.send_signal(signal.SIGTERM)
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == 130 and rest.count("train.py: interrupted") == 1 and "Traceback" not in rest, rest
+    assert os.listdir(tmp_path / "run") == []
+
+
 def same_tensors(one, other):
     """Bit for bit, metadata too (safetensors writes that in any order)."""
     one, other = semtok.TensorFiles(str(one)), semtok.TensorFiles(str(other))
