@@ -206,10 +206,12 @@ class MaskedAR(nn.Module):
         """Eq. 8: fill K masked tokens in `steps` steps; after each, yields bits (B, K, d) bool and masked (B, K) bool.
 
         labels (B,) int64. steps: by default config.steps. cfg: the guidance scale at its maximum. cfg_schedule: "linear" in
-        the share predicted so far, or "constant". top_p: see `sample_groups`. order: "random" per picture, or "confidence" (Table 14): the tokens
-        whose drawn bits are surest. generator: on the labels' device. A causal model fills one token a step from left to
-        right; ValueError for other steps or "confidence".
+        the share predicted so far, or "constant". top_p: see `sample_groups`. order: "random" per picture, or "confidence"
+        (Table 14): the tokens whose drawn bits are surest. generator: on the labels' device. A causal model fills one token
+        a step from left to right. Raises ValueError for another order, and in a causal model for other steps or "confidence".
         """
+        if order not in ("random", "confidence"):
+            raise ValueError(f"order {order!r} is neither random nor confidence")
         config, batch, device = self.config, len(labels), labels.device
         bits = torch.zeros(batch, config.tokens, config.bits, dtype=torch.bool, device=device)
         masked = torch.ones(batch, config.tokens, dtype=torch.bool, device=device)

@@ -1783,6 +1783,15 @@ def missing_files(args: argparse.Namespace, stage: str) -> list[str]:
     result = os.path.join(args.out, RESULTS[earlier]) if earlier else args.out
     if earlier and not os.path.isfile(result):
         sentences.append(f"{result} is missing: make it first with {command(args, earlier)}")
+    if not tiny and not os.path.isdir(args.data or ""):
+        state = f"{args.data} is no folder" if args.data else "is not given"
+        sentences.append(
+            f"--data {state} (ImageNet-1k's training pictures, a folder for each class): get 138 GiB (sign in and accept the "
+            "terms first)\n    from https://image-net.org/download.php, unpack them with\n"
+            "    mkdir -p imagenet/train && tar -xf ILSVRC2012_img_train.tar -C imagenet/train && (cd imagenet/train &&\n"
+            '    for file in *.tar; do mkdir "${file%.tar}" && tar -xf "$file" -C "${file%.tar}" && rm "$file"; done)\n'
+            "  and add --data imagenet/train"
+        )
     return sentences
 
 
@@ -2018,14 +2027,6 @@ def plan(args: argparse.Namespace) -> str:
     else:
         lines.append(f"  at {CPU_UTILISATION:.0%} of the {CPU_PEAK / 1e9:.0f} GFLOP/s that they reach on large products: the right order, not more")
     missing = missing_files(args, name)
-    if paper and not os.path.isdir(args.data or ""):
-        missing.append(
-            f"--data {args.data + ' is no folder' if args.data else 'is not given'} (ImageNet-1k's training pictures, a folder for each "
-            "class): get 138 GiB (sign in and accept the terms first)\n    from https://image-net.org/download.php, unpack them with\n"
-            "    mkdir -p imagenet/train && tar -xf ILSVRC2012_img_train.tar -C imagenet/train && (cd imagenet/train &&\n"
-            '    for file in *.tar; do mkdir "${file%.tar}" && tar -xf "$file" -C "${file%.tar}" && rm "$file"; done)\n'
-            "  and add --data imagenet/train"
-        )
     return "\n".join([*lines, "", f"missing files: {len(missing) or 'none'}", *(f"- {sentence}" for sentence in missing)])
 
 
@@ -2055,7 +2056,7 @@ then: python sample.py --class 1""",
     add = parser.add_argument
     add("--stage", required=True, choices=[*STAGES, "all"], help="what to train, see below")
     add("--preset", default="tiny", choices=list(RECIPES), help="sizes and recipe; tiny (default) is the paper's system in small")
-    add("--data", metavar="FOLDER", help="pictures in class subfolders; default: built-in drawn shapes (tiny)")
+    add("--data", metavar="FOLDER", help="pictures in class subfolders; the tiny preset draws shapes when there is none")
     add("--out", metavar="FOLDER", help="the run's folder (default: runs/PRESET)")
     add("--steps", type=_positive(int), help="optimiser steps instead of the recipe's; warm-up and GAN start keep their share")
     add("--batch-size", type=_positive(int), help="pictures per step over all ranks")
@@ -2168,18 +2169,17 @@ def main(arguments: list[str] | None = None) -> None:
     if ranks()[0] == 0:  # a read-only folder is found out before the work, not after
         write_text(os.path.join(args.out, ".writable"), "")
         os.remove(os.path.join(args.out, ".writable"))
+    wanted = asked_for(args)
+    if args.preset == "paper" and (missing := missing_files(args, wanted[0])):
+        raise UserError("; ".join(" ".join(text.split()) for text in missing))
     size = PRESETS[args.preset].image_size
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # until the processes below have forked: a forked pool of threads would hang
     train, val = (open_pictures(args.data, split, args.seed, size, args.workers) for split in ("train", "val"))
     job = Job(args, device, train, val)
-    wanted = asked_for(args)
     begins = wanted[0] == ("2" if args.from_scratch else "1")
     if begins and args.preset == "tiny" and not all(os.path.exists(path) for path in job.weights.values()):
         wanted = ["0"] + wanted
-
-    if args.preset == "paper" and (missing := missing_files(args, wanted[0])):
-        raise UserError("; ".join(" ".join(text.split()) for text in missing))
 
     def work() -> None:
         for stage in wanted:

@@ -295,9 +295,11 @@ def test_schedule_fills_every_position_once(tokens, steps):
         assert left <= max(wanted, 0) or count == 1  # the cosine, except where a step must fill at least one
 
 
-def test_schedule_rejects_no_steps():
+def test_schedule_rejects_no_steps_and_unknown_orders():
     with pytest.raises(ValueError, match="at least 1"):
         ar.fill_counts(16, 0)
+    with pytest.raises(ValueError, match="'raster' is neither random nor confidence"):
+        ar.MaskedAR(ar.AR_PRESETS["tiny"]).generate(torch.tensor([1]), order="raster")
 
 
 def test_guidance_schedule():

@@ -215,6 +215,13 @@ def test_missing_files_come_with_their_commands():
     assert [word for word in ("vae", "siglip", "vgg16") if f"standins/{word}" in printed("--stage 1")] == ["vae", "siglip"]
 
 
+def test_missing_files_are_named_before_pictures_are_read(tmp_path, capsys):
+    arguments = [*STAGE1.split(), "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run"), "--processes", "1"]
+    assert train.command_line(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and all(word in said for word in ("--sd35 is not", "--siglip is not", "nowhere is no folder"))
+
+
 def test_every_address_is_whole():
     for name, address, _, _ in train.WEIGHT_FILES.values():
         assert address.startswith("https://") and address.count("//") == 1 and Path(name).suffix in (".safetensors", ".pth")
