@@ -23,7 +23,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -31,7 +30,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -84,8 +82,8 @@ RECIPES = {
         "1": Recipe(400, 16, 3e-3, warmup=50, log_every=25, save_every=200, preview_every=200),
         # In batches of 16 the paper's weights drown the pixels: lambda_s 0.05 or lambda_p 0.1 cost 2.3 dB after 400 steps.
         "2": Recipe(
-            1000, 16, 3e-3, warmup=50, gan_start=900, semantic=0.003, perceptual=0.01,
-            log_every=25, save_every=500, preview_every=500,
+            1200, 16, 3e-3, warmup=50, gan_start=1080, semantic=0.003, perceptual=0.01,
+            log_every=25, save_every=600, preview_every=600,
         ),
         # Of 16 tokens, a share of 0.7 masked leaves at most 4 known: sampling would end where training never was.
         "ar": Recipe(
@@ -1757,7 +1755,7 @@ PUBLISHED = {  # parameters in millions, by the paper, and of the VAE by SD3.5's
     "encoder": 113, "decoder": 2236, "AR L": 318, "AR XL": 746, "AR XXL": 1200, "VAE encoder": 34.3, "VAE decoder": 49.5,
 }
 PEAK, UTILISATION = 989e12, 0.4  # FLOP/s: an H100's dense bfloat16, and the share of it that a transformer may reach
-CPU_PEAK, CPU_UTILISATION = 92e9, 0.3  # of two cores on large float32 products, and what the tiny stages got: 12% to 43%
+CPU_PEAK, CPU_UTILISATION = 92e9, 0.25  # of two cores on large float32 products, and what the tiny stages got: 14% to 35%
 CARD = 78 * 2**30  # bytes: what a GPU of "80 GB" leaves to a program
 
 
@@ -2067,10 +2065,6 @@ then: python sample.py --class 1""",
     add("--log-every", type=_positive(int), help="steps between lines of log.jsonl, instead of the recipe's")
     add("--save-every", type=_positive(int), help="steps between training states, which --resume goes on from")
     add("--workers", type=int, default=min(4, cores), help="processes that read pictures (default: one per core, up to 4)")
-    add(
-        "--processes", type=_positive(int), default=min(2, cores) if sys.platform == "linux" else 1,
-        help="on a CPU, processes that share each batch (default: 2 on Linux, else 1)",
-    )
     add("--resume", action="store_true", help="go on from the last training state")
     add("--overwrite", action="store_true", help="start again although there is a result or a state")
     add(
@@ -2161,8 +2155,7 @@ def main(arguments: list[str] | None = None) -> None:
         return print(plan(args))
     if args.stage == "all":
         ar_config(args, tokenizer_config(args))  # groups that do not fit are refused now, not after two stages
-    launched = "WORLD_SIZE" in os.environ  # by torchrun
-    device = join_group(args.device) if launched else choose_device(args.device)
+    device = join_group(args.device) if "WORLD_SIZE" in os.environ else choose_device(args.device)  # torchrun sets it
     args.compile = device.type == "cuda" if args.compile is None else args.compile
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
@@ -2173,57 +2166,16 @@ def main(arguments: list[str] | None = None) -> None:
     if args.preset == "paper" and (missing := missing_files(args, wanted[0])):
         raise UserError("; ".join(" ".join(text.split()) for text in missing))
     size = PRESETS[args.preset].image_size
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # until the processes below have forked: a forked pool of threads would hang
     train, val = (open_pictures(args.data, split, args.seed, size, args.workers) for split in ("train", "val"))
     job = Job(args, device, train, val)
     begins = wanted[0] == ("2" if args.from_scratch else "1")
     if begins and args.preset == "tiny" and not all(os.path.exists(path) for path in job.weights.values()):
         wanted = ["0"] + wanted
 
-    def work() -> None:
-        for stage in wanted:
-            run_stage(stage, job)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-    def share_work(rank: int, count: int, meeting: str) -> None:
-        torch.set_num_threads(max(1, threads // count))
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=PATIENCE)
-        wait_for_all()
-        work()
-
-    def help_out(*place) -> None:
-        try:
-            share_work(*place)
-        except (Exception, KeyboardInterrupt) as error:
-            sys.exit(report(error))
-
-    if launched or device.type != "cpu" or args.processes == 1:
-        torch.set_num_threads(threads)
-        return work()
-    # Small networks gain little from threads: on a CPU, processes share the batch, with the engine that clusters use.
-    with tempfile.TemporaryDirectory() as folder:
-        fork, meeting = multiprocessing.get_context("fork"), os.path.join(folder, "meeting")
-        others = [fork.Process(target=help_out, args=(rank, args.processes, meeting)) for rank in range(1, args.processes)]
-        for other in others:
-            other.start()
-        try:
-            share_work(0, args.processes, meeting)
-        except BaseException as error:
-            if isinstance(error, RuntimeError):  # perhaps of a connection that another's end has closed
-                others[0].join(1)
-            ended = [other.exitcode for other in others if other.exitcode is not None]
-            for other in others:  # they may be waiting for this one; rank 0 alone has files open
-                other.kill()
-            if ended and isinstance(error, RuntimeError):
-                raise UserError(
-                    f"a process that shared the batch has ended (exit code {ended[0]}; -9 may mean that memory ran out): go on "
-                    "with --resume, and with --processes 1 or --accumulate 2 should it happen again"
-                ) from error
-            raise
-        for other in others:
-            other.join()
+    for stage in wanted:
+        run_stage(stage, job)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def join_group(name: str | None) -> torch.device:
@@ -2270,5 +2222,4 @@ def command_line(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: outside the loop either ends the run at once
     sys.exit(command_line())

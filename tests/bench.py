@@ -269,7 +269,7 @@ def tiny_stages(folder, _):
     and logging, not previews and states; model computation is frozen networks and inputs, forward and backward passes,
     clipping, and the optimiser."""
     import train
-    args = train.parse_arguments(["--stage", "all", "--out", folder, "--steps", "60", "--processes", "1"])
+    args = train.parse_arguments(["--stage", "all", "--out", folder, "--steps", "60"])
     pictures = [train.open_pictures(None, split, 0, 32, 0) for split in ("train", "val")]
     job, ends, take, rate = train.Job(args, DEVICE, *pictures), [], train.Trainer.train_step, train.matmul_rate(DEVICE)
     print(f"Tiny stages, 60 steps each; matrix products (768, 768) x (768, 768), float32: {rate / 1e9:,.0f} GFLOP/s")

@@ -34,7 +34,7 @@ def world(tmp_path_factory):
 def make_job(world, *flags, out=None):
     """What a stage gets, by the command line's own way."""
     folder, base, pictures = world
-    arguments = ["--data", folder, "--out", out or base, *STEPS, "--processes", 1, "--workers", 0, *flags]
+    arguments = ["--data", folder, "--out", out or base, *STEPS, "--workers", 0, *flags]
     return train.Job(train.parse_arguments([*map(str, arguments)]), torch.device("cpu"), pictures, pictures)
 
 
@@ -437,7 +437,7 @@ def test_a_folder_too_large_for_memory_is_read_by_workers(world, tmp_path, monke
     """The same weights, bit for bit, with pictures kept in memory and with pictures read by two processes as they come."""
     out = copy_run(world, tmp_path / "run", "standins")
     monkeypatch.setattr(train, "MEMORY", 0)
-    arguments = ["--stage", "1", "--data", world[0], "--out", out, *STEPS, "--processes", 1, "--workers", 2]
+    arguments = ["--stage", "1", "--data", world[0], "--out", out, *STEPS, "--workers", 2]
     assert train.command_line([*map(str, arguments)]) == 0
     same_tensors(world[1] / "stage1.safetensors", out / "stage1.safetensors")
 
@@ -610,14 +610,3 @@ def test_tokens_are_those_of_both_flips_and_know_their_tokenizer(world, tmp_path
     job = make_job(world, "--stage", "ar", out=tmp_path / "run")
     with pytest.raises(mmdit.UserError, match="tokens is stale, its tokenizer"):
         train.tokenise(tokenizer, "5678", job)
-
-
-def test_two_processes_share_the_caching(world, tmp_path, small_parts):
-    out = copy_run(world, tmp_path / "run", "standins")
-    arguments = ["--stage", "1", "--data", world[0], "--out", out, *STEPS, "--cache", "--processes", 2, "--workers", 0]
-    assert train.command_line([*map(str, arguments)]) == 0
-    alone = cached_stage(world, tmp_path / "alone").open_dataset()
-    for part in sorted((tmp_path / "alone" / "features").iterdir()):
-        one, other = mmdit.TensorFiles(str(part)), mmdit.TensorFiles(str(out / "features" / part.name))
-        assert one.metadata == other.metadata and all(torch.allclose(one.get(n), other.get(n), atol=1e-5) for n in one.shapes)
-    assert len(alone.cache.parts) == 3

@@ -70,9 +70,9 @@ def small_files(limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
-def child(arguments, output, prepare):
-    os.setsid()  # a terminal's Ctrl-C goes to a whole group of processes
+def child(arguments, output, prepare, place):
     torch.set_num_threads(1)
+    os.environ |= place
     with open(output, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         os.dup2(file.fileno(), 2)
         if prepare:
@@ -82,21 +82,37 @@ def child(arguments, output, prepare):
     sys.exit(code)
 
 
-def start(stage, out, *flags, prepare=None, name=""):
-    """A run of one stage in a process of its own -> the process and the file with what it says."""
+def start(stage, out, *flags, prepare=None, ranks=1):
+    """A run of one stage in one process, or in several that are told of each other as torchrun tells them -> (process, file
+    with what it says) of each rank."""
     arguments = ["--stage", stage, "--data", out.parent / "data", "--out", out, "--workers", "0", *flags]
-    output = Path(f"{out}{name}.txt")
-    process = SERVER.Process(target=child, args=([*map(str, arguments)], str(output), prepare))
-    process.start()
-    return process, output
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+    started = []
+    for rank in range(ranks):
+        output, place = Path(f"{out}-{rank}.txt"), meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        process = SERVER.Process(target=child, args=([*map(str, arguments)], str(output), prepare, place if ranks > 1 else {}))
+        process.start()
+        started.append((process, output))
+    return started
 
 
-def finish(stage, out, *flags, code=0, prepare=None):
+def end(started, code=0):
+    """Wait for a run's end -> what its first rank said. As torchrun, end the others where that one has failed."""
+    for process, output in started:
+        process.join(300)
+        assert process.exitcode == code, output.read_text()[-3000:]
+        if code:
+            break
+    for process, _ in started:
+        process.kill()
+    return started[0][1].read_text()
+
+
+def finish(stage, out, *flags, code=0, prepare=None, ranks=1):
     """A run to its end -> what it said."""
-    process, output = start(stage, out, *flags, prepare=prepare)
-    process.join(300)
-    assert process.exitcode == code, output.read_text()[-3000:]
-    return output.read_text()
+    return end(start(stage, out, *flags, prepare=prepare, ranks=ranks), code)
 
 
 def log(out, stage):
@@ -151,8 +167,8 @@ def assert_same_run(one, other, stage, digits=1e-5, kinds=("weights", "ema", "bu
 
 
 TWENTY = ("--steps", "20", "--batch-size", "4", "--log-every", "1", "--save-every", "16")
-SHORT = ("--steps", "9", "--batch-size", "4", "--log-every", "2", "--save-every", "3", "--processes", "1")
-WAYS = {"one": ("--processes", "1"), "ddp": ("--processes", "2"), "fsdp": ("--processes", "2", "--fsdp")}
+SHORT = ("--steps", "9", "--batch-size", "4", "--log-every", "2", "--save-every", "3")
+WAYS = {"one": ((), 1), "ddp": ((), 2), "fsdp": (("--fsdp",), 2)}  # flags, processes
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +179,8 @@ def twenty(base):
     def get(stage, way):
         if (stage, way) not in made:
             out = fresh(base, f"{way}-{stage}", stage)
-            made[stage, way] = out, finish(stage, out, *TWENTY, *WAYS[way], prepare=in_float64)
+            flags, ranks = WAYS[way]
+            made[stage, way] = out, finish(stage, out, *TWENTY, *flags, prepare=in_float64, ranks=ranks)
         return made[stage, way]
 
     return get
@@ -192,44 +209,20 @@ def test_two_processes_are_one(twenty, stage, way):
         assert torch.allclose(tensors[0].get(name), tensors[1].get(name), rtol=1e-4, atol=1e-6), name
 
 
-def torchrun_would_set(port, rank):
-    """The environment of one of two processes, which join that group and start no others."""
-    in_float64()
-    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def small_parts():
+    """Caches in parts of ten pictures."""
+    train.PART = 10
 
 
-def test_torchrun_is_joined(base, twenty):
-    """Two processes that were started from outside, as torchrun does, are one run; one of them speaks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    out = fresh(base, "torchrun", "ar")
-    started = [start("ar", out, *TWENTY, name=f"rank{rank}", prepare=partial(torchrun_would_set, port, rank)) for rank in (0, 1)]
-    for process, output in started:
-        process.join(300)
-        assert process.exitcode == 0, output.read_text()[-3000:]
-    said, silent = (output.read_text() for _, output in started)
-    assert "20 steps of 4 on 2 x cpu" in said and "stage ar" not in silent
-    assert_same_run(twenty("ar", "one")[0], out, "ar")
-
-
-def leaves_at(step):
-    """The second process ends, as one does that the system kills for its memory."""
-    healthy = train.Trainer.train_step
-
-    def train_step(self, batch):
-        if train.ranks()[0] == 1 and self.step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return healthy(self, batch)
-
-    train.Trainer.train_step = train_step
-
-
-def test_a_process_that_dies_is_named(base):
-    out = fresh(base, "died", "ar")
-    said = finish("ar", out, *SHORT[:-1], "2", code=2, prepare=partial(leaves_at, 4))
-    assert "a process that shared the batch has ended (exit code -9" in said and "--resume" in said and "Traceback" not in said
-    assert last_state(out, "ar").name == "step-0000003.safetensors"
+def test_two_processes_share_the_caching(base):
+    outs = [fresh(base, f"cached-by-{ranks}", "1") for ranks in (1, 2)]
+    for ranks, out in zip((1, 2), outs):
+        finish("1", out, *SHORT, "--cache", prepare=small_parts, ranks=ranks)
+    names = [sorted(path.name for path in (out / "features").iterdir()) for out in outs]
+    assert names[0] == names[1] and len(names[0]) > 2
+    for name in names[0]:
+        one, other = (semtok.TensorFiles(str(out / "features" / name)) for out in outs)
+        assert one.metadata == other.metadata and all(torch.allclose(one.get(n), other.get(n), atol=1e-5) for n in one.shapes)
 
 
 def test_shards_need_processes(base):
@@ -243,7 +236,7 @@ def test_two_processes_are_one_in_float32(base):
     """The same in float32, losses and weights, with a plain sum in place of Adam's division."""
     outs = [fresh(base, f"single-{n}", "1") for n in (1, 2)]
     for n, out in zip((1, 2), outs):
-        finish("1", out, *TWENTY, "--processes", str(n), prepare=large_epsilon)
+        finish("1", out, *TWENTY, prepare=large_epsilon, ranks=n)
     assert_same_run(*outs, "1", kinds=("weights", "ema"))
 
 
@@ -259,8 +252,8 @@ def test_passes_add_up_to_the_step(base, stage, way):
     prepare = partial(in_float64, entropy=False)
     whole, parts = base / f"sum-{stage}", fresh(base, f"parts-{stage}-{way}", stage)
     if not whole.exists():
-        finish(stage, fresh(base, whole.name, stage), *TWENTY, *WAYS["one"], prepare=prepare)
-    finish(stage, parts, *TWENTY, *WAYS[way], "--accumulate", "2", prepare=prepare)
+        finish(stage, fresh(base, whole.name, stage), *TWENTY, prepare=prepare)
+    finish(stage, parts, *TWENTY, "--accumulate", "2", prepare=prepare, ranks=WAYS[way][1])
     for out in (whole, parts):
         lines = [json.loads(line) for line in open(out / "log.jsonl")]
         kept = [{k: v for k, v in line.items() if k not in ("quant", "code_entropy")} for line in lines]
@@ -274,7 +267,8 @@ def test_shards_resume_on_another_number_of_processes(base, twenty, first, secon
     out = base / f"moved-{first}"
     shutil.copytree(twenty("ar", first)[0], out)
     os.remove(last_state(out, "ar"))  # step 20: step 16 is left
-    finish("ar", out, *TWENTY, *WAYS[second], "--resume", prepare=in_float64)
+    flags, ranks = WAYS[second]
+    finish("ar", out, *TWENTY, *flags, "--resume", prepare=in_float64, ranks=ranks)
     assert_same_run(twenty("ar", "one")[0], out, "ar")
 
 
@@ -291,7 +285,7 @@ def test_killed_five_times_ends_in_the_same_bits(base, stage):
     length, rng, kills = time.monotonic() - began, random.Random(stage), 0
     while kills < 5:
         writing = partial(killed_while_writing, rng.randint(1, 2)) if kills == 2 else None
-        process, output = start(stage, out, *SHORT, "--resume", prepare=writing)
+        (process, output), = start(stage, out, *SHORT, "--resume", prepare=writing)
         process.join(300 if writing else rng.uniform(0.1, 0.6) * length)
         process.kill()
         process.join()
@@ -317,21 +311,20 @@ def test_killed_five_times_ends_in_the_same_bits(base, stage):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_two_processes_stop_together(base, number):
-    """Ctrl-C, which a terminal sends to every process, and SIGTERM, which rank 0 gets: the step is finished and saved."""
+    """Ctrl-C, which reaches every process, and SIGTERM to one of them: the step is finished by all, and saved."""
     out = fresh(base, f"stopped-{number}", "ar")
-    long = ("--steps", "5000", "--batch-size", "4", "--processes", "2", "--log-every", "1", "--save-every", "5000")
-    process, output = start("ar", out, *long)
+    long = ("--steps", "5000", "--batch-size", "4", "--log-every", "1", "--save-every", "5000")
+    started = start("ar", out, *long, ranks=2)
     deadline = time.monotonic() + 120
     while not ((out / "log.jsonl").exists() and log(out, "ar")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-    process.join(60)
-    said = output.read_text()
-    assert process.exitcode == 2 and "stopped at step" in said and "--stage ar" in said and "--resume" in said, said[-2000:]
-    assert "Traceback" not in said
+    for process, _ in started[: None if number == signal.SIGINT else 1]:
+        os.kill(process.pid, number)
+    said = end(started, code=2)
+    assert "stopped at step" in said and "--stage ar" in said and "--resume" in said and "Traceback" not in said, said[-2000:]
     step = int(last_state(out, "ar").stem[5:])
     assert log(out, "ar")[-1]["step"] == step < 5000
-    said = finish("ar", out, "--steps", step + 1, *long[2:], "--resume")
+    said = finish("ar", out, "--steps", step + 1, *long[2:], "--resume", ranks=2)
     assert f"{step + 1}/{step + 1}" in said and log(out, "ar")[-1]["step"] == step + 1
 
 
@@ -373,13 +366,13 @@ def test_written_files_are_flushed_before_and_after_the_rename(tmp_path, monkeyp
 # -------------------------------------------------------------------------------------------------------------- health
 
 
-def broken_pictures(first):
-    """From step `first` on, pictures are not finite."""
+def broken_latents(first):
+    """From step `first` on, latents are not finite."""
     healthy = train.Refining.inputs
 
     def inputs(self, batch, draws, step):
-        pictures, *rest = healthy(self, batch, draws, step)
-        return pictures * (float("nan") if step >= first else 1), *rest
+        latents, *rest = healthy(self, batch, draws, step)
+        return latents * (float("nan") if step >= first else 1), *rest
 
     train.Refining.inputs = inputs
 
@@ -387,7 +380,7 @@ def broken_pictures(first):
 def test_bad_step_changes_nothing(base):
     """The discriminator's first step is of broken pictures: only the average, of the same weights, and the count move."""
     out = fresh(base, "bad", "2")
-    finish("2", out, "--steps", "10", "--batch-size", "4", "--save-every", "1", "--log-every", "1", prepare=partial(broken_pictures, 9))
+    finish("2", out, "--steps", "10", "--batch-size", "4", "--save-every", "1", "--log-every", "1", prepare=partial(broken_latents, 9))
     states = [semtok.TensorFiles(str(path)) for path in sorted((out / "state-2").iterdir())]
     assert [state.metadata["skipped"] for state in states] == ["0", "1"] and log(out, "2")[-2]["skipped"] == 1
     assert "d_loss" in log(out, "2")[-2]
@@ -396,11 +389,11 @@ def test_bad_step_changes_nothing(base):
     assert all(not states[1].get(name).any() for name in states[1].shapes if name.startswith("adam/") and "discriminator" in name)
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_bad_steps_in_a_row_stop_the_run(base, processes):
-    out = fresh(base, f"broken-{processes}", "2")
-    flags = ("--steps", "40", "--batch-size", "4", "--save-every", "2", "--processes", processes)
-    said = finish("2", out, *flags, code=2, prepare=partial(broken_pictures, 3))
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bad_steps_in_a_row_stop_the_run(base, ranks):
+    out = fresh(base, f"broken-{ranks}", "2")
+    flags = ("--steps", "40", "--batch-size", "4", "--save-every", "2")
+    said = finish("2", out, *flags, code=2, prepare=partial(broken_latents, 3), ranks=ranks)
     assert "step 8: " in said and "mse" in said and "loss" in said and "5 last steps" in said, said[-1000:]
     assert str(out / "state-2" / "step-0000006.safetensors") in said and "--lr" in said and "Traceback" not in said
     weights = [semtok.TensorFiles(str(path)) for path in sorted((out / "state-2").iterdir())]

@@ -40,7 +40,7 @@ def run(script, *arguments, **options):
 def call(script, *arguments):
     """The same command inside this process, which spares the start of an interpreter."""
     out, err = io.StringIO(), io.StringIO()
-    extra = {"train.py": ["--processes", "1", "--workers", "0"], "fid.py": ["--workers", "0"]}.get(script, [])
+    extra = {"train.py": ["--workers", "0"], "fid.py": ["--workers", "0"]}.get(script, [])
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             commands = {"train.py": train.command_line, "sample.py": sample.command_line, "fid.py": train.fid.main}
@@ -261,16 +261,16 @@ def test_stopping_saves_and_resuming_ends_in_the_same_bytes(finished, pictures, 
     assert logs[0] == logs[1]
 
 
-def test_a_signal_before_the_first_step_is_one_sentence(tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), "--stage", "1", "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    seen = ""
-    while "drawing" not in seen and process.poll() is None:
-        seen += process.stderr.read(1)
-    process.send_signal(signal.SIGTERM)
-    _, rest = process.communicate(timeout=120)
-    assert process.returncode == 130 and rest.count("train.py: interrupted") == 1 and "Traceback" not in rest, rest
-    assert os.listdir(tmp_path / "run") == []
+def test_torchrun(finished, pictures, tmp_path):
+    """The real command: two processes on a CPU are one run, and one of them speaks."""
+    for name in ("standins", "tokens"):
+        shutil.copytree(finished[0] / name, tmp_path / name)
+    shutil.copy(finished[0] / "stage2.safetensors", tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "train.py"), "--device", "cpu"]
+    arguments = ["--stage", "ar", "--data", pictures, "--out", tmp_path, "--steps", 4, "--batch-size", 4]
+    result = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and result.stdout.count("4 steps of 4 on 2 x cpu") == 1, result.stdout + result.stderr
+    assert (tmp_path / "ar.safetensors").exists()
 
 
 def same_tensors(one, other):

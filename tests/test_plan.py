@@ -216,7 +216,7 @@ def test_missing_files_come_with_their_commands():
 
 
 def test_missing_files_are_named_before_pictures_are_read(tmp_path, capsys):
-    arguments = [*STAGE1.split(), "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run"), "--processes", "1"]
+    arguments = [*STAGE1.split(), "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")]
     assert train.command_line(arguments) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and all(word in said for word in ("--sd35 is not", "--siglip is not", "nowhere is no folder"))
