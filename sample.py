@@ -9,12 +9,9 @@
 Section 3.3 and appendix A.2, "Inference". A run's checkpoints describe themselves, so nothing else is asked.
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train.py
-
 import argparse
 import json
+import os
 import shutil
 import sys
 import zipfile

@@ -10,10 +10,6 @@ PAPER'S STAGES, one class each, which can be read first and alone; stage 0's sta
 plan of a run (--dry-run); the command line.
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that waits for one whose core is taken must not hold its own
-
 import argparse
 import contextlib
 import copy
@@ -22,6 +18,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import signal
