@@ -87,7 +87,7 @@ RECIPES = {
         ),
         # Of 16 tokens, a share of 0.7 masked leaves at most 4 known: sampling would end where training never was.
         "ar": Recipe(
-            3400, 32, 3.5e-3, weight_decay=0.03, warmup=50, least_masked=0.0, log_every=50, save_every=850, preview_every=850,
+            4200, 32, 3.5e-3, weight_decay=0.03, warmup=50, least_masked=0.0, log_every=50, save_every=1400, preview_every=1400,
         ),
     },
 }
