@@ -804,7 +804,8 @@ def tokenise(tokenizer: SemTok, fingerprint: str, job: Job) -> Tokens:
 
 
 class Tokenizing(nn.Module):
-    """What stages I and II share: the tokenizer that they train, and SigLIP, frozen, to which it is aligned."""
+    """What stages I and II share: the tokenizer that they train, and SigLIP, frozen, to which it is aligned. A stage adds its
+    `stage`, its `players`, and the methods `inputs`, `forward`, `reconstruct` and `preview`."""
 
     averaged, stage = ("semtok.",), ""
 
