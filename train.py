@@ -82,8 +82,8 @@ RECIPES = {
         "1": Recipe(400, 16, 3e-3, warmup=50, log_every=25, save_every=200, preview_every=200),
         # In batches of 16 the paper's weights drown the pixels: lambda_s 0.05 or lambda_p 0.1 cost 2.3 dB after 400 steps.
         "2": Recipe(
-            1000, 16, 3e-3, warmup=50, gan_start=900, semantic=0.003, perceptual=0.01,
-            log_every=25, save_every=500, preview_every=500,
+            700, 16, 5e-3, warmup=50, gan_start=630, semantic=0.003, perceptual=0.01,
+            log_every=25, save_every=350, preview_every=350,
         ),
         # Of 16 tokens, a share of 0.7 masked leaves at most 4 known: sampling would end where training never was.
         # The longer warm-up bears the higher rate; after 50 steps of it 6e-3 costs 0.06 nats a bit.

@@ -275,16 +275,17 @@ def test_shards_resume_on_another_number_of_processes(base, twenty, first, secon
 # ------------------------------------------------------------------------------------------------------- interruptions
 
 
+@pytest.mark.parametrize("times", [5, pytest.param(20, marks=pytest.mark.full)])
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_five_times_ends_in_the_same_bits(base, stage):
-    """SIGKILL at four random moments and once in the middle of writing a state; --resume each time. Weights, averages,
+def test_killed_it_ends_in_the_same_bits(base, stage, times):
+    """SIGKILL at random moments, every fifth in the middle of writing a state; --resume each time. Weights, averages,
     optimiser, discriminator, LeCAM's averages, log and result are those of a run in one piece, bit for bit."""
-    whole, out = fresh(base, f"whole-{stage}", stage), fresh(base, f"killed-{stage}", stage)
+    whole, out = (fresh(base, f"{name}-{stage}-{times}", stage) for name in ("whole", "killed"))
     began = time.monotonic()
     finish(stage, whole, *SHORT)
-    length, rng, kills = time.monotonic() - began, random.Random(stage), 0
-    while kills < 5:
-        writing = partial(killed_while_writing, rng.randint(1, 2)) if kills == 2 else None
+    length, rng, kills = time.monotonic() - began, random.Random(f"{stage} {times}"), 0
+    while kills < times:
+        writing = partial(killed_while_writing, rng.randint(1, 2)) if kills % 5 == 2 else None
         (process, output), = start(stage, out, *SHORT, "--resume", prepare=writing)
         process.join(300 if writing else rng.uniform(0.1, 0.6) * length)
         process.kill()
