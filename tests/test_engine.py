@@ -232,6 +232,7 @@ def test_shards_need_processes(base):
     assert "a batch of 4 does not divide by 1 processes with --accumulate 3" in said
 
 
+@pytest.mark.full
 def test_two_processes_are_one_in_float32(base):
     """The same in float32, losses and weights, with a plain sum in place of Adam's division."""
     outs = [fresh(base, f"single-{n}", "1") for n in (1, 2)]
@@ -275,11 +276,12 @@ def test_shards_resume_on_another_number_of_processes(base, twenty, first, secon
 # ------------------------------------------------------------------------------------------------------- interruptions
 
 
-@pytest.mark.parametrize("times", [5, pytest.param(20, marks=pytest.mark.full)])
+@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.full)])
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_it_ends_in_the_same_bits(base, stage, times):
-    """SIGKILL at random moments, every fifth in the middle of writing a state; --resume each time. Weights, averages,
-    optimiser, discriminator, LeCAM's averages, log and result are those of a run in one piece, bit for bit."""
+    """SIGKILL at random moments, the third and every fifth after it in the middle of writing a state; --resume each time.
+    Weights, averages, optimiser, discriminator, LeCAM's averages, log and result are those of a run in one piece, bit for
+    bit."""
     whole, out = (fresh(base, f"{name}-{stage}-{times}", stage) for name in ("whole", "killed"))
     began = time.monotonic()
     finish(stage, whole, *SHORT)
