@@ -10,51 +10,56 @@ classifier (Han et al. 2025): a two-way choice per bit. It needs `bsq.py` and `m
     bits = model.generate(torch.tensor([1, 1, 7]), steps=8, cfg=3.0)   # (3, tokens, bits) bool, random weights
 """
 
-import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from bsq import bits_to_codes, bits_to_index, index_to_bits, mean_over_ranks
-from mmdit import (
-    RotaryTable, TensorFiles, UserError, attend, blank, describe_keys, load_recipes, modulate, normed_rotated, only, rope_1d,
-)
+from bsq import bits_to_codes, bits_to_index, index_to_bits, mean_over_ranks, ranks
+from mmdit import RotaryTable, attend, load_checkpoint, modulate, normed_rotated, rope_1d
 
 
 @dataclass(frozen=True)
 class ARConfig:
-    """Sizes of the transformer. The defaults are SemTok-AR-L on ImageNet with 2^18 codes."""
+    """Sizes of the transformer. The defaults are SemTok-AR-L on ImageNet with 2^18 codes.
+
+    Raises ValueError for groups of bits that do not divide a token, or that no softmax can hold.
+    """
 
     depth: int = 24
     width: int = 1024
     heads: int = 16
-    tokens: int = 256  # K
-    bits: int = 18  # d
-    classes: int = 1000
     group_bits: int = 1  # bits decided by one softmax: 1 is bitwise; 9 is Table 13's "2 groups" of 18
+    guidance: float = 6.0  # best scale with the linear schedule (appendix A.2)
+    classes: int = 1000
+    tokens: int = 256  # K
+    bits: int = 18  # d, bits of a token
     spherical: bool = True  # the tokens' codes: +-1/sqrt(d) (BSQ) or +-1 (LFQ)
     causal: bool = False  # Table 5's "raster": next-token prediction from left to right in place of masks
 
+    def __post_init__(self):
+        if self.bits % self.group_bits or self.group_bits > 12:
+            raise ValueError(
+                f"group_bits {self.group_bits} must divide the {self.bits} bits of a token and be at most 12, "
+                "which is a softmax over 4096 values"
+            )
+
     @property
     def steps(self) -> int:
-        """Sampling steps unless others are asked for: 64, at most one a token, and one a token for next-token prediction."""
+        """Sampling steps by default: 64, but no more than there are tokens. Next-token prediction takes one a token."""
         return self.tokens if self.causal else min(64, self.tokens)
 
 
 AR_PRESETS = {
     "L": ARConfig(),
-    "XL": ARConfig(depth=36, width=1280, heads=20),
-    "XXL": ARConfig(depth=24, width=2048, heads=32),
-    "tiny": ARConfig(depth=4, width=128, heads=2, tokens=16, bits=24, classes=10),
+    "XL": ARConfig(depth=36, width=1280, heads=20, guidance=5.3),
+    "XXL": ARConfig(depth=24, width=2048, heads=32, guidance=4.9),
+    "tiny": ARConfig(depth=4, width=128, heads=2, tokens=16, bits=24, classes=10, guidance=9.0),  # best of four scales
 }
-
-# Best guidance scale with the linear schedule, per size (appendix A.2); tiny's from a sweep of four.
-GUIDANCE = {"L": 6.0, "XL": 5.3, "XXL": 4.9, "tiny": 9.0}
 
 
 class Attention(nn.Module):
@@ -117,8 +122,6 @@ class MaskedAR(nn.Module):
 
     def __init__(self, config: ARConfig):
         super().__init__()
-        if config.bits % config.group_bits:
-            raise ValueError(f"groups of {config.group_bits} bits do not divide {config.bits} bits")
         width = config.width
         self.config = config
         self.token_embedding = nn.Linear(config.bits, width)
@@ -169,32 +172,58 @@ class MaskedAR(nn.Module):
         """bits (B, K, d), labels (B,), masked (B, K) bool -> logits (B, K, d / g, 2^g)."""
         return self.logits(self.hidden(bits, labels, masked))
 
-    def loss(
-        self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor, smoothing: float = 0.01,
-        tokens: torch.Tensor | None = None,
-    ) -> dict:
-        """Cross-entropy of the bits of MASKED tokens, in nats a bit: `loss` with label smoothing, `nll` without it, and
-        `accuracy`, the share of masked groups (bits) guessed right. Arguments as in forward.
+    # ---- training
 
-        tokens (): by how many masked tokens to divide, where this is one of the parts of a larger batch: the mean of
-        their number over all parts, so that the mean of the parts' losses is the mean over the batch's masked tokens.
-        By default the masked tokens here, averaged over the ranks.
+    @torch.no_grad()
+    def prepare(
+        self, bits: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, least_masked: float = 0.7,
+        class_dropout: float = 0.1,
+    ) -> tuple[dict, dict]:
+        """Section 3.3 and 4.1: which tokens a training step hides, and which pictures lose their class.
+
+        bits (B, K, d), labels (B,): this rank's. Returns what has a row for each picture, the arguments of `loss`, and
+        what they share: `masked_per_picture` (), the mean over the global batch. All is drawn for the global batch and
+        cut to this rank's rows, so the number of ranks changes nothing.
+        """
+        rank, world = ranks()
+        dropped = torch.rand(world * len(bits), generator=rng, device=bits.device) < class_dropout
+        masked = self.draw_masks(world * len(bits), least_masked, rng)
+        labels = labels.masked_fill(dropped.chunk(world)[rank], self.config.classes)
+        rows = {"bits": bits, "labels": labels, "masked": masked.chunk(world)[rank]}
+        return rows, {"masked_per_picture": masked.sum(1).float().mean()}
+
+    def draw_masks(self, count: int, least: float, rng: torch.Generator) -> torch.Tensor:
+        """Masks (count, K) bool, each hiding a share of the tokens that is uniform in [least, 1], at least one token.
+
+        Next-token prediction predicts all of them."""
+        if self.config.causal:
+            return torch.ones(count, self.config.tokens, dtype=torch.bool, device=rng.device)
+        share = least + (1 - least) * torch.rand(count, 1, generator=rng, device=rng.device)
+        order = torch.rand(count, self.config.tokens, generator=rng, device=rng.device).argsort(-1).argsort(-1)
+        return order < (share * self.config.tokens).ceil().clamp_min(1)
+
+    def loss(
+        self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor, masked_per_picture: torch.Tensor,
+        smoothing: float = 0.01,
+    ) -> dict[str, torch.Tensor]:
+        """Eq. 8's likelihood: cross-entropy of the bits of MASKED tokens, in nats a bit.
+
+        Arguments as in `forward` and from `prepare`. Returns `loss` with label smoothing, `nll` without it, and
+        `accuracy`, the share of masked groups (bits) guessed right. The mean of the losses of equal micro-batches is the
+        loss of the batch, because they share the divisor.
         """
         logits = self(bits, labels, masked)
         targets = bits_to_index(bits.unflatten(-1, (-1, self.config.group_bits)))  # (B, K, d / g)
-        weight = masked[..., None].expand_as(targets).float()
-        tokens = mean_over_ranks(masked.sum().float()) if tokens is None else tokens
-        share = tokens.clamp_min(1) * targets.shape[-1]  # groups, of which each decides group_bits bits
-        count = share * self.config.group_bits
-        flat = (logits.flatten(0, -2), targets.flatten())
-        smooth = F.cross_entropy(*flat, reduction="none", label_smoothing=smoothing).view_as(targets)
-        plain = F.cross_entropy(*flat, reduction="none").view_as(targets)
-        right = (logits.argmax(-1) == targets).float()
-        return {
-            "loss": (smooth * weight).sum() / count,
-            "nll": (plain * weight).sum().detach() / count,
-            "accuracy": (right * weight).sum() / share,
-        }
+        weight = masked[..., None].float()
+        divisor = len(bits) * masked_per_picture * targets.shape[-1]  # groups of bits that are masked
+
+        def mean(values):
+            return (values.view_as(targets) * weight).sum() / divisor
+
+        flat = logits.flatten(0, -2), targets.flatten()
+        smooth = mean(F.cross_entropy(*flat, reduction="none", label_smoothing=smoothing)) / self.config.group_bits
+        plain = mean(F.cross_entropy(*flat, reduction="none").detach()) / self.config.group_bits
+        return {"loss": smooth, "nll": plain, "accuracy": mean((logits.argmax(-1) == targets).float())}
 
     # ---- generation
 
@@ -296,23 +325,6 @@ def sample_groups(
     return values.gather(-1, choice)[..., 0], chosen[..., 0].sum(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def ar_metadata(model: MaskedAR, **entries) -> dict[str, str]:
-    """The metadata with which an AR checkpoint describes itself; safetensors keeps strings only."""
-    return {"format": "semtok-ar", "config": json.dumps(asdict(model.config))} | {k: str(v) for k, v in entries.items()}
-
-
 def load_ar(path: str, device: str | torch.device = "cpu") -> tuple[MaskedAR, dict[str, str]]:
-    """A transformer from an `ar.safetensors` of train.py, in eval mode, and the file's metadata. Raises UserError."""
-    source = TensorFiles(path)
-    if source.metadata.get("format") != "semtok-ar":
-        raise UserError(
-            f"{path} looks like {source.metadata.get('format') or describe_keys(source.shapes)}, and a SemTok AR transformer "
-            "is needed: python train.py --stage ar makes one"
-        )
-    with blank():
-        model = MaskedAR(ARConfig(**json.loads(source.metadata["config"])))
-    recipes = {name: only(name) for name in model.state_dict()}
-    return load_recipes(model, source, recipes, r"^$", "a SemTok AR transformer", device=device).eval(), source.metadata
+    """A transformer from train.py's `ar.safetensors`, in eval mode, and the file's metadata. Raises UserError."""
+    return load_checkpoint(path, "semtok-ar", ARConfig, MaskedAR, device)

@@ -8,7 +8,7 @@ This file needs torch alone.
     from bsq import BSQ, codes_to_index
     quantizer = BSQ(bits=18)
     codes, u = quantizer(torch.randn(2, 256, 18, requires_grad=True))  # corners of the sphere; gradients go to u
-    loss = quantizer.entropy_loss(u)["quant"]                          # Eq. 4
+    loss = quantizer.entropy_loss(u)["entropy_loss"]                          # Eq. 4
     print(codes_to_index(codes).shape, loss.item())                    # torch.Size([2, 256]) and a negative number
 """
 
@@ -66,6 +66,13 @@ def code_usage(bits: torch.Tensor) -> dict[str, float]:
     }
 
 
+def ranks() -> tuple[int, int]:
+    """This process's rank and how many there are: (0, 1) without torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
 class _MeanOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value):
@@ -81,7 +88,7 @@ class _MeanOverRanks(torch.autograd.Function):
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The mean of equally shaped tensors over all ranks, differentiable. The tensor itself in a single process, and
     under no_grad: evaluation is one rank's own affair, and waiting there for the others would wait for ever."""
-    if not (torch.is_grad_enabled() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return value
     return _MeanOverRanks.apply(value)
 
@@ -119,7 +126,7 @@ class BSQ(nn.Module):
         return corner + (u - u.detach()), u  # in this order the value is the corner to the last bit
 
     def entropy_loss(self, u: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Eq. 4 on u (..., d), in nats: `quant` = `token_entropy` - `code_entropy`.
+        """Eq. 4 on u (..., d), in nats: `entropy_loss` = `token_entropy` - `code_entropy`.
 
         The soft assignment q(c|u) ~ exp(2 tau c.u) over the 2^d corners factorises into bits with
         p_i = sigmoid(4 tau m u_i), m the magnitude of a code's channel, so the first term is an exact sum. The
@@ -138,4 +145,4 @@ class BSQ(nn.Module):
             joint = torch.cat([joint * (1 - one), joint * one], -1)  # (N, d/g, 2^(i+1))
         average = mean_over_ranks(joint.mean(0))  # (d/g, 2^g)
         code_entropy = -torch.xlogy(average, average.clamp_min(1e-30)).sum()
-        return {"quant": token_entropy - code_entropy, "token_entropy": token_entropy, "code_entropy": code_entropy}
+        return {"entropy_loss": token_entropy - code_entropy, "token_entropy": token_entropy, "code_entropy": code_entropy}

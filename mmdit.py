@@ -11,10 +11,12 @@ those of SD3.5's published files, so that a state dict reads like one. This file
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import re
+import typing
 from collections.abc import Callable, Iterator
 
 import torch
@@ -558,3 +560,48 @@ def load_sd35(decoder: nn.Module, path: str, device: str | torch.device = "cpu")
         decoder, source, recipes, dropped, "SD3.5-Medium (sd3.5_medium.safetensors or its transformer folder)",
         new=rf"^(?!({'|'.join(map(re.escape, kept))}))", device=device,
     )
+
+
+# ----------------------------------------------------------------------- our own checkpoints, which describe themselves
+
+
+def config_from(config_class: type, entries, path: str):
+    """A dataclass of sizes out of a file's JSON table. Raises UserError unless names, types and values fit."""
+    hints = typing.get_type_hints(config_class)
+    try:
+        if not isinstance(entries, dict) or entries.keys() != hints.keys():
+            raise ValueError(f"a table of {', '.join(hints)} is needed")
+        values = {}
+        for name, hint in hints.items():
+            value = entries[name]
+            if dataclasses.is_dataclass(hint):
+                value = config_from(hint, value, path)
+            elif isinstance(value, list):
+                value = tuple(value)
+            elif type(value) is not hint:
+                raise ValueError(f"{name} is {value!r}, and {hint.__name__} is needed")
+            values[name] = value
+        return config_class(**values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} describes itself wrongly ({error}): make it again with train.py") from None
+
+
+def load_checkpoint(
+    path: str, kind: str, config_class: type, model_class: type, device: str | torch.device
+) -> tuple[nn.Module, dict[str, str]]:
+    """A model of train.py in eval mode, built by the sizes in its own file, and the file's metadata.
+
+    kind: the `format` that the metadata must name. Raises UserError for any other file.
+    """
+    source = TensorFiles(path)
+    if source.metadata.get("format") != kind:
+        found = source.metadata.get("format") or describe_keys(source.shapes)
+        raise UserError(f"{path} looks like {found}, and a {kind} is needed: python train.py makes one")
+    try:
+        entries = json.loads(source.metadata.get("config", ""))
+    except ValueError:
+        entries = None
+    with blank():
+        model = model_class(config_from(config_class, entries, path))
+    recipes = {name: only(name) for name in model.state_dict()}
+    return load_recipes(model, source, recipes, r"^$", f"a {kind}", device=device).eval(), source.metadata

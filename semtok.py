@@ -16,21 +16,20 @@ import json
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from bsq import BSQ, gather
+from bsq import BSQ, gather, ranks
 from mmdit import (
-    FeedForward, FinalLayer, MMDiT, PatchEmbed, RotaryTable, TensorFiles, TimestepEmbedder, UserError, attend, blank, describe_keys,
-    load_recipes, only, read_json, rope_1d, rope_2d,
+    FeedForward, FinalLayer, MMDiT, PatchEmbed, RotaryTable, TensorFiles, TimestepEmbedder, UserError, attend, blank,
+    describe_keys, load_checkpoint, load_recipes, only, read_json, rope_1d, rope_2d,
 )
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -111,15 +110,19 @@ def write_file(path: str, write) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if os.name == "posix":  # the new name is in the folder, which is flushed too
-            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        flush_folder(os.path.dirname(path) or ".")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written ({error}): free some space or choose another --out") from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def flush_folder(path: str) -> None:
+    """Flush a folder to disk: a new name lives in it."""
+    folder = os.open(path, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
 
 
 def write_tensors(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -491,12 +494,12 @@ def load_siglip(path: str, dtype: torch.dtype = torch.float32, device: str | tor
 class SemTokConfig:
     """Sizes of a tokenizer. The defaults are the paper's (Table 8, 2^18 codes).
 
-    Raises ValueError for a picture size that patches of the VAE's latents do not fill: its rest would silently be cut off.
+    Raises ValueError for a picture size that patches of latents do not fill, and for an unknown quantizer.
     """
 
     image_size: int = 256
     tokens: int = 256  # K
-    bits: int = 18  # d
+    bits: int = 18  # d, bits of a token
     patch: int = 2
     encoder_depth: int = 8
     encoder_width: int = 768
@@ -506,14 +509,16 @@ class SemTokConfig:
     decoder_heads: int = 24
     decoder_dual_depth: int = 13
     semantic_width: int = 768  # C of SigLIP
-    quantizer: str = "bsq"  # or "lfq", Table 10
-    entropy_group: int = 1
+    quantizer: str = "bsq"  # or "lfq": the sign without the sphere (Table 10)
+    entropy_group: int = 1  # see BSQ
     causal: bool = False  # Table 5's "raster": a token sees the picture and the tokens before it
     vae: VAEConfig = field(default_factory=VAEConfig)
 
     def __post_init__(self):
         if self.image_size % (side := self.vae.factor * self.patch):
-            raise ValueError(f"pictures of {self.image_size} pixels a side are not made of patches of {side}")
+            raise ValueError(f"image_size {self.image_size} is no multiple of {side}, the pixels of a patch's side")
+        if self.quantizer not in ("bsq", "lfq"):
+            raise ValueError(f"quantizer {self.quantizer!r} is unknown: choose bsq or lfq")
 
     @property
     def grid(self) -> int:
@@ -524,12 +529,6 @@ class SemTokConfig:
     def bits_per_pixel(self) -> float:
         """Table 1's compression ratio."""
         return self.tokens * self.bits / self.image_size**2
-
-    @staticmethod
-    def from_dict(entries: dict) -> "SemTokConfig":
-        """The inverse of dataclasses.asdict, after a trip through JSON."""
-        vae = dict(entries["vae"], channels=tuple(entries["vae"]["channels"]))
-        return SemTokConfig(**dict(entries, vae=VAEConfig(**vae)))
 
 
 PRESETS = {
@@ -543,11 +542,22 @@ PRESETS = {
 }
 
 
-class Encoder(MMDiT):
-    """Eq. 1: latents and K learnable mask embeddings through an MMDiT without timestep -> x and z.
+@dataclass(frozen=True)
+class LossWeights:
+    """The weights of Eq. 6 (section 4.1). Table 4 sets `distill` or `contrast` to 0."""
 
-    With config.causal the 1D stream is sequential, as in SelfTok (Wang et al. 2025; Table 5): a token attends to itself,
-    to the tokens before it and to the image stream, which then sees no token, or it would carry news of later ones back.
+    lambda_q: float = 0.0025  # of the entropy loss, Eq. 4
+    lambda_s: float = 0.05  # of the semantic alignment, Eq. 2
+    distill: float = 1.0  # within the alignment
+    contrast: float = 1.0
+
+
+class Encoder(MMDiT):
+    """Eq. 1: latents and K learnable mask tokens through an MMDiT without timestep -> x and z.
+
+    With config.causal the token stream is sequential, as in SelfTok (Wang et al. 2025; Table 5). A token attends
+    to the image, to itself and to the tokens before it. The image attends to no token: it would pass later tokens
+    on to earlier ones.
     """
 
     def __init__(self, config: SemTokConfig):
@@ -570,8 +580,8 @@ class Encoder(MMDiT):
 
 
 def causal_mask(tokens: int, patches: int) -> torch.Tensor:
-    """Who may look at whom, rows at columns, tokens first: (tokens + patches, tokens + patches) bool."""
-    mask = torch.ones(tokens + patches, tokens + patches, dtype=torch.bool, device="cpu")  # real, also on the meta device
+    """Who may attend to whom, rows to columns, tokens first: (tokens + patches, tokens + patches) bool."""
+    mask = torch.ones(tokens + patches, tokens + patches, dtype=torch.bool, device="cpu")
     mask[:tokens, :tokens] = mask[:tokens, :tokens].tril()
     mask[tokens:, :tokens] = False
     return mask
@@ -586,14 +596,14 @@ class Decoder(MMDiT):
     def __init__(self, config: SemTokConfig):
         width, head_dim = config.decoder_width, config.decoder_width // config.decoder_heads
         super().__init__(
-            config.decoder_depth, width, config.decoder_heads, config.decoder_dual_depth, adaln=True, context_pre_only=True
+            config.decoder_depth, width, config.decoder_heads, config.decoder_dual_depth,
+            adaln=True, context_pre_only=True,
         )
         self.grid = (config.grid, config.grid)
         self.x_embedder = PatchEmbed(config.vae.latent_channels, config.patch, width)
         self.t_embedder = TimestepEmbedder(width)
         self.final_layer = FinalLayer(width, config.patch, config.vae.latent_channels)
-        # SD3.5 has none of these two: on the CPU even when the rest is on the meta device, so that they are initialised.
-        # (A decoder built under another `with torch.device(...)` needs a .to() afterwards for them.)
+        # SD3.5 has none of these two. They are made on the CPU even when the rest is on the meta device.
         self.token_embedder = nn.Linear(config.bits, width, device="cpu")
         self.mask_tokens = nn.Parameter(torch.randn(config.grid**2, width, device="cpu") * 0.02)
         self.x_rope = RotaryTable(rope_2d(*self.grid, head_dim))
@@ -602,14 +612,15 @@ class Decoder(MMDiT):
     def forward(self, codes: torch.Tensor, noisy: torch.Tensor | None = None, t: torch.Tensor | None = None):
         """codes (B, K, d) -> (B, channels, h, w).
 
-        With noisy latents x_t (B, channels, h, w) and times t (B,): the velocity x_v - eps (stage I). Without: mask
-        tokens take the image stream, time stands at 1, and the output is the latent itself (stage II).
+        Stage I gives noisy latents x_t (B, channels, h, w) and times t (B,), and gets the velocity x_v - eps.
+        Stage II gives neither: mask tokens take the place of x_t, t is 1, and the output is the latent itself.
         """
         if noisy is None:
             x, t = self.mask_tokens.expand(len(codes), -1, -1), codes.new_ones(len(codes))
         else:
             x = self.x_embedder(noisy)
-        context, conditioning = self.token_embedder(codes.to(self.token_embedder.weight.dtype)), self.t_embedder(t)
+        context = self.token_embedder(codes.to(self.token_embedder.weight.dtype))
+        conditioning = self.t_embedder(t)
         x, _ = super().forward(x, context, self.x_rope.table, self.z_rope.table, conditioning)
         return self.final_layer(x, conditioning, self.grid)
 
@@ -626,59 +637,93 @@ class SemTok(nn.Module):
         self.config = config
         self.vae = (vae or VAE(config.vae)).requires_grad_(False).eval()
         self.encoder = Encoder(config)
-        self.quantizer = BSQ(config.bits, config.entropy_group, spherical={"bsq": True, "lfq": False}[config.quantizer])
+        self.quantizer = BSQ(config.bits, config.entropy_group, spherical=config.quantizer == "bsq")
         self.decoder = decoder or Decoder(config)
         self.w_x = nn.Linear(config.encoder_width, config.semantic_width)
-        # On the flattened tokens: each has its own identity, and a mean over them would leave only d numbers.
+        # w_z reads the flattened tokens: each has its own identity, and their mean would leave only d numbers.
         self.w_z = nn.Linear(config.tokens * config.bits, config.semantic_width)
         self.log_t = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))  # one number, not (): FSDP shards no scalars
 
     # ---- training
 
-    def forward(
-        self, latents: torch.Tensor, x_sig: torch.Tensor, noise: torch.Tensor | None = None, t: torch.Tensor | None = None,
-        batch: tuple[torch.Tensor, int] | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """One training pass on normalised latents (B, channels, h, w) and SigLIP features x_sig (B, C, g, g).
+    @torch.no_grad()
+    def prepare(self, pictures: torch.Tensor, siglip: SigLIP) -> tuple[dict, dict]:
+        """What a training step needs and no gradient reaches, from this rank's pictures (B, 3, H, W) in [-1, 1].
 
-        With noise like the latents and times t (B,): stage I. Without: stage II. batch: see `alignment_losses`. Returns
-        scalars `distill`, `contrast`, `quant`, `token_entropy`, `code_entropy`, in stage I also `diff`; and `codes`
-        (B, K, d), in stage II `latents`.
+        Returns what has a row for each picture: `latents` (B, channels, h, w), `features` (B, C, g, g) and
+        `positive` (B,), its place among the candidates; and what every picture shares: `candidates` (ranks * B, C),
+        the pooled features of the global batch, among which the contrast finds the right one.
         """
-        x, z = self.encoder(latents)
-        codes, u = self.quantizer(z)
-        out = self.alignment_losses(x, codes, x_sig, batch) | self.quantizer.entropy_loss(u) | {"codes": codes}
-        if noise is None:
-            return out | {"latents": self.decoder(codes)}
-        t_ = t[:, None, None, None]
-        noisy = t_ * noise + (1 - t_) * latents  # Eq. 5
+        # CLIP clamps the temperature in place. A clamp in `forward` would have no gradient beyond it.
+        self.log_t.clamp_(max=math.log(100))
+        latents, features = self.vae.encode(pictures), siglip(pictures)
+        pooled = F.normalize(features.float().mean((2, 3)), dim=-1)  # P of Eq. 2 is the mean
+        positive = torch.arange(len(pictures), device=pictures.device) + ranks()[0] * len(pictures)
+        return {"latents": latents, "features": features, "positive": positive}, {"candidates": gather(pooled)}
+
+    @staticmethod
+    def draw_noise(latents: torch.Tensor, rng: torch.Generator) -> dict[str, torch.Tensor]:
+        """Eq. 5: `noise` like the latents and times `t` (B,), uniform in [0, 1].
+
+        They are drawn for the global batch and cut to this rank's rows, so the number of ranks changes nothing.
+        """
+        rank, world = ranks()
+        total = world * len(latents)
+        noise = torch.randn(total, *latents.shape[1:], generator=rng, device=latents.device)
+        t = torch.rand(total, generator=rng, device=latents.device)
+        return {"noise": noise.chunk(world)[rank], "t": t.chunk(world)[rank]}
+
+    def pretraining_losses(self, latents, noise, t, features, positive, candidates, weights: LossWeights) -> dict:
+        """Stage I, Eq. 6, on the results of `prepare` and `draw_noise`.
+
+        Returns scalars: `loss`, and its terms `flow_loss`, `entropy_loss`, `distill_loss`, `contrast_loss` with the two
+        entropies; and `codes` (B, K, d).
+        """
+        x, codes, u = self.quantise(latents)
+        times = t[:, None, None, None]
+        noisy = times * noise + (1 - times) * latents  # Eq. 5
         velocity = self.decoder(codes, noisy, t)
-        return out | {"diff": F.mse_loss(velocity.float(), latents - noise)}  # Eq. 5: the target is x_v - eps
+        flow_loss = F.mse_loss(velocity.float(), latents - noise)  # Eq. 5: the target is x_v - eps
+        out = self.regularisers(x, codes, u, features, positive, candidates, weights)
+        return out | {"flow_loss": flow_loss, "loss": flow_loss + out.pop("regulariser")}
 
-    def alignment_losses(
-        self, x: torch.Tensor, codes: torch.Tensor, x_sig: torch.Tensor, batch: tuple[torch.Tensor, int] | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Eq. 2: x (B, grid^2, encoder width), codes (B, K, d), x_sig (B, C, g, g) -> `distill` and `contrast`.
+    def refiner_losses(
+        self, latents, features, positive, candidates, weights: LossWeights
+    ) -> tuple[torch.Tensor, dict]:
+        """Stage II, Eq. 7 but for its judges: the latents (B, channels, h, w) of one decoder step, and the terms.
 
-        batch: where these are a part of a larger batch, what `whole_batch` makes of all of it, and the place of the
-        first here; by default they are this rank's part of a batch that every rank brings to this call.
+        The terms are those of `pretraining_losses`; the one named `regulariser` is their weighted sum.
         """
-        grid = self.config.grid
-        targets = x_sig.float()
+        x, codes, u = self.quantise(latents)
+        return self.decoder(codes), self.regularisers(x, codes, u, features, positive, candidates, weights)
+
+    def quantise(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Latents (B, channels, h, w) -> x (B, grid^2, encoder width), codes (B, K, d), u (B, K, d)."""
+        x, z = self.encoder(latents)
+        return x, *self.quantizer(z)
+
+    def regularisers(self, x, codes, u, features, positive, candidates, weights: LossWeights) -> dict:
+        """The terms that both stages share, and their weighted sum `regulariser`."""
+        out = self.quantizer.entropy_loss(u) | self.alignment_losses(x, codes, features, positive, candidates)
+        semantic_loss = weights.distill * out["distill_loss"] + weights.contrast * out["contrast_loss"]
+        out["regulariser"] = weights.lambda_q * out["entropy_loss"] + weights.lambda_s * semantic_loss  # Eq. 6
+        return out | {"codes": codes}
+
+    def alignment_losses(self, x, codes, features, positive, candidates) -> dict[str, torch.Tensor]:
+        """Eq. 2: x (B, grid^2, encoder width), codes (B, K, d) and what `prepare` returns -> two scalars."""
+        grid, targets = self.config.grid, features.float()
         if targets.shape[-1] != grid:
             targets = F.interpolate(targets, (grid, grid), mode="bilinear", antialias=True)
-        distill = F.mse_loss(self.w_x(x).float(), targets.flatten(2).transpose(1, 2))
+        distill_loss = F.mse_loss(self.w_x(x).float(), targets.flatten(2).transpose(1, 2))
 
-        everyone, first = batch or whole_batch(x_sig)
         v = F.normalize(self.w_z(codes.flatten(1).to(self.w_z.weight.dtype)).float(), dim=-1)
-        similarity = self.log_t.exp().clamp(max=100) * v @ everyone.T  # (B, the whole batch)
-        own = torch.arange(len(v), device=v.device) + first
-        # Eq. 2 is printed without its minus sign: maximising the log ratio is minimising this cross-entropy (InfoNCE).
-        return {"distill": distill, "contrast": F.cross_entropy(similarity, own)}
+        similarity = self.log_t.exp() * v @ candidates.T  # (B, ranks * B)
+        # Eq. 2 is printed without its minus sign: to maximise the log ratio is to minimise this cross-entropy (InfoNCE).
+        return {"distill_loss": distill_loss, "contrast_loss": F.cross_entropy(similarity, positive)}
 
     def start_refiner(self) -> None:
-        """Stage II's mask tokens start as what the image stream sees of (nearly) zero noise: stage I's prior in one step.
-        A tenth of a noise sample stays, so that the places differ from each other from the first step on."""
+        """Stage II's mask tokens start as the embedding of nearly zero noise, so its first output is stage I's mean
+        prediction at t = 1. A tenth of a noise sample stays: it makes the places differ."""
         side = self.config.grid * self.config.patch
         with torch.no_grad():
             noise = 0.1 * torch.randn(1, self.config.vae.latent_channels, side, side)
@@ -689,8 +734,8 @@ class SemTok(nn.Module):
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> codes (B, K, d), +-1/sqrt(d) (LFQ: +-1); `bsq.codes_to_bits` gives bits."""
-        return self.quantizer(self.encoder(self.vae.encode(pictures))[1])[0]
+        """Pictures (B, 3, H, W) in [-1, 1] -> codes (B, K, d), +-1/sqrt(d) (LFQ: +-1); `codes_to_bits` gives bits."""
+        return self.quantise(self.vae.encode(pictures))[1]
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -706,7 +751,7 @@ class SemTok(nn.Module):
     def sample(
         self, codes: torch.Tensor, steps: int = 25, shift: float = 1.0, generator: torch.Generator | None = None
     ) -> torch.Tensor:
-        """Stage I: codes (B, K, d) -> latents drawn by `steps` Euler steps of the flow from t = 1 (noise) to 0.
+        """Stage I: codes (B, K, d) -> latents, by `steps` Euler steps of the flow from t = 1 (noise) to 0.
 
         shift s moves the times to s t / (1 + (s - 1) t) (Esser et al. 2024); 1 is right at 256 x 256.
         """
@@ -716,17 +761,18 @@ class SemTok(nn.Module):
         return euler(lambda x, t: self.decoder(codes, x, t.expand(len(x))), noise, steps, shift)
 
 
-def whole_batch(x_sig: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """What the contrast of Eq. 2 compares with: the features (B, C, g, g) of every rank's pictures, pooled and normalised,
-    (ranks * B, C) in the order of the ranks, and which row of it is this rank's first."""
-    u = F.normalize(x_sig.float().mean((2, 3)), dim=-1)  # P is the mean
-    # u carries no gradient (SigLIP is frozen), so a plain gather makes the global batch's negatives exact
-    everyone = gather(u)
-    return everyone, dist.get_rank() * len(u) if len(everyone) > len(u) else 0
+    @torch.no_grad()
+    def reconstruct(
+        self, pictures: torch.Tensor, generator: torch.Generator | None = None, steps: int = 25
+    ) -> torch.Tensor:
+        """uint8 (B, 3, H, W) -> uint8, through the tokens: stage I's sampler with a generator, else the refiner."""
+        codes = self.encode(to_signed(pictures))
+        latents = self.refine(codes) if generator is None else self.sample(codes, steps, generator=generator)
+        return to_uint8(self.decode(latents))
 
 
 def euler(velocity, noise: torch.Tensor, steps: int, shift: float = 1.0) -> torch.Tensor:
-    """Follow dx/dt = -velocity(x, t) from noise (B, ...) at t = 1 down to t = 0. velocity estimates x_v - eps, Eq. 5."""
+    """Follow dx/dt = -velocity(x, t) from noise (B, ...) at t = 1 to t = 0. velocity estimates x_v - eps, Eq. 5."""
     times = torch.linspace(1, 0, steps + 1, device=noise.device)
     times = shift * times / (1 + (shift - 1) * times)
     x = noise
@@ -736,22 +782,7 @@ def euler(velocity, noise: torch.Tensor, steps: int, shift: float = 1.0) -> torc
 
 
 def load_semtok(path: str, device: str | torch.device = "cpu") -> tuple[SemTok, dict[str, str]]:
-    """A tokenizer from a `stage1.safetensors` or `stage2.safetensors` of train.py, which describes itself.
+    """A tokenizer from train.py's `stage1.safetensors` or `stage2.safetensors`, in eval mode, and the file's metadata.
 
-    Returns the model in eval mode and the file's metadata (`stage`, `preset`, `config`, ...). Raises UserError.
-    """
-    source = TensorFiles(path)
-    if source.metadata.get("format") != "semtok-tokenizer":
-        raise UserError(
-            f"{path} looks like {source.metadata.get('format') or describe_keys(source.shapes)}, and a SemTok tokenizer is "
-            "needed: python train.py --stage 2 makes one"
-        )
-    with blank():
-        model = SemTok(SemTokConfig.from_dict(json.loads(source.metadata["config"])))
-    recipes = {name: only(name) for name in model.state_dict()}
-    return load_recipes(model, source, recipes, r"^$", "a SemTok tokenizer", device=device).eval(), source.metadata
-
-
-def tokenizer_metadata(model: SemTok, **entries) -> dict[str, str]:
-    """The metadata with which a tokenizer's checkpoint describes itself; safetensors keeps strings only."""
-    return {"format": "semtok-tokenizer", "config": json.dumps(asdict(model.config))} | {k: str(v) for k, v in entries.items()}
+    Raises UserError for another file, a damaged one, and one whose sizes make no tokenizer."""
+    return load_checkpoint(path, "semtok-tokenizer", SemTokConfig, SemTok, device)
