@@ -578,8 +578,8 @@ def config_from(config_class: type, entries, path: str):
                 value = config_from(hint, value, path)
             elif isinstance(value, list):
                 value = tuple(value)
-            elif type(value) is not hint:
-                raise ValueError(f"{name} is {value!r}, and {hint.__name__} is needed")
+            elif value not in (typing.get_args(hint) or [value]) or type(value) is not (hint if isinstance(hint, type) else str):
+                raise ValueError(f"{name} is {value!r}")
             values[name] = value
         return config_class(**values)
     except (ValueError, TypeError) as error:

@@ -17,6 +17,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -102,27 +103,24 @@ def picture_grid(rows: dict[str, torch.Tensor], side: int = 96) -> Image.Image:
 
 
 def write_file(path: str, write) -> None:
-    """Call write(temporary path), flush to disk, then rename to path. Raises UserError when the disk refuses."""
-    temporary = f"{path}.{os.getpid()}.part"
+    """Call write(temporary path), flush to disk, then rename to path: whole or not at all. Raises OSError."""
+    temporary, folder = f"{path}.{os.getpid()}.part", os.path.dirname(path) or "."
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
         write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         os.replace(temporary, path)
-        flush_folder(os.path.dirname(path) or ".")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written ({error}): free some space or choose another --out") from None
+        flush(folder)  # the new name is in it
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
 
 
-def flush_folder(path: str) -> None:
-    """Flush a folder to disk: a new name lives in it."""
-    folder = os.open(path, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+def flush(path: str) -> None:
+    """Wait until a file, or a folder's names, are on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    os.fsync(number)
+    os.close(number)
 
 
 def write_tensors(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -494,7 +492,7 @@ def load_siglip(path: str, dtype: torch.dtype = torch.float32, device: str | tor
 class SemTokConfig:
     """Sizes of a tokenizer. The defaults are the paper's (Table 8, 2^18 codes).
 
-    Raises ValueError for a picture size that patches of latents do not fill, and for an unknown quantizer.
+    Raises ValueError for a picture size that patches of latents do not fill.
     """
 
     image_size: int = 256
@@ -509,7 +507,7 @@ class SemTokConfig:
     decoder_heads: int = 24
     decoder_dual_depth: int = 13
     semantic_width: int = 768  # C of SigLIP
-    quantizer: str = "bsq"  # or "lfq": the sign without the sphere (Table 10)
+    quantizer: Literal["bsq", "lfq"] = "bsq"  # LFQ is the sign without the sphere (Table 10)
     entropy_group: int = 1  # see BSQ
     causal: bool = False  # Table 5's "raster": a token sees the picture and the tokens before it
     vae: VAEConfig = field(default_factory=VAEConfig)
@@ -517,8 +515,6 @@ class SemTokConfig:
     def __post_init__(self):
         if self.image_size % (side := self.vae.factor * self.patch):
             raise ValueError(f"image_size {self.image_size} is no multiple of {side}, the pixels of a patch's side")
-        if self.quantizer not in ("bsq", "lfq"):
-            raise ValueError(f"quantizer {self.quantizer!r} is unknown: choose bsq or lfq")
 
     @property
     def grid(self) -> int:

@@ -6,19 +6,18 @@
 
 The models and the method are in semtok.py and ar.py. This file is the engineering around them, top to bottom:
 
-    recipes     the numbers of each stage, Recipe and its kin; --set NAME=VALUE changes any of them
-    pictures    the built-in world, folders, which picture each step sees
-    judges      the networks that stage II is judged by: ResNet-50, the discriminator
+    recipes     the numbers of each stage; --set NAME=VALUE changes any of them
+    pictures    the built-in world, folders, tokens, which picture each step sees
+    judges      what stage II is judged by: ResNet-50, the discriminator
     job         what one command asks for, and the frozen networks
-    stages      Pretraining (Eq. 6), Refining (Eq. 7), Generating (Eq. 8): prepare -> forward -> losses
-    stand-ins   stage 0: small twins of the networks that cannot be shipped
-    engine      ranks and shards, averaged weights, the state on disk, the log
-    the loop    train_stage: every stage goes through it
-    the plan    --dry-run
-    the command
+    stages      StandIns (0), Pretraining (Eq. 6), Refining (Eq. 7), Generating (Eq. 8)
+    engine      ranks and shards, averaged weights, states, the log
+    loop        train_stage: every stage goes through it
+    plan        --dry-run
+    command
 
-A stage is a module with `prepare(pictures, labels, rng, step)`, all that needs no gradient, and `forward(rows, shared)`,
-which returns losses. `rows` has a row for each picture of this rank, so a micro-batch is a slice of it.
+A stage is a module with `prepare(pictures, labels, rng, step) -> rows, shared`, all that needs no gradient, and
+`forward(rows, shared) -> losses`. `rows` has a row for each picture of this rank: a micro-batch is a slice of it.
 """
 
 import argparse
@@ -41,6 +40,7 @@ import typing
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -49,8 +49,13 @@ import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from safetensors import SafetensorError
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils import benchmark
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -61,7 +66,7 @@ from bsq import bits_to_codes, code_usage, codes_to_bits, gather, mean_over_rank
 from mmdit import TensorFiles, UserError, blank, load_sd35
 from semtok import (
     PICTURES, PRESETS, VAE, Decoder, LossWeights, SemTok, SemTokConfig, SigLIP, SigLIPConfig, choose_device,
-    flush_folder, load_semtok, load_siglip, load_vae, picture_grid, read_picture, to_signed, to_uint8, write_file,
+    flush, load_semtok, load_siglip, load_vae, picture_grid, read_picture, to_signed, to_uint8, write_file,
     write_picture, write_tensors,
 )
 
@@ -96,34 +101,27 @@ class TokenizerRecipe(LossWeights, Recipe):
 
 @dataclass(frozen=True)
 class RefinerRecipe(TokenizerRecipe):
-    """Stage II: and with those of Eq. 7."""
+    """Stage II: with those of Eq. 7 as well."""
 
-    init: str = "stage1"  # "scratch": without stage I (Table 12); the decoder still starts from --sd35
+    init: Literal["stage1", "scratch"] = "stage1"  # Table 12; from scratch, the decoder still starts from --sd35
+    perceptual: Literal["both", "lpips", "resnet"] = "both"  # Table 11
     freeze_encoder: bool = False
-    perceptual: str = "both"  # or "lpips", "resnet" (Table 11)
     lambda_p: float = 0.1
     lambda_gan: float = 0.1
     lambda_lecam: float = 0.001
     gan_start: int = 20_000  # the step at which the discriminator joins
     discriminator_lr: float = 1e-4
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name, choices in (("init", ("stage1", "scratch")), ("perceptual", tuple(PERCEPTUAL))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown: choose {' or '.join(choices)}")
-
 
 @dataclass(frozen=True)
 class ARRecipe(Recipe):
-    """The masked AR transformer: and what training hides from it (section 4.1)."""
+    """The masked AR transformer: with what training hides from it (section 4.1)."""
 
     least_masked: float = 0.7  # the share of masked tokens is uniform between this and 1
     class_dropout: float = 0.1
     smoothing: float = 0.01
 
 
-PERCEPTUAL = {"both": ("lpips", "resnet"), "lpips": ("lpips",), "resnet": ("resnet",)}
 TINY_EVERY = {"log_every": 25, "save_every": 400, "preview_every": 400}
 RECIPES = {
     "paper": {
@@ -135,9 +133,7 @@ RECIPES = {
         "0": Recipe(800, 24, 1e-3, warmup=30, ema=0.0, **TINY_EVERY),
         "1": TokenizerRecipe(400, 16, 3e-3, warmup=50, **TINY_EVERY),
         # In batches of 16 the paper's lambda_s 0.05 or lambda_p 0.1 drown the pixels: 2.3 dB after 400 steps.
-        "2": RefinerRecipe(
-            700, 16, 5e-3, warmup=50, gan_start=630, lambda_s=0.003, lambda_p=0.01, **TINY_EVERY,
-        ),
+        "2": RefinerRecipe(700, 16, 5e-3, warmup=50, gan_start=630, lambda_s=0.003, lambda_p=0.01, **TINY_EVERY),
         # Of 16 tokens, a share of 0.7 masked leaves at most 4 known: sampling would end where training never was.
         # The longer warm-up bears the higher rate; after 50 steps of it 6e-3 costs 0.06 nats a bit.
         "ar": ARRecipe(
@@ -167,18 +163,22 @@ def setting_names(stage: str) -> list[str]:
 
 
 def changed(settings, changes: dict[str, str]):
-    """A dataclass with the fields that `changes` names set, each read as the field's type. Raises UserError."""
+    """A dataclass with the fields that `changes` names set, each read as its type. Raises UserError."""
     hints, values = typing.get_type_hints(type(settings)), {}
     for name, text in changes.items():
         if name in hints:
-            kind = hints[name]
-            try:
-                values[name] = {"0": False, "1": True}[text] if kind is bool else kind(text)
-                if kind in (int, float) and not 0 <= values[name] < 2**53:
-                    raise ValueError
-            except (KeyError, ValueError):
-                wanted = "0 or 1" if kind is bool else "a word" if kind is str else f"a finite {kind.__name__} of 0 or more"
-                raise UserError(f"{name}={text} cannot be set: {wanted} is needed") from None
+            kind, choices = hints[name], typing.get_args(hints[name]) or ("0", "1")
+            if kind in (int, float):
+                try:
+                    values[name] = kind(text)
+                except ValueError:
+                    values[name] = -1
+                if not 0 <= values[name] < 2**53:
+                    raise UserError(f"{name}={text} cannot be set: a {kind.__name__} of 0 or more is needed")
+            elif text not in choices:
+                raise UserError(f"{name}={text} cannot be set: choose {' or '.join(choices)}")
+            else:
+                values[name] = text == "1" if kind is bool else text
     try:
         return replace(settings, **values)
     except ValueError as error:
@@ -267,12 +267,10 @@ class Pictures(Dataset):
         self.split, self.seed, self.size, self.workers, self.memory = split, seed, size, workers, None
         self.skipped = torch.zeros(1, dtype=torch.long).share_memory_()  # loader processes count here too
         if folder:
-            self.classes, self.paths, self.labels = find_pictures(folder, split)
-            self.fingerprint = fingerprint_files(folder, self.paths)
+            self.classes, self.paths, self.labels, self.fingerprint = find_pictures(folder, split)
         else:
-            self.classes, self.paths = list(SHAPES), None
+            self.classes, self.paths, self.fingerprint = list(SHAPES), None, f"{DRAWN[split]} drawn, seed {seed}"
             self.labels = [index % len(SHAPES) for index in range(DRAWN[split])]
-            self.fingerprint = f"{DRAWN[split]} drawn, seed {seed}"
         if len(self) * 3 * size**2 <= IN_MEMORY:
             every = [(index, False) for index in range(len(self))]
             loader = DataLoader(self, 64, sampler=every, num_workers=workers, generator=torch.Generator())
@@ -310,39 +308,29 @@ class Pictures(Dataset):
         return torch.stack(pictures), torch.tensor(labels)
 
 
-def find_pictures(folder: str, split: str) -> tuple[list[str], list[str], list[int]]:
-    """Classes, paths and labels of a split of FOLDER/CLASS/**/picture. Raises UserError for another layout."""
-    def is_picture(name):
-        return name.lower().endswith(PICTURES) and not name.startswith(".")
+def find_pictures(folder: str, split: str) -> tuple[list[str], list[str], list[int], str]:
+    """Classes, paths, labels and fingerprint of a split of FOLDER/CLASS/**/picture. Raises UserError.
 
+    The fingerprint is of each file's relative path, size and time of change."""
     layout = "laid out as FOLDER/CLASS/picture.jpg, one subfolder for each class"
     if not os.path.isdir(folder):
         raise UserError(f"--data {folder} is no folder: give one {layout}")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-    if not classes:
-        inside = "pictures but no class subfolders" if any(map(is_picture, os.listdir(folder))) else "no pictures"
-        raise UserError(f"--data {folder} holds {inside}: it must be {layout}")
-    paths, labels, room = [], [], max(1, 1000 // len(classes))
+    paths, labels, digest = [], [], hashlib.sha256()
     for label, name in enumerate(classes):
-        walk = os.walk(os.path.join(folder, name))
-        found = sorted(os.path.join(root, file) for root, _, files in walk for file in filter(is_picture, files))
-        held_out = set(found[::50][:room]) if len(found) > 1 else set()
-        chosen = [path for path in found if (path in held_out) == (split == "val")]
-        paths += chosen
-        labels += [label] * len(chosen)
+        files = (os.path.join(root, file) for root, _, files in os.walk(os.path.join(folder, name)) for file in files)
+        found = sorted(path for path in files if path.lower().endswith(PICTURES) and os.path.basename(path)[0] != ".")
+        held_out = set(found[::50][: max(1, 1000 // len(classes))]) if len(found) > 1 else set()
+        for path in found:
+            if (path in held_out) == (split == "val"):
+                about = os.stat(path) if os.path.exists(path) else None  # a dangling link is skipped when it is read
+                stamp = about and (about.st_size, about.st_mtime_ns)
+                digest.update(f"{os.path.relpath(path, folder)} {stamp}\n".encode(errors="surrogateescape"))
+                paths.append(path)
+                labels.append(label)
     if not paths:
-        raise UserError(f"--data {folder} has no {split} pictures in its {len(classes)} subfolders: it must be {layout}")
-    return classes, paths, labels
-
-
-def fingerprint_files(folder: str, paths: list[str]) -> str:
-    """What a state and a cache know their pictures by: each file's relative path, size and time of change."""
-    digest = hashlib.sha256()
-    for path in paths:
-        about = os.stat(path) if os.path.exists(path) else None  # a dangling link is skipped when it is read
-        stamp = about and (about.st_size, about.st_mtime_ns)
-        digest.update(f"{os.path.relpath(path, folder)} {stamp}\n".encode(errors="surrogateescape"))
-    return f"{len(paths)} files, {digest.hexdigest()[:16]}"
+        raise UserError(f"--data {folder} has no {split} pictures in {len(classes)} subfolders: it must be {layout}")
+    return classes, paths, labels, f"{len(paths)} files, {digest.hexdigest()[:16]}"
 
 
 class Schedule:
@@ -374,9 +362,9 @@ class Schedule:
 class Tokens(Dataset):
     """The tokenised training pictures: item (index, flip) -> (bits (K, d) bool, label).
 
-    They are kept in OUT/tokens.npy, mapped into memory, with their mirror images if the recipe flips: 1.5 GB for
-    ImageNet. OUT/tokens.json says what they were made of and how far, so an interruption costs one part. A file of
-    another tokenizer, of other pictures or of another `flip` is made again: it is a cache.
+    They are a table in a .npy file that is mapped, not read, with the mirror images too if the recipe flips: 1.5 GB for
+    ImageNet. A .json beside it says what they were made of and how far, so an interruption costs one part. A table of
+    another tokenizer or of other pictures is made again.
     """
 
     PART = 256  # pictures between two notes of progress
@@ -384,41 +372,45 @@ class Tokens(Dataset):
     @torch.no_grad()
     def __init__(self, path: str, tokenizer: SemTok, fingerprint: str, job: "Job", flip: bool):
         self.shape, self.workers = (tokenizer.config.tokens, tokenizer.config.bits), job.train.workers
-        (rank, world), count, flips = ranks(), len(job.train), 2 if flip else 1
-        kind = np.dtype([("label", "<i4"), ("bits", "u1", -(-math.prod(self.shape) // 8))])
+        (rank, world), count = ranks(), len(job.train)
         about = {"tokenizer": fingerprint, "pictures": job.train.fingerprint, "flip": flip, "count": count}
-        done = read_progress(path, about)
-        wait_for_all()  # all ranks have read it before rank 0 writes
-        if done < count and rank == 0:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            mode = "r+" if done else "w+"
-            table = np.lib.format.open_memmap(path, mode, **({} if done else {"dtype": kind, "shape": (count, flips)}))
-        part = max(1, self.PART // world)  # pictures a rank
-        bar = tqdm(total=count, initial=done, desc="tokenising", unit="picture", leave=False, disable=rank > 0)
-        places = [
-            (min(first + place, count - 1), False)
-            for first in range(done + rank * part, count + rank * part, part * world) for place in range(part)
-        ]
-        loader = iter(DataLoader(job.train, part, sampler=places, num_workers=self.workers, generator=torch.Generator()))
-        for first in range(done, count, part * world):
-            pictures, labels = next(loader)
-            signed = to_signed(pictures.to(job.device))
-            for flipped in range(flips):
-                codes = in_batches(tokenizer.encode, signed.flip(-1) if flipped else signed)
-                packed = np.packbits(codes_to_bits(codes).flatten(1).cpu().numpy(), axis=1)
-                packed = gather(torch.from_numpy(packed).to(job.device)).cpu().numpy()
-                everyone = gather(labels.to(job.device)).cpu().numpy()
-                if rank == 0:
-                    room = min(part * world, count - first)
-                    table["bits"][first : first + room, flipped] = packed[:room]
-                    table["label"][first : first + room, flipped] = everyone[:room]
-            bar.update(min(part * world, count - first))
-            if rank == 0:
+        done = self.progress(path, about)
+        wait_for_all()  # every rank has read it before rank 0 writes
+        if not done and rank == 0:
+            kind = np.dtype([("label", "<i4"), ("bits", "u1", -(-math.prod(self.shape) // 8))])
+            np.lib.format.open_memmap(path, "w+", kind, (count, 1 + flip)).flush()
+        wait_for_all()
+        table, parts = np.load(path, mmap_mode="r+"), range(done, count, self.PART)
+        shares = [range(first, min(first + self.PART, count))[rank::world] for first in parts]
+        batches = [[(index, False) for index in share] for share in shares if share]
+        loader = iter(DataLoader(job.train, batch_sampler=batches, num_workers=self.workers, generator=torch.Generator()))
+        for share in tqdm(shares, "tokenising", unit=f"x{self.PART}", leave=False, disable=rank > 0):
+            if share:
+                pictures, labels = next(loader)
+                signed = to_signed(pictures.to(job.device))
+                for flipped in range(1 + flip):
+                    codes = in_batches(tokenizer.encode, signed.flip(-1) if flipped else signed)
+                    bits = codes_to_bits(codes).flatten(1).cpu().numpy()
+                    table["bits"][list(share), flipped] = np.packbits(bits, axis=1)
+                    table["label"][list(share), flipped] = labels.numpy()
                 table.flush()
-                write_text(path + ".json", json.dumps(about | {"done": min(first + part * world, count)}))
-        bar.close()
+            wait_for_all()
+            done = min(done + self.PART, count)
+            if rank == 0:
+                write_text(path + ".json", json.dumps(about | {"done": done}))
         wait_for_all()
         self.table = np.load(path, mmap_mode="r")
+
+    @staticmethod
+    def progress(path: str, about: dict) -> int:
+        """How many pictures the table holds: 0 unless it is of just what `about` says."""
+        try:
+            with open(path + ".json", encoding="utf-8") as file:
+                found = json.load(file)
+            whole = found == about | {"done": found["done"]} and len(np.load(path, mmap_mode="r")) == about["count"]
+            return found["done"] if whole else 0
+        except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
+            return 0
 
     def __len__(self) -> int:
         return len(self.table)
@@ -427,17 +419,6 @@ class Tokens(Dataset):
         row = self.table[item[0], int(item[1])]
         bits = np.unpackbits(row["bits"], count=math.prod(self.shape)).reshape(self.shape)
         return torch.from_numpy(bits).bool(), int(row["label"])
-
-
-def read_progress(path: str, about: dict) -> int:
-    """How many pictures a cache of tokens holds: 0 unless it is of just what `about` says."""
-    try:
-        with open(path + ".json", encoding="utf-8") as file:
-            found = json.load(file)
-        table = np.load(path, mmap_mode="r")
-        return found["done"] if found == about | {"done": found["done"]} and len(table) == about["count"] else 0
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
 
 
 def in_batches(function, tensor: torch.Tensor, size: int = 64) -> torch.Tensor:
@@ -558,9 +539,9 @@ WEIGHTS = {  # other people's networks, by flag: file name, what it is, size. RE
     "lpips": (fid.HEADS[0], "the LPIPS heads for VGG16 (v0.1)", "7 kB"),
     "resnet": ("resnet50-0676ba61.pth", "torchvision's ResNet-50 (IMAGENET1K_V1)", "98 MiB"),
 }
-STAND_INS = {
-    "vae": "vae.safetensors", "siglip": "siglip", "vgg": "vgg16.safetensors", "lpips": "lpips.safetensors",
-    "resnet": "resnet50.safetensors",
+STAND_INS = {  # stage 0's twins of them
+    "vae": "standins/vae.safetensors", "siglip": "standins/siglip", "vgg": "standins/vgg16.safetensors",
+    "lpips": "standins/lpips.safetensors", "resnet": "standins/resnet50.safetensors",
 }
 
 
@@ -580,77 +561,69 @@ class Job:
         return os.path.join(self.args.out, name)
 
     def recipe(self, stage: str) -> Recipe:
-        """The preset's recipe for a stage, changed by --set. Warm-up and GAN start keep their share of --steps."""
-        recipe, changes = RECIPES[self.args.preset][stage], dict(self.args.changes)
-        asked = changed(recipe, changes)
-        for name in ("warmup", "gan_start"):
-            if hasattr(recipe, name) and name not in changes and asked.steps != recipe.steps:
-                changes[name] = str(max(1, round(getattr(recipe, name) * asked.steps / recipe.steps)))
-        return changed(recipe, changes)
+        """The preset's recipe for a stage, changed by --set. Warm-up and GAN start keep their share of the steps."""
+        preset, changes = RECIPES[self.args.preset][stage], dict(self.args.changes)
+        share = changed(preset, changes).steps / preset.steps
+        for name in {"warmup", "gan_start"} & asdict(preset).keys() - changes.keys():
+            changes[name] = str(max(1, round(getattr(preset, name) * share)))
+        return changed(preset, changes)
 
     @property
     def config(self) -> SemTokConfig:
         """The tokenizer's sizes: the preset's, changed by --set."""
         return changed(PRESETS[self.args.preset], self.args.changes)
 
-    def ar_config(self, tokens: SemTokConfig, classes: int) -> ARConfig:
-        """The transformer's sizes: --ar-size, changed by --set, for a tokenizer's tokens."""
+    @property
+    def ar_size(self) -> str:
+        """The transformer's sizes by name."""
+        return "tiny" if self.args.preset == "tiny" else self.args.ar_size or "L"
+
+    def ar_config(self, tokens: SemTokConfig) -> ARConfig:
+        """The transformer's sizes, changed by --set, for a tokenizer's tokens and the classes of the pictures."""
+        classes = len(self.train.classes) if self.train else AR_PRESETS[self.ar_size].classes
         base = replace(
             AR_PRESETS[self.ar_size], tokens=tokens.tokens, bits=tokens.bits, classes=classes,
             spherical=tokens.quantizer == "bsq", causal=tokens.causal,
         )
         return changed(base, {name: text for name, text in self.args.changes.items() if name in AR_FIELDS})
 
-    @property
-    def ar_size(self) -> str:
-        """The transformer's sizes by name."""
-        return "tiny" if self.args.preset == "tiny" else self.args.ar_size or "L"
-
     def settings(self, stage: str) -> dict:
         """All that decides a stage's result, by name: what results and states carry, and what is compared."""
         found = {"seed": self.args.seed, "pictures": self.train.fingerprint} | asdict(self.recipe(stage))
-        if stage != "0":
-            found |= {name: getattr(self.config, name) for name in TOKENIZER_FIELDS}
-        if stage == "ar":
-            config = self.ar_config(self.config, len(self.train.classes))
-            found |= {name: getattr(config, name) for name in AR_FIELDS}
-        return found
+        sizes = asdict(self.config) | asdict(self.ar_config(self.config))
+        return found | {name: sizes[name] for name in setting_names(stage) if name in sizes}
 
     def weights(self, name: str) -> str:
-        """Where a frozen network's file is: as given, else in weights/, else the tiny preset's stand-in."""
-        given, published = getattr(self.args, name), os.path.join("weights", WEIGHTS[name][0])
-        if given is None and name == "vae" and self.args.sd35:
-            return self.args.sd35
-        if given is None and self.args.preset == "tiny" and name in STAND_INS:
-            return self.path(os.path.join("standins", STAND_INS[name]))
-        return given or published
+        """Where a frozen network's file is: as given, else the tiny preset's stand-in, else in weights/."""
+        given = getattr(self.args, name)
+        if name == "vae" and not given and os.path.exists(self.weights("sd35")):
+            return self.weights("sd35")
+        stand_in = self.args.preset == "tiny" and name in STAND_INS
+        return given or (self.path(STAND_INS[name]) if stand_in else os.path.join("weights", WEIGHTS[name][0]))
 
     def network(self, name: str) -> nn.Module:
         """A frozen network, "vae", "siglip", "lpips" or "resnet", out of its file; planned, of the same sizes."""
-        tiny, config = self.args.preset == "tiny", self.config
-        if self.planned:
-            network = {
-                "vae": lambda: VAE(config.vae),
-                "siglip": lambda: SigLIP(TINY_SIGLIP if tiny else SigLIPConfig()),
-                "lpips": lambda: fid.LPIPS(vgg := fid.VGG16Features(TINY_VGG if tiny else fid.VGG_WIDTHS), [
-                    torch.zeros(1, width, 1, 1) for width in (TINY_VGG if tiny else fid.VGG_WIDTHS)]),
-                "resnet": lambda: ResNet(*TINY_RESNET, len(SHAPES), config.image_size) if tiny else ResNet(),
-            }[name]()
-        elif name == "lpips":
-            network = fid.load_lpips(self.weights("vgg"), self.weights("lpips"))
-        elif name == "resnet":
-            network = load_resnet(self.weights("resnet"))
-        else:
-            network = {"vae": load_vae, "siglip": load_siglip}[name](self.weights(name), device=self.device)
-        network = network.requires_grad_(False).eval()
+        tiny, config, file = self.args.preset == "tiny", self.config, self.weights
+        widths = TINY_VGG if tiny else fid.VGG_WIDTHS
+        network = {
+            "vae": lambda: VAE(config.vae),
+            "siglip": lambda: SigLIP(TINY_SIGLIP if tiny else SigLIPConfig()),
+            "lpips": lambda: fid.LPIPS(fid.VGG16Features(widths), [torch.zeros(1, width, 1, 1) for width in widths]),
+            "resnet": lambda: ResNet(*TINY_RESNET, len(SHAPES), config.image_size) if tiny else ResNet(),
+        } if self.planned else {
+            "vae": lambda: load_vae(file("vae"), device=self.device),
+            "siglip": lambda: load_siglip(file("siglip"), device=self.device),
+            "lpips": lambda: fid.load_lpips(file("vgg"), file("lpips")),
+            "resnet": lambda: load_resnet(file("resnet")),
+        }
+        network = network[name]().requires_grad_(False).eval()
         return network if self.planned else network.to(self.device)
 
     def new_tokenizer(self, siglip: SigLIP) -> SemTok:
-        """A tokenizer at its start. Its VAE and, with --sd35, its decoder are pretrained; the rest is new."""
-        vae = self.network("vae")
+        """A tokenizer at its start. Its VAE and, from SD3.5, its decoder are pretrained; the rest is new."""
+        vae, decoder = self.network("vae"), None
         config = replace(self.config, semantic_width=siglip.config.width, vae=vae.config)
-        decoder = None
-        if not self.planned and os.path.exists(self.weights("sd35")) and (self.args.sd35 or self.args.preset == "paper"):
+        if not self.planned and (self.args.sd35 or self.args.preset == "paper"):
             with blank():
                 decoder = Decoder(config)
             load_sd35(decoder, self.weights("sd35"), self.device)  # straight there: in float32 it is 9 GB
@@ -658,7 +631,7 @@ class Job:
         return tokenizer if self.planned else tokenizer.to(self.device)
 
     def tokenizer(self, stage: str) -> tuple[SemTok, dict[str, str]]:
-        """The tokenizer that an earlier stage has made, and its metadata. Its sizes must be those asked for now."""
+        """The tokenizer of an earlier stage, and its metadata. Its sizes must be those asked for now."""
         if self.planned:
             return self.new_tokenizer(self.network("siglip")), {"fingerprint": ""}
         path = self.path(RESULTS[stage])
@@ -671,32 +644,30 @@ class Job:
     def command(self, stage: str) -> str:
         """The command line that runs another stage of the same run."""
         args, parts = self.args, [f"python train.py --stage {stage}"]
+        sizes = [f"{name}={text}" for name, text in args.changes.items() if name in TOKENIZER_FIELDS]
         parts += [f"--preset {args.preset}"] * (args.preset != "tiny") + [f"--data {args.data}"] * bool(args.data)
         parts += [f"--out {args.out}"] * (args.out != os.path.join("runs", args.preset))
-        sizes = [f"{name}={text}" for name, text in args.changes.items() if name in TOKENIZER_FIELDS]
-        return " ".join(parts + [f"--set {' '.join(sizes)}"] * bool(sizes))
+        return " ".join(parts + ["--set", *sizes] * bool(sizes))
 
     def missing(self, stage: str) -> list[str]:
         """A sentence for each thing that a stage reads and does not find."""
-        recipe, sentences = self.recipe(stage), []
-        needed = {"1": ["vae", "siglip"], "2": ["siglip"]}.get(stage, [])
-        if stage == "2":
-            needed += ["resnet"] * (recipe.perceptual != "lpips") + ["vgg", "lpips"] * (recipe.perceptual != "resnet")
-        if stage == "1" or getattr(recipe, "init", "") == "scratch":
-            needed += ["sd35"] * (self.args.preset == "paper") + ["vae"] * (stage == "2")
-        for name in needed:
-            path, (_, about, size) = self.weights(name), WEIGHTS[name]
-            if name == "vae" and not os.path.exists(path) and os.path.exists(self.weights("sd35")):
-                continue
-            if not os.path.exists(path):
-                how = f"{self.command('0')} makes it" if path.startswith(self.path("standins")) else \
-                    f"README's section on other people's weights says how to get it ({size}); or give --{name} PATH"
-                sentences.append(f"{path} is missing ({about}): {how}")
-        earlier = {"2": "1", "ar": "2"}.get(stage) if getattr(recipe, "init", "") != "scratch" else None
+        recipe, tiny = self.recipe(stage), self.args.preset == "tiny"
+        scratch, terms = getattr(recipe, "init", "") == "scratch", getattr(recipe, "perceptual", "")
+        needed = {
+            "sd35": (stage == "1" or scratch) and not tiny, "vae": (stage == "1" or scratch) and tiny, "siglip": stage in "12",
+            "vgg": terms in ("both", "lpips"), "lpips": terms in ("both", "lpips"), "resnet": terms in ("both", "resnet"),
+        }
+        sentences = [
+            f"{self.weights(name)} is missing ({WEIGHTS[name][1]}, {WEIGHTS[name][2]}): "
+            + (f"{self.command('0')} makes it" if tiny and not getattr(self.args, name) else
+               f"README's section on other people's weights says how to get it; or give --{name} PATH")
+            for name, wanted in needed.items() if wanted and not os.path.exists(self.weights(name))
+        ]
+        earlier = {"2": "" if scratch else "1", "ar": "2"}.get(stage)
         if earlier and not os.path.isfile(self.path(RESULTS[earlier])):
             sentences.append(f"{self.path(RESULTS[earlier])} is missing: make it first with {self.command(earlier)}")
-        if self.args.preset != "tiny" and not os.path.isdir(self.args.data or ""):
-            sentences.append("--data needs a folder of pictures, FOLDER/CLASS/picture.jpg: README says how to get ImageNet's")
+        if not tiny and not os.path.isdir(self.args.data or ""):
+            sentences.append("--data needs a folder, FOLDER/CLASS/picture.jpg: README says how to get ImageNet's")
         return sentences
 
 
@@ -706,7 +677,7 @@ def check_settings(path: str, found: dict, asked: dict, free: tuple[str, ...] = 
         if name not in free and found.get(name) != value:
             raise UserError(
                 f"{path} was made with {name} {found.get(name)}, and this run has {name} {value}: ask for the same "
-                f"(--set {name}=... if it is a number of the recipe), or take another --out, or start again with --overwrite"
+                "(--set changes settings), or take another --out, or start again with --overwrite"
             )
 
 
@@ -730,18 +701,14 @@ class Pretraining(nn.Module):
         """The tokenizer that this stage trains."""
         return self.job.new_tokenizer(self.frozen["siglip"])
 
-    def open_dataset(self) -> Dataset:
-        """What the loader reads."""
-        return self.job.train
-
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
-        """pictures (B, 3, H, W) uint8 -> rows, shared: see the module's text."""
+        """pictures (B, 3, H, W) uint8 -> rows, shared."""
         rows, shared = self.semtok.prepare(to_signed(pictures), self.frozen["siglip"])
         return rows | self.semtok.draw_noise(rows["latents"], rng), shared
 
     def forward(self, rows: dict, shared: dict) -> dict[str, torch.Tensor]:
-        """What `prepare` returned, or a micro-batch of it -> losses and codes."""
+        """Eq. 6: what `prepare` returned, or a micro-batch of it -> losses and codes."""
         return self.semtok.pretraining_losses(**rows, **shared, weights=self.recipe)
 
     @torch.no_grad()
@@ -786,7 +753,8 @@ class Refining(Pretraining):
         self.discriminator = Discriminator(*(() if job.args.preset == "paper" else TINY_DISCRIMINATOR))
         self.register_buffer("real_mean", torch.zeros(()))
         self.register_buffer("fake_mean", torch.zeros(()))
-        self.frozen |= {name: job.network(name) for name in PERCEPTUAL[self.recipe.perceptual]}
+        self.terms = ("lpips", "resnet") if self.recipe.perceptual == "both" else (self.recipe.perceptual,)
+        self.frozen |= {name: job.network(name) for name in self.terms}
 
     def open_tokenizer(self) -> SemTok:
         """Stage I's tokenizer, or without stage I a new one."""
@@ -794,13 +762,13 @@ class Refining(Pretraining):
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
-        """pictures (B, 3, H, W) uint8 -> rows, shared: see the module's text."""
+        """pictures (B, 3, H, W) uint8 -> rows, shared."""
         pictures = to_signed(pictures)
         rows, shared = self.semtok.prepare(pictures, self.frozen["siglip"])
         return rows | {"pictures": pictures}, shared | {"adversarial": step >= self.recipe.gan_start}
 
     def forward(self, rows: dict, shared: dict) -> dict[str, torch.Tensor]:
-        """What `prepare` returned, or a micro-batch of it -> losses and codes."""
+        """Eq. 7: what `prepare` returned, or a micro-batch of it -> losses and codes."""
         recipe, real = self.recipe, rows["pictures"]
         latents, out = self.semtok.refiner_losses(
             rows["latents"], rows["features"], rows["positive"], shared["candidates"], recipe
@@ -811,7 +779,7 @@ class Refining(Pretraining):
             out["lpips_loss"] = lpips(output, real).mean()
         if resnet := self.frozen.get("resnet"):  # of logits
             out["resnet_loss"] = F.mse_loss(resnet(output).float(), resnet(real).float().detach())
-        perceptual_loss = sum(out[f"{name}_loss"] for name in PERCEPTUAL[recipe.perceptual])
+        perceptual_loss = sum(out[f"{name}_loss"] for name in self.terms)
         loss = out["pixel_loss"] + recipe.lambda_p * perceptual_loss + out.pop("regulariser")  # Eq. 7
         if shared["adversarial"]:
             out |= self.adversarial_losses(real, output)
@@ -858,13 +826,7 @@ class Generating(nn.Module):
         self.job, self.recipe = job, job.recipe("ar")
         tokenizer, metadata = job.tokenizer("2")
         self.frozen, self.fingerprint = {"tokenizer": tokenizer.requires_grad_(False)}, metadata["fingerprint"]
-        classes = 1000 if job.planned and job.args.preset != "tiny" else len(SHAPES) if job.planned else len(job.train.classes)
-        self.ar = MaskedAR(job.ar_config(tokenizer.config, classes))
-
-    def open_dataset(self) -> Dataset:
-        """What the loader reads: tokens, computed first."""
-        path = self.job.path("tokens.npy")
-        return Tokens(path, self.frozen["tokenizer"], self.fingerprint, self.job, self.recipe.flip)
+        self.ar = MaskedAR(job.ar_config(tokenizer.config))
 
     def prepare(self, bits: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
         """bits (B, K, d), labels (B,) -> rows, shared: see the module's text."""
@@ -880,8 +842,8 @@ class Generating(nn.Module):
         tokenizer, config = self.frozen["tokenizer"], self.ar.config
         labels = torch.arange(min(20, config.classes), device=self.job.device)
         bits = self.ar.generate(labels, cfg=config.guidance, generator=torch.Generator(labels.device).manual_seed(0))
-        pictures = to_uint8(tokenizer.decode(tokenizer.refine(bits_to_codes(bits, config.spherical))))
-        return picture_grid({"one sample of each class": pictures})
+        latents = tokenizer.refine(bits_to_codes(bits, config.spherical))
+        return picture_grid({"one sample of each class": to_uint8(tokenizer.decode(latents))})
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -931,10 +893,6 @@ class StandIns(nn.Module):
         for layer in self.vgg.features:
             if isinstance(layer, nn.Conv2d):  # no batch norm: thirteen layers deep, it starts only with He's gain
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-
-    def open_dataset(self) -> Dataset:
-        """What the loader reads."""
-        return self.job.train
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
@@ -1050,9 +1008,6 @@ def shard(stage: nn.Module, device: torch.device) -> None:
     """FSDP2 (Zhao et al. 2023) in place: each rank keeps its rows of all that is trained, and gathers a block to run it.
 
     Weights and moments stay float32; on CUDA what is gathered is bfloat16."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-
     half = torch.bfloat16 if device.type == "cuda" else None
     # Inputs are not cast: times and rotations would lose digits that they need. Autocast casts the rest.
     policy = MixedPrecisionPolicy(half, torch.float32 if half else None, cast_forward_inputs=False)
@@ -1064,6 +1019,13 @@ def shard(stage: nn.Module, device: torch.device) -> None:
     fully_shard(stage, ignored_params=frozen, **options)
     for method in ("preview", "validate"):  # they gather as forward does
         register_fsdp_forward_method(stage, method)
+
+
+def set_checkpointing(stage: nn.Module, on: bool) -> None:
+    """Whether transformers recompute their blocks in the backward pass."""
+    for module in stage.modules():
+        if hasattr(module, "checkpoint_activations"):
+            module.checkpoint_activations = on
 
 
 def compile_blocks(stage: nn.Module) -> None:
@@ -1080,8 +1042,8 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's rows of a sharded tensor, for work that needs no other rank; any other tensor as it is."""
-    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()
+    """This rank's rows of a sharded tensor, for work that needs no other rank; any other as it is."""
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
 
 
 @contextlib.contextmanager
@@ -1138,39 +1100,32 @@ def saved_states(folder: str) -> list[str]:
 
 def checksums(folder: str) -> dict[str, str]:
     """The sha256 of every shard in a state's folder."""
-    found = {}
-    for name in sorted(os.listdir(folder)):
-        if name.endswith(".safetensors"):
-            with open(os.path.join(folder, name), "rb") as file:
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    def digest(path):
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return {n: digest(os.path.join(folder, n)) for n in sorted(os.listdir(folder)) if n.endswith(".safetensors")}
 
 
 def save_state(folder: str, step: int, tensors: dict[str, torch.Tensor], settings: dict) -> None:
     """Write a training state, whole or not at all: every rank its shards, then rank 0 what they are. Two are kept."""
     (rank, world), path = ranks(), os.path.join(folder, f"step-{step:07d}")
     part = path + ".part"
-    try:
-        if rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
-            os.makedirs(part)
-        wait_for_all()
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(part, save_distributed=True), no_dist=world == 1)
-        if rank == 0:
-            about = {"step": step, "settings": settings, "sha256": checksums(part)}
-            write_text(os.path.join(part, "state.json"), json.dumps(about))
-            for name in os.listdir(part):
-                with open(os.path.join(part, name), "rb+") as file:
-                    os.fsync(file.fileno())
-            shutil.rmtree(path, ignore_errors=True)  # damaged, or load_state would have gone on from it
-            os.replace(part, path)
-            flush_folder(folder)
-            for old in saved_states(folder)[:-2]:
-                shutil.rmtree(old)
-    except (OSError, CheckpointException) as error:
+    if rank == 0:
         shutil.rmtree(part, ignore_errors=True)
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"{path} cannot be written ({reason}): free some space, then go on with --resume") from None
+        os.makedirs(part)
+    wait_for_all()
+    dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(part, save_distributed=True), no_dist=world == 1)
+    if rank == 0:
+        about = {"step": step, "settings": settings, "sha256": checksums(part)}
+        write_text(os.path.join(part, "state.json"), json.dumps(about))
+        for name in about["sha256"]:
+            flush(os.path.join(part, name))
+        shutil.rmtree(path, ignore_errors=True)  # damaged, or load_state would have gone on from it
+        os.replace(part, path)
+        flush(folder)
+        for old in saved_states(folder)[:-2]:
+            shutil.rmtree(old)
     wait_for_all()
 
 
@@ -1196,88 +1151,52 @@ def load_state(folder: str, tensors: dict[str, torch.Tensor], settings: dict) ->
         raise UserError(f"{folder} holds no whole training state to resume: start without --resume, or with --overwrite")
     path, step, found = chosen[0]
     check_settings(path, found, settings, ON_RESUME)
-    try:
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(path), no_dist=ranks()[1] == 1)
-    except CheckpointException as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"{path} is the state of another model ({reason}): start again with --overwrite") from None
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(path), no_dist=ranks()[1] == 1)
     return step
 
 
-# ---- log.jsonl
+def prune_log(path: str, stage: str, step: int) -> None:
+    """Drop from log.jsonl what a stage logged after the step that it goes on from, and lines that are damaged."""
+    kept = []
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            for line in file:
+                with contextlib.suppress(ValueError, TypeError, KeyError):
+                    entry = json.loads(line)
+                    if entry["stage"] != stage or (entry["step"] <= step and "loss" in entry):
+                        kept.append(json.dumps(entry) + "\n")
+    write_text(path, "".join(kept))
 
 
-class Log:
-    """OUT/log.jsonl: a line every few steps with all that was measured, all stages of a run in one file."""
-
-    def __init__(self, path: str, stage: str, step: int):
-        self.path, self.stage, self.since, kept = path, stage, (time.time(), step), []
-        if os.path.isfile(path):
-            with open(path, "rb") as file:
-                for line in file:
-                    with contextlib.suppress(ValueError, TypeError, KeyError):  # cut by a power failure, or foreign
-                        entry = json.loads(line)
-                        # What a stopped run logged after the state that it resumes from is about to be logged again.
-                        if entry["stage"] != stage or (entry["step"] <= step and "loss" in entry):
-                            kept.append(json.dumps(entry) + "\n")
-        write_text(path, "".join(kept))
-
-    def steps_per_second(self, step: int) -> float:
-        """Since the last call, or the start: all that a step takes, previews and states among it."""
-        (then, first), self.since = self.since, (time.time(), step)
-        return (step - first) / (self.since[0] - then)
-
-    def write(self, entry: dict) -> None:
-        """Append one line."""
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"stage": self.stage} | entry) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written ({error}): free some space, then go on with --resume") from None
-
-
-class StopSignal:
-    """Inside `with`, Ctrl-C and SIGTERM only leave a note; `everywhere` tells all ranks of it at the same step."""
-
-    def __enter__(self):
-        self.noted = False
-        def note(*_):
-            self.noted = True
-        self.handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.handlers.items():
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Inside `with`, Ctrl-C and SIGTERM only leave a note in the list."""
+    noted = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda number, _: noted.append(number)) for number in numbers]
+    try:
+        yield noted
+    finally:
+        for number, handler in zip(numbers, before):
             signal.signal(number, handler)
 
-    def everywhere(self) -> bool:
-        """Whether any rank has been told to stop."""
-        if ranks()[1] == 1:
-            return self.noted
-        note = torch.tensor(float(self.noted))  # on the CPU, by gloo: no wait for the GPU
-        dist.all_reduce(note, dist.ReduceOp.MAX)
-        return bool(note)
+
+def any_rank(flag: bool) -> bool:
+    """Whether any rank says so."""
+    if ranks()[1] == 1:
+        return flag
+    note = torch.tensor(float(flag))  # on the CPU, by gloo: no wait for the GPU
+    dist.all_reduce(note, dist.ReduceOp.MAX)
+    return bool(note)
 
 
 @functools.cache
-def matmul_rate(device: torch.device, dtype: torch.dtype | None = None, shape: tuple[int, int, int] | None = None) -> float:
-    """FLOP/s of a matrix product (m, k) x (k, n), shape (m, k, n): the best of a few.
-
-    By default of a square one as training does it, float32 on a CPU, bfloat16 on CUDA."""
-    cuda = device.type == "cuda"
-    dtype, rates = dtype or (torch.bfloat16 if cuda else torch.float32), []
-    m, k, n = shape or 3 * (8192 if cuda else 768,)
-    own = torch.Generator(device).manual_seed(0)
-    a, b = (torch.randn(*sides, generator=own, device=device, dtype=dtype) for sides in ((m, k), (k, n)))
-    for _ in range(6):
-        if cuda:
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        a @ b
-        if cuda:
-            torch.cuda.synchronize(device)
-        rates.append(2 * m * k * n / (time.perf_counter() - start))
-    return max(rates)
+def matmul_rate(device: torch.device) -> float:
+    """FLOP/s of a large matrix product as training does it: float32 on a CPU, bfloat16 on CUDA."""
+    side, kind = (8192, torch.bfloat16) if device.type == "cuda" else (768, torch.float32)
+    square = torch.ones(side, side, device=device, dtype=kind)
+    timer = benchmark.Timer("a @ a", globals={"a": square}, num_threads=torch.get_num_threads())
+    return 2 * side**3 / timer.timeit(6).mean
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop
@@ -1308,6 +1227,16 @@ def is_finished(name: str, job: Job) -> bool:
     return False
 
 
+def micro_batch(recipe: Recipe, world: int, accumulate: int) -> int:
+    """The pictures that a rank has at once. Raises UserError for a batch that does not divide."""
+    if recipe.batch_size % (world * accumulate):
+        raise UserError(
+            f"a batch of {recipe.batch_size} does not divide by {world} processes with --accumulate {accumulate}: "
+            "change --batch-size"
+        )
+    return recipe.batch_size // world // accumulate
+
+
 def parameter_groups(stage: nn.Module, recipe: Recipe) -> list[dict]:
     """AdamW's groups: the weights of linear layers and convolutions decay, all else does not (norms, biases, embeddings);
     the discriminator has its own learning rate."""
@@ -1327,11 +1256,7 @@ def train_stage(name: str, job: Job) -> None:
     say = print if rank == 0 else (lambda *_: None)
     if is_finished(name, job):
         return say(f"stage {name} ({NAMES[name]}) is finished: {job.path(RESULTS[name])}. --overwrite starts it again")
-    if recipe.batch_size % (world * args.accumulate):
-        raise UserError(
-            f"a batch of {recipe.batch_size} does not divide by {world} processes with --accumulate {args.accumulate}: "
-            "change --batch-size"
-        )
+    micro_batch(recipe, world, args.accumulate)
     device, states, settings = job.device, job.path(f"state-{name}"), job.settings(name)
     wait_for_all()  # whoever changes files below has been seen by all to find them as they were
     say(f"stage {name}: {NAMES[name]}, {recipe.steps} steps of {recipe.batch_size} on {world} x {device}")
@@ -1339,10 +1264,11 @@ def train_stage(name: str, job: Job) -> None:
     # ---- the stage, its data, its optimiser, its averages
     torch.manual_seed(args.seed)
     stage = STAGES[name](job).to(device)
-    dataset = stage.open_dataset()  # before its networks are compiled or sharded
-    for module in stage.modules():
-        if hasattr(module, "checkpoint_activations"):
-            module.checkpoint_activations = args.checkpoint_activations
+    dataset = job.train
+    if name == "ar":  # before its networks are compiled
+        tokenizer = stage.frozen["tokenizer"]
+        dataset = Tokens(job.path("tokens.npy"), tokenizer, stage.fingerprint, job, recipe.flip)
+    set_checkpointing(stage, args.checkpoint_activations)
     if args.compile:
         compile_blocks(stage)
     if sharded := world > 1 and name != "0":  # every rank trains the stand-ins whole: see StandIns.prepare
@@ -1373,7 +1299,8 @@ def train_stage(name: str, job: Job) -> None:
         step = load_state(states, state, settings)
     elif rank == 0:
         shutil.rmtree(states, ignore_errors=True)
-    log = Log(job.path("log.jsonl"), name, step) if rank == 0 else None
+    if rank == 0:
+        prune_log(job.path("log.jsonl"), name, step)
     batches = DataLoader(
         dataset, num_workers=dataset.workers, persistent_workers=dataset.workers > 0,
         pin_memory=device.type == "cuda",  # else every batch's copy would wait for the steps that are under way
@@ -1383,9 +1310,9 @@ def train_stage(name: str, job: Job) -> None:
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     # ---- the loop
-    with StopSignal() as stop, tqdm(
-        batches, f"stage {name}", initial=step, total=recipe.steps, unit="step", disable=rank > 0
-    ) as bar:
+    bar = tqdm(batches, f"stage {name}", initial=step, total=recipe.steps, unit="step", disable=rank > 0)
+    since, collapsed = (time.time(), step), 0
+    with bar, stop_signals() as noted, open(job.path("log.jsonl"), "a", buffering=1, encoding="utf-8") as log:
         for batch in bar:
             factor = min(1.0, (step + 1) / recipe.warmup) * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
             for group in optimizer.param_groups:
@@ -1430,7 +1357,7 @@ def train_stage(name: str, job: Job) -> None:
             step += 1
 
             # look, log, save
-            stopped, last = stop.everywhere(), step == recipe.steps
+            stopped, last = any_rank(bool(noted)), step == recipe.steps
             if (step % recipe.log_every == 0 or last or device.type == "cpu") and bad_in_a_row >= BAD_STEPS:
                 broken = ", ".join(n for n, value in losses.items() if not value.isfinite())
                 good = saved_states(states)
@@ -1445,17 +1372,17 @@ def train_stage(name: str, job: Job) -> None:
                 if "codes" in outs[0]:
                     bits = codes_to_bits(torch.cat([out["codes"] for out in outs]))
                     entry |= code_usage(gather(bits.to(torch.uint8)).bool())  # gloo gathers no bool
+                (then, first), since = since, (time.time(), step)
+                speed = (step - first) / (since[0] - then)  # with all that a step takes, previews and states
+                entry |= {"images_per_s": speed * recipe.batch_size, "mfu": speed * flops / rate}
                 if rank == 0:
-                    speed = log.steps_per_second(step)
-                    log.write(entry | {
-                        "step": step, "images_per_s": speed * recipe.batch_size, "mfu": speed * flops / rate,
-                    })
+                    print(json.dumps({"stage": name, "step": step} | entry), file=log)
                     bar.set_postfix_str(" ".join(f"{k}={entry[k]:.3g}" for k in SHOWN[name] if k in entry))
-                    if step > recipe.warmup and (entry.get("dead_bits", 0) > 0 or entry.get("used", 1) < 0.01):
-                        bar.write(
-                            f"step {step}: the codebook is collapsing, {entry['used']:.1%} of codes used and "
-                            f"{entry['dead_bits']} dead bits: a larger lambda_q or a lower lr helps"
-                        )
+                    dead = entry.get("dead_bits", 0) > 0 or entry.get("used", 1) < 0.01
+                    collapsed = collapsed + 1 if dead and step > recipe.warmup else 0
+                    if collapsed == 3:  # readings in a row
+                        share = f"{entry['used']:.1%} of codes used, {entry['dead_bits']} dead bits"
+                        bar.write(f"step {step}: the codebook is collapsing ({share}): try a larger lambda_q or a lower lr")
             if step % recipe.preview_every == 0 or last:
                 with averaged(stage, average), autocast():
                     picture = stage.preview()
@@ -1473,7 +1400,8 @@ def train_stage(name: str, job: Job) -> None:
         with autocast():
             figures = stage.validate()
         if rank == 0:
-            log.write({"step": step} | figures)
+            with open(job.path("log.jsonl"), "a", encoding="utf-8") as log:
+                print(json.dumps({"stage": name, "step": step} | figures), file=log)
         about = {"stage": name, "preset": args.preset, "classes": json.dumps(job.train.classes)}
         path = stage.export(about | {"settings": json.dumps(settings), "figures": json.dumps(figures)})
     shown = ", ".join(f"{k} {v:.4g}" for k, v in figures.items())
@@ -1490,7 +1418,6 @@ PUBLISHED = {  # parameters in millions, by the paper, and of the VAE by SD3.5's
     "encoder": 113, "decoder": 2236, "AR L": 318, "AR XL": 746, "AR XXL": 1200, "VAE encoder": 34.3, "VAE decoder": 49.5,
 }
 PEAK, UTILISATION = 989e12, 0.4  # FLOP/s: an H100's dense bfloat16, and the share of it that a transformer may reach
-CPU_PEAK, CPU_UTILISATION = 92e9, 0.25  # of two cores on large float32 products, and what the tiny stages get
 CARD = 78 * 2**30  # bytes: what a GPU of "80 GB" leaves to a program
 
 
@@ -1508,18 +1435,6 @@ class AsOnCUDA(torch.overrides.TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-@dataclass
-class Cost:
-    """What a step takes: FLOPs of its forward and of all its passes; bytes kept for the backward pass, and of the weights'
-    bfloat16 copies; and of each module of interest its forward FLOPs and the bytes that it keeps."""
-
-    forward: int
-    step: int
-    kept: int
-    copies: int
-    modules: dict[nn.Module, tuple[int, int]]
-
-
 def networks(stage: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
     """The networks of a stage, by the names that people know them by."""
     if isinstance(stage, StandIns):
@@ -1530,130 +1445,116 @@ def networks(stage: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
         "VAE encoder": (semtok.vae.encoder,), "encoder": (semtok.encoder,), "alignment": (semtok.w_x, semtok.w_z),
         "decoder": (semtok.decoder,), "VAE decoder": (semtok.vae.decoder,),
     }
-    frozen = {"siglip": "SigLIP", "lpips": "LPIPS' VGG16", "resnet": "ResNet-50"}
-    found |= {label: (stage.frozen[name],) for name, label in frozen.items() if name in stage.frozen}
-    trained = {"discriminator": "discriminator", "ar": f"AR {stage.job.ar_size}"}
-    return found | {label: (getattr(stage, name),) for name, label in trained.items() if hasattr(stage, name)}
+    labels = {"siglip": "SigLIP", "lpips": "LPIPS' VGG16", "resnet": "ResNet-50"}
+    found |= {label: (stage.frozen[name],) for name, label in labels.items() if name in stage.frozen}
+    labels = {"discriminator": "discriminator", "ar": f"AR {stage.job.ar_size}"}
+    return found | {label: (getattr(stage, name),) for name, label in labels.items() if hasattr(stage, name)}
 
 
-def measure(name: str, job: Job, batch: int, checkpointed: bool = False) -> tuple[nn.Module, Cost]:
-    """A stage, and the cost of its last step on `batch` pictures, from FakeTensorMode: tensors with shapes and no values.
+def measure(name: str, job: Job, batch: int, checkpointed: bool = False):
+    """A stage and the cost of its last step on `batch` pictures, by FakeTensorMode: tensors have shapes and no values.
 
-    Nothing is read or computed. Types are those of CUDA's autocast. checkpointed: without the backward pass."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    config, activations, copies, modules, opened = job.config, {}, {}, {}, []
+    Returns the stage; FLOPs of all passes; bytes of the weights' bfloat16 copies; and by module, the stage among them,
+    (forward FLOPs, bytes kept for the backward pass). checkpointed: blocks recomputed, and no backward pass.
+    """
+    config, activations, copies, cost, opened = job.config, {}, {}, {}, []
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         stage = STAGES[name](replace(job, planned=True, device=torch.device("cpu")))
-        for module in stage.modules():
-            if hasattr(module, "checkpoint_activations"):
-                module.checkpoint_activations = checkpointed
+        set_checkpointing(stage, checkpointed)
         owners = [stage, *getattr(stage, "frozen", {}).values()]
         weights = {t.untyped_storage()._cdata for owner in owners for t in (*owner.parameters(), *owner.buffers())}
 
         def keep(tensor):  # storages, since views of one tensor are kept once
             storage, source = tensor.untyped_storage(), tensor if tensor._base is None else tensor._base
             if storage._cdata not in weights:
-                before = source.grad_fn and source.grad_fn.next_functions and source.grad_fn.next_functions[0][0]
-                cast = source.dtype == torch.bfloat16 and hasattr(before, "variable")  # made of a parameter
-                (copies if cast else activations)[storage._cdata] = storage
+                made_of = source.grad_fn and source.grad_fn.next_functions and source.grad_fn.next_functions[0][0]
+                copied = source.dtype == torch.bfloat16 and hasattr(made_of, "variable")  # of a parameter
+                (copies if copied else activations)[storage._cdata] = storage
             return tensor
 
-        def now():
-            return counter.get_total_flops(), sum(storage.nbytes() for storage in activations.values())
+        def enter(*_):
+            opened.append((counter.get_total_flops(), sum(storage.nbytes() for storage in activations.values())))
 
         def leave(module, *_):
-            spent = [after - before for after, before in zip(now(), opened.pop())]
-            modules[module] = tuple(a + b for a, b in zip(spent, modules.get(module, (0, 0))))
+            enter()
+            after, before = opened.pop(), opened.pop()
+            had = cost.get(module, (0, 0))
+            cost[module] = (had[0] + after[0] - before[0], had[1] + after[1] - before[1])
 
         for module in (*blocks_of(stage), *(module for group in networks(stage).values() for module in group)):
-            module.register_forward_pre_hook(lambda *_: opened.append(now()))
+            module.register_forward_pre_hook(enter)
             module.register_forward_hook(leave)
         pictures = torch.zeros(batch, 3, config.image_size, config.image_size, dtype=torch.uint8)
-        bits = torch.zeros(batch, config.tokens, config.bits, dtype=torch.bool)
-        labels, rng, last = torch.zeros(batch, dtype=torch.long), torch.Generator(), job.recipe(name).steps - 1
+        if name == "ar":
+            pictures = torch.zeros(batch, config.tokens, config.bits, dtype=torch.bool)
         saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with torch.autocast("cpu", torch.bfloat16), AsOnCUDA(), saved:
-            rows, shared = stage.prepare(bits if name == "ar" else pictures, labels, rng, last)
-            loss = stage(rows, shared)["loss"]
-        forward, kept = now()
+            enter()
+            labels, last = torch.zeros(batch, dtype=torch.long), job.recipe(name).steps - 1
+            loss = stage(*stage.prepare(pictures, labels, torch.Generator(), last))["loss"]
+            leave(stage)
         if not checkpointed:
             loss.backward()
-    copied = sum(storage.nbytes() for storage in copies.values())
-    return stage, Cost(forward, counter.get_total_flops(), kept, copied, modules)
+    return stage, counter.get_total_flops(), sum(storage.nbytes() for storage in copies.values()), cost
 
 
-def plan(args: argparse.Namespace, name: str) -> str:
-    """What --dry-run prints of a stage: parameters, FLOPs, memory, length and missing files. Raises UserError for a run
-    that could not start."""
+def plan(job: Job, name: str) -> str:
+    """What --dry-run prints of a stage: parameters, FLOPs, memory, length and missing files. Raises UserError."""
+    args, config = job.args, job.config
     if name not in RECIPES[args.preset]:
         raise UserError(f"stage {name} makes stand-ins for the tiny preset; the {args.preset} preset reads the real weights")
-    job, paper = Job(args, torch.device("cpu")), args.preset == "paper"
-    recipe, config, gpus = job.recipe(name), job.config, args.gpus or (8 if paper else 1)
-    (large, flop), (room, byte) = ((1e12, "TFLOP"), (2**30, "GiB")) if paper else ((1e9, "GFLOP"), (2**20, "MiB"))
-    if recipe.batch_size % (gpus * args.accumulate):
-        raise UserError(
-            f"a batch of {recipe.batch_size} does not divide by {gpus} GPUs with --accumulate {args.accumulate}: "
-            "change --batch-size or --gpus"
-        )
-    batch = recipe.batch_size // gpus // args.accumulate
-    (stage, cost), (lean_stage, lean) = (measure(name, job, batch, checkpointed) for checkpointed in (False, True))
-    lines = [
-        f"stage {name}, {NAMES[name]}, {args.preset} preset: {recipe.steps:,} steps of {recipe.batch_size} pictures of "
-        f"{config.image_size} x {config.image_size}, {batch} a GPU and micro-batch, GPUs: {gpus}",
-        f"{config.tokens} tokens of {config.bits} bits: {config.bits_per_pixel:.3f} bits per pixel", "",
-        f"{'network':16}{'trained, M':>12}{'frozen, M':>12}{'published':>12}{'forward, ' + flop:>18}",
-    ]
+    recipe, gpus = job.recipe(name), args.gpus or (1 if args.preset == "tiny" else 8)
+    batch = micro_batch(recipe, gpus, args.accumulate)
+    stage, flops, copies, cost = measure(name, job, batch)
+    lean_stage, _, _, lean = measure(name, job, batch, checkpointed=True)
 
     def sizes(modules) -> tuple[int, int]:  # parameters: trained, frozen
         parameters = {p: p.numel() for module in modules for p in module.parameters()}
         trained = sum(count for p, count in parameters.items() if p.requires_grad)
         return trained, sum(parameters.values()) - trained
 
-    for label, modules in networks(stage).items():
-        flops = sum(cost.modules.get(module, (0, 0))[0] for module in modules) / batch / large
-        figures = *(count / 1e6 for count in sizes(modules)), PUBLISHED.get(label, "-") if paper else "-"
-        lines.append("{:16}{:12.2f}{:12.2f}{:>12}{:>18}".format(label, *figures, f"{flops:.4f}" if flops else "-"))
-    trained, frozen = sizes([stage, *getattr(stage, "frozen", {}).values()])
-    lines.append(f"{'all':16}{trained / 1e6:12.2f}{frozen / 1e6:12.2f}{'':12}{cost.forward / batch / large:18.4f}")
-    lines.append(f"a picture's step, with the backward passes: {cost.step / batch / large:.4f} {flop}")
-    if paper and name != "ar":
-        pooled = (2048 + 1 + config.decoder_width + 1) * config.decoder_width  # SD3.5's y_embedder ends as a bias
+    lines = [
+        f"stage {name}, {NAMES[name]}, {args.preset} preset: {recipe.steps:,} steps of {recipe.batch_size} pictures of "
+        f"{config.image_size} x {config.image_size}, {batch} at once on each of {gpus} GPUs",
+        f"{config.tokens} tokens of {config.bits} bits: {config.bits_per_pixel:.3f} bits per pixel", "",
+        f"{'network':16}{'trained, M':>12}{'frozen, M':>12}{'published':>12}{'forward, TFLOP a picture':>28}",
+    ]
+    table = networks(stage) | {"all": (stage, *getattr(stage, "frozen", {}).values())}
+    for label, modules in table.items():
+        ran = [stage] if label == "all" else [module for module in modules if module in cost]
+        forward = sum(cost[module][0] for module in ran) / batch / 1e12
+        figures = *(count / 1e6 for count in sizes(modules)), PUBLISHED.get(label, "-") if args.preset == "paper" else "-"
+        lines.append("{:16}{:12.2f}{:12.2f}{:>12}{:>28}".format(label, *figures, f"{forward:.4g}" if forward else "-"))
+    lines.append(f"with the backward passes: {flops / batch / 1e12:.4g} TFLOP a picture")
+    if args.preset == "paper" and name != "ar":
+        pooled = (2048 + 1 + config.decoder_width + 1) * config.decoder_width
         before = (sum(sizes([stage.semtok.decoder])) + pooled) / 1e6
-        lines.append(f"the decoder has {before:.0f}M before SD3.5's pooled-text embedder is folded into a bias")
+        lines.append(f"the decoder has {before:.0f}M before SD3.5's pooled-text embedder becomes a bias")
 
+    trained, frozen = sizes(table["all"])
     blocks = [block for block in blocks_of(stage) if any(p.requires_grad for p in block.parameters())]
-    largest = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
-    share = 4 * trained / gpus
+    gathered = 2 * 4 * max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
     rows = {
-        "trained weights, float32": share, "frozen weights, float32": 4 * frozen, "gradients, float32": share,
-        "AdamW, two moments": 2 * share, "averaged weights": share * bool(recipe.ema),
-        "bfloat16 copies": cost.copies if gpus == 1 else 2 * 4 * largest,  # gathered: two blocks, weights and gradients
+        "trained weights, float32": 4 * trained / gpus, "frozen weights, float32": 4 * frozen,
+        "gradients, float32": 4 * trained / gpus, "AdamW, two moments": 8 * trained / gpus,
+        "averaged weights": 4 * trained / gpus * bool(recipe.ema),
+        "bfloat16 copies": copies if gpus == 1 else gathered,  # sharded: of two blocks, weights and gradients
     }
-    fixed = sum(rows.values())
-    again = max((cost.modules[block][1] for block in blocks), default=0)  # checkpointed, one block at a time is in full
-    for note, kept in (("", cost.kept), (", checkpointed", lean.kept + again)):
+    fixed, again = sum(rows.values()), max((cost[block][1] for block in blocks), default=0)  # one block recomputed
+    for note, kept in (("", cost[stage][1]), (", checkpointed", lean[lean_stage][1] + again)):
         rows |= {f"activations{note}": kept, f"total{note}": fixed + kept}
-    lines += ["", f"memory of a GPU, {byte}" + f" (what is trained is sharded over {gpus})" * (gpus > 1)]
+    lines += ["", f"GiB on a GPU{', what is trained sharded' * (gpus > 1)}; context and fragments come on top, a few GiB"]
     for label, amount in rows.items():
-        mark = "  more than a GPU of 80 GB has" if label.startswith("total") and amount > CARD else ""
-        lines.append(f"{label:28}{amount / room:12.2f}{mark}")
-    lines += ["The CUDA context, workspaces and fragments, a few GiB, come on top.", ""]
-    recomputed = sum(cost.modules[block][0] for block in blocks)
-    for note, flops in (("", cost.step), (", checkpointed", cost.step + recomputed)):
-        work = recipe.steps * recipe.batch_size * flops / batch
-        hours = work / (PEAK * UTILISATION) / 3600
-        lines.append(f"length{note}: " + (
-            f"{hours:,.4g} GPU-hours, {hours / gpus:,.3g} hours on {gpus} GPUs" if paper else
-            f"{work / (CPU_PEAK * CPU_UTILISATION):,.3g} seconds on two CPU cores"
-        ))
-    share, peak = (UTILISATION, f"an H100's {PEAK / 1e12:.0f} TFLOP/s") if paper else \
-        (CPU_UTILISATION, f"the {CPU_PEAK / 1e9:.0f} GFLOP/s that they reach on large products")
+        mark = "  more than a GPU of 80 GB has" if "total" in label and amount > CARD else ""
+        lines.append(f"{label:28}{amount / 2**30:12.4g}{mark}")
+    lines.append("")
+    recomputed = sum(cost[block][0] for block in blocks)
+    for note, work in (("", flops), (", checkpointed", flops + recomputed)):
+        hours = recipe.steps * recipe.batch_size * work / batch / (PEAK * UTILISATION) / 3600
+        lines.append(f"length{note}: {hours:.4g} GPU-hours, {hours / gpus:.3g} hours on {gpus} GPUs")
     missing = job.missing(name)
-    return "\n".join([
-        *lines, f"  at {share:.0%} of {peak}", "", f"missing: {len(missing) or 'nothing'}",
-        *(f"- {sentence}" for sentence in missing),
-    ])
+    lines += [f"  at {UTILISATION:.0%} of an H100's {PEAK / 1e12:.0f} TFLOP/s", "", f"missing: {len(missing) or 'nothing'}"]
+    return "\n".join([*lines, *(f"- {sentence}" for sentence in missing)])
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -1672,83 +1573,56 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
   ar   the masked autoregressive transformer on its tokens -> ar.safetensors
   all  the three in order
 
-settings, for --set
-"""
-        + "\n".join(
-            textwrap.fill(", ".join(setting_names(stage)), 110, initial_indent=f"  {stage:4} ", subsequent_indent=" " * 7)
+settings, for --set NAME=VALUE ...
+""" + "\n".join(
+            textwrap.fill(", ".join(setting_names(stage)), 110, initial_indent=f"  {stage:5}", subsequent_indent=" " * 7)
             for stage in STAGES
-        )
-        + """
-
-examples
-  python train.py --stage all                          the built-in pictures, on a laptop
-  python train.py --stage all --data my/pictures       my/pictures/CLASS/any.jpg
-  python train.py --stage 1 --resume                   go on after an interruption
-  python train.py --stage all --set quantizer=lfq --out runs/lfq      Table 10
-then: python sample.py --class 1""",
+        ),
     )
     parser.error = lambda message: parser.exit(2, f"train.py: {message}; --help explains every option\n")
-    add = parser.add_argument
+    add, cores = parser.add_argument, os.cpu_count() or 1
     add("--stage", required=True, choices=[*STAGES, "all"], help="what to train, see below")
     add("--preset", default="tiny", choices=list(RECIPES), help="sizes and recipe (default: tiny, the system in small)")
     add("--data", metavar="FOLDER", help="pictures in class subfolders; the tiny preset draws shapes when there is none")
     add("--out", metavar="FOLDER", help="the run's folder (default: runs/PRESET)")
-    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="change settings of the recipe and of the sizes, see below")
-    add("--steps", help="optimiser steps; short for --set steps=N. Warm-up and GAN start keep their share")
-    add("--batch-size", help="pictures per step over all ranks; short for --set batch_size=N")
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="change settings, see below")
+    add("--steps", help="short for --set steps=N; warm-up and GAN start keep their share")
+    add("--batch-size", help="pictures a step over all ranks; short for --set batch_size=N")
     add("--lr", help="peak learning rate; short for --set lr=X")
-    add("--ar-size", choices=["L", "XL", "XXL"], help="the transformer's sizes in the paper preset, by name (default L)")
-    add("--seed", type=whole_number(0), default=0, help="everything random follows from it (default 0)")
-    add("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add("--workers", type=whole_number(0), default=min(4, cores), help="processes that read pictures (default: up to 4)")
+    add("--ar-size", choices=["L", "XL", "XXL"], help="the paper preset's transformer, by name (default L)")
+    add("--seed", type=at_least(0), default=0, help="everything random follows from it (default 0)")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add("--workers", type=at_least(0), default=min(4, cores), help="processes that read pictures (default: up to 4)")
     add("--resume", action="store_true", help="go on from the last training state")
     add("--overwrite", action="store_true", help="start again although there is a result or a state")
     add("--checkpoint-activations", action="store_true", help="less memory, about a third more work")
-    add(
-        "--accumulate", type=whole_number(1), default=1, metavar="N",
-        help="go through each process's share of the batch in N micro-batches, for less memory. The step is the same, "
-        "but for the entropy of the average code, which is a micro-batch's",
-    )
-    add(
-        "--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile the networks: a slow start, then faster steps (default: on CUDA)",
-    )
+    add("--accumulate", type=at_least(1), default=1, metavar="N", help="go through each rank's share of the batch in N "
+        "micro-batches, for less memory; only the entropy of the average code is then a micro-batch's")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: a slow start, then faster steps (default: on CUDA)")
     add("--dry-run", action="store_true", help="print the plan (sizes, FLOPs, memory, hours, missing files) and stop")
-    add("--gpus", type=whole_number(1), help="in a --dry-run, how many share the batch (default: 8 for paper, 1 for tiny)")
+    add("--gpus", type=at_least(1), help="in a --dry-run, how many share the batch (default: 8; tiny: 1)")
     for name, (_, about, size) in WEIGHTS.items():
         add(f"--{name}", metavar="PATH", help=f"{about}, {size} (default: in weights/)")
     args = parser.parse_args(arguments)
+
     args.out = os.path.normpath(args.out or os.path.join("runs", args.preset))
     args.changes = {n: v for n, v in (("steps", args.steps), ("batch_size", args.batch_size), ("lr", args.lr)) if v}
-    for text in args.set:
-        name, found, value = text.partition("=")
-        if not found:
-            parser.error(f"--set {text} is not NAME=VALUE")
-        args.changes[name] = value
-    job, known = Job(args, torch.device("cpu")), set()
-    args.stages = [args.stage] if args.stage != "all" else ["1", "2", "ar"]
-    try:
-        if args.stage == "all" and job.recipe("2").init == "scratch":
-            args.stages = ["2", "ar"]  # Table 12
-        for stage in args.stages:
-            if stage in RECIPES[args.preset]:
-                job.recipe(stage)
-                known |= set(setting_names(stage))
-                job.ar_config(job.config, 1000)  # groups of bits that do not fit are refused now, not after two stages
-    except UserError as error:
-        parser.error(str(error))
+    args.changes |= dict(text.partition("=")[::2] for text in args.set)
+    args.stages = ["1", "2", "ar"] if args.stage == "all" else [args.stage]
+    if args.stage == "all" and args.changes.get("init") == "scratch":
+        args.stages = ["2", "ar"]  # Table 12
+    known = {name for stage in args.stages for name in setting_names(stage)}
     if unknown := sorted(args.changes.keys() - known):
-        parser.error(f"--set {unknown[0]}=... changes nothing in stage {args.stage}, which has {', '.join(sorted(known))}")
+        parser.error(f"--set {unknown[0]} changes nothing in stage {args.stage}, which has {', '.join(sorted(known))}")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
-    if args.ar_size and args.preset == "tiny":
+    if args.ar_size and args.preset != "paper":
         parser.error(f"--ar-size {args.ar_size} is one of the paper preset's: add --preset paper, or leave it out")
     return args
 
 
-def whole_number(least: int):
-    """What argparse reads an integer of at least `least` with."""
+def at_least(least: int):
+    """What argparse reads a whole number with."""
     def integer(text: str) -> int:
         if not least <= int(text) < 2**53:
             raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
@@ -1759,20 +1633,26 @@ def whole_number(least: int):
 def main(arguments: list[str] | None = None) -> None:
     """The command. Raises UserError for what the person at the keyboard can mend."""
     args = parse_arguments(arguments)
-    if args.dry_run:
-        return print("\n\n".join(plan(args, stage) for stage in args.stages))
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a state of one process
     job = Job(args, torch.device("cpu"))
+    for stage in args.stages:  # settings that do not fit are refused now, not after two stages
+        _ = stage in RECIPES[args.preset] and job.recipe(stage), job.ar_config(job.config)
+    if args.dry_run:
+        return print("\n\n".join(plan(job, stage) for stage in args.stages))
     if args.preset != "tiny" and (missing := job.missing(args.stages[0])):
         raise UserError("; ".join(missing))
-    begins = args.stages[0] == "1" or getattr(job.recipe(args.stages[0]), "init", "") == "scratch"
-    stand_ins = args.preset == "tiny" and begins and not all(os.path.exists(job.weights(name)) for name in STAND_INS)
-    stages = ["0"] * stand_ins + args.stages
-    job.flops = {stage: measure(stage, job, job.recipe(stage).batch_size)[1].step for stage in stages}
-    job.device = join_group(args.device) if "WORLD_SIZE" in os.environ else choose_device(args.device)  # torchrun sets it
+    stages = args.stages
+    if args.preset == "tiny" and (stages[0] == "1" or args.changes.get("init") == "scratch"):
+        stages = ["0"] * (not all(os.path.exists(job.weights(name)) for name in STAND_INS)) + stages
+    job.flops = {stage: measure(stage, job, job.recipe(stage).batch_size)[1] for stage in stages}
+    job.device = choose_device(args.device)
+    if "WORLD_SIZE" in os.environ:  # torchrun sets it
+        if job.device.type == "cuda":
+            job.device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(job.device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if job.device.type == "cuda" else "gloo", timeout=PATIENCE)
     args.compile = job.device.type == "cuda" if args.compile is None else args.compile
-    if job.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA, for what autocast leaves in float32
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a state of one process
     with lock(args.out):
         size = job.config.image_size
         job.train, job.val = (Pictures(args.data, split, args.seed, size, args.workers) for split in ("train", "val"))
@@ -1785,63 +1665,36 @@ def main(arguments: list[str] | None = None) -> None:
 @contextlib.contextmanager
 def lock(folder: str) -> Iterator[None]:
     """One run at a time writes in a folder. The kernel releases the lock when its owner dies. Raises UserError."""
-    if ranks()[0] > 0:
-        yield
-        return
-    try:
-        os.makedirs(folder, exist_ok=True)
-        file = open(os.path.join(folder, ".lock"), "w")
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error}): choose another --out") from None
-    with file:
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, ".lock"), "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) if ranks()[0] == 0 else None
+        except BlockingIOError:
             raise UserError(f"another run is at work in {folder}: wait for it, or choose another --out") from None
         yield
 
 
-def join_group(name: str | None) -> torch.device:
-    """Join the processes that torchrun has started, over NCCL, each on its own GPU, or over gloo on CPUs.
-
-    Returns this process's device. Raises UserError when there are fewer GPUs than processes."""
-    device = choose_device(name)
-    if device.type == "cuda":
-        place, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if place >= here:
-            raise UserError(f"torchrun has started more processes than there are GPUs: give it --nproc_per_node {here}")
-        device = torch.device("cuda", place)
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    return device
-
-
-def report(error: BaseException) -> int:
-    """Say in one sentence on stderr why this process stops; returns its exit code. A bug of the program is raised again."""
-    if ranks()[0] > 0:
-        if isinstance(error, KeyboardInterrupt):
-            return 130
-        time.sleep(20)  # rank 0 has mostly stopped for the same reason, and its end is this process's end
-    if isinstance(error, KeyboardInterrupt):
-        text = "interrupted; what has been saved is whole: go on with --resume"
-    elif isinstance(error, torch.OutOfMemoryError):
-        text = f"the GPU's memory ran out ({str(error).split('.')[0]}): try --checkpoint-activations, --accumulate, more GPUs"
-    elif isinstance(error, (UserError, fid.UserError)):
-        # an error out of a loader's worker carries its whole traceback: the last line is the sentence
-        text = str(error).strip().splitlines()[-1].removeprefix("mmdit.UserError: ")
-    else:
-        raise error
-    print(f"train.py: {text}", file=sys.stderr)
-    return 130 if isinstance(error, KeyboardInterrupt) else 2
-
-
 def command_line(arguments: list[str] | None = None) -> int:
-    """`main` for a shell: returns the exit code, 2 with one sentence on stderr for a UserError."""
+    """`main` for a shell: returns the exit code, 2 with one sentence on stderr for what a person can mend."""
     try:
         main(arguments)
-    except (Exception, KeyboardInterrupt) as error:
-        return report(error)
-    return 0
+        return 0
+    except KeyboardInterrupt:
+        text, code = "interrupted; what has been saved is whole: go on with --resume", 130
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(".")[0]
+        text, code = f"the GPU's memory ran out ({reason}): try --checkpoint-activations, --accumulate, more GPUs", 2
+    except (UserError, fid.UserError) as error:
+        # An error out of a loader's worker carries its whole traceback. The last line is the sentence.
+        text, code = str(error).strip().splitlines()[-1].removeprefix("mmdit.UserError: "), 2
+    except (OSError, MemoryError, SafetensorError, CheckpointException) as error:
+        reason = str(error).strip().splitlines()[-1]
+        text, code = f"{reason}: free some space or change the path; what has been saved is whole, --resume goes on", 2
+    if ranks()[0] > 0:
+        time.sleep(20)  # rank 0 has mostly stopped for the same reason, and its end is this process's end
+    else:
+        print(f"train.py: {text}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
