@@ -56,8 +56,8 @@ def codes_to_index(codes: torch.Tensor) -> torch.Tensor:
 def code_usage(bits: torch.Tensor) -> dict[str, float]:
     """How alive a codebook is, from a batch of bits (..., d).
 
-    `used`: distinct codes, as a share of the most there could be, min(tokens, 2^d). `imbalance`: the mean over
-    bits of |share of ones - 0.5|, from 0 (best) to 0.5 (dead). `dead_bits`: how many bits never change.
+    `used`: distinct codes, as a share of the most there could be, min(tokens, 2^d). `imbalance`: the mean
+    over bits of |share of ones - 0.5|, from 0 (best) to 0.5 (dead). `dead_bits`: how many bits never change.
     """
     flat = bits.reshape(-1, bits.shape[-1])
     share = flat.float().mean(0)
@@ -104,9 +104,9 @@ class BSQ(nn.Module):
     """The quantiser of Eq. 3 and its entropy loss, Eq. 4. It has no parameters.
 
     bits: d, channels of a token. group_size: the entropy of the average code is taken over groups of so many
-    bits, with a table of 2^group_size numbers per group and token (BSQ at 18 bits: 1; FlowMo: 9). temperature:
-    tau of the soft assignment. spherical: False is LFQ, here without its commitment loss. Raises ValueError for
-    a group size that does not divide the bits.
+    bits, with a table of 2^group_size numbers per group and token (BSQ at 18 bits: 1; FlowMo: 9).
+    temperature: tau of the soft assignment. spherical: False is LFQ, here without its commitment loss.
+    Raises ValueError for a group size that does not divide the bits.
     """
 
     def __init__(self, bits: int, group_size: int = 1, temperature: float = 1.0, spherical: bool = True):
@@ -118,8 +118,8 @@ class BSQ(nn.Module):
         self.magnitude = bits**-0.5 if spherical else 1.0
 
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """z (..., d) -> codes (..., d), every channel +-magnitude, and u (..., d), z on the sphere; both float32.
-        The gradient of codes goes to u unchanged: it is bsq-vit's without its 1/sqrt(d)."""
+        """z (..., d) -> codes (..., d), every channel +-magnitude, and u (..., d), z on the sphere; both
+        float32. The gradient of codes goes to u unchanged: it is bsq-vit's without its 1/sqrt(d)."""
         u = F.normalize(z.float(), dim=-1) if self.spherical else z.float()
         corner = torch.where(u > 0, self.magnitude, -self.magnitude)  # torch.sign(0) would be no corner
         return corner + (u - u.detach()), u  # in this order the value is the corner to the last bit
