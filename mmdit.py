@@ -308,7 +308,7 @@ _KINDS = {  # what a file is, by a part of a key that only this kind has; the fi
     "encoder.joint_blocks.": "a SemTok tokenizer",
     "attention.wqkv.": "a SemTok AR transformer",
     "input_blocks.": "a Stable Diffusion 1, 2 or XL U-Net",
-    "down_blocks.1.attentions.": "a diffusers U-Net (Stable Diffusion 1, 2 or XL)",
+    "_blocks.0.attentions.": "a diffusers U-Net (Stable Diffusion 1, 2 or XL)",
     "single_": "a FLUX transformer",
     "_blocks.37.": "SD3.5-Large",
     ".attn2.": "SD3.5-Medium",
