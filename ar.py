@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bsq import bits_to_codes, bits_to_index, index_to_bits, mean_over_ranks
 from mmdit import (
-    RotaryTable, TensorFiles, UserError, attend, blank, describe_keys, load_recipes, modulate, normed_rotated, only, rope_1d,
+    RotaryTable, TensorFiles, UserError, attend, describe_keys, from_keys, load_tensors, modulate, normed_rotated,
+    rope_1d,
 )
 
 
@@ -312,7 +313,7 @@ def load_ar(path: str, device: str | torch.device = "cpu") -> tuple[MaskedAR, di
             f"{path} looks like {source.metadata.get('format') or describe_keys(source.shapes)}, and a SemTok AR transformer "
             "is needed: python train.py --stage ar makes one"
         )
-    with blank():
+    with torch.device("meta"):
         model = MaskedAR(ARConfig(**json.loads(source.metadata["config"])))
-    recipes = {name: only(name) for name in model.state_dict()}
-    return load_recipes(model, source, recipes, r"^$", "a SemTok AR transformer", device=device).eval(), source.metadata
+    mapping = {name: from_keys(name) for name in model.state_dict()}
+    return load_tensors(model, source, mapping, "a SemTok AR transformer", device=device).eval(), source.metadata

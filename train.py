@@ -41,9 +41,9 @@ from tqdm import tqdm
 import fid
 from ar import AR_PRESETS, GUIDANCE, ARConfig, MaskedAR, ar_metadata
 from bsq import bits_to_codes, code_usage, codes_to_bits, gather, mean_over_ranks
-from mmdit import TensorFiles, UserError, blank, load_sd35
+from mmdit import TensorFiles, UserError, load_sd35
 from semtok import (
-    PICTURES, PRESETS, VAE, Decoder, SemTok, SemTokConfig, SigLIP, SigLIPConfig, choose_device, load_semtok, load_siglip,
+    PICTURE_SUFFIXES, PRESETS, VAE, Decoder, SemTok, SemTokConfig, SigLIP, SigLIPConfig, choose_device, load_semtok, load_siglip,
     load_vae, picture_grid, read_picture, to_signed, to_uint8, tokenizer_metadata, whole_batch, write_file, write_picture,
     write_tensors,
 )
@@ -253,7 +253,7 @@ class PictureFolder:
 
 
 def _is_picture(name: str) -> bool:
-    return name.lower().endswith(PICTURES) and not name.startswith(".")
+    return name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith(".")
 
 
 class InMemory:
@@ -543,7 +543,7 @@ class Job:
         config = replace(tokenizer_config(self.args), semantic_width=siglip.config.width, vae=vae.config)
         decoder = None
         if "sd35" in self.weights:
-            with blank():
+            with torch.device("meta"):
                 decoder = Decoder(config)
             load_sd35(decoder, self.weights["sd35"], self.device)  # straight there: in float32 it is 9 GB
         return SemTok(config, vae, decoder).to(self.device)

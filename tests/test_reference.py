@@ -49,27 +49,21 @@ def no_gradients():
         yield
 
 
-@pytest.fixture(scope="module")
-def diffusers():
-    """The library, or a skip."""
+def library(name):
+    """diffusers or transformers, silent; or a skip."""
     import_torchvision()
-    library = pytest.importorskip("diffusers")
-    library.utils.logging.set_verbosity_error()
-    return library
+    module = pytest.importorskip(name)
+    module.utils.logging.set_verbosity_error()
+    module.utils.logging.disable_progress_bar()
+    return module
 
 
-@pytest.fixture(scope="module")
-def transformers():
-    """The library, or a skip."""
-    import_torchvision()
-    library = pytest.importorskip("transformers")
-    library.utils.logging.set_verbosity_error()
-    library.utils.logging.disable_progress_bar()
-    return library
+diffusers = pytest.fixture(lambda: library("diffusers"), scope="module", name="diffusers")
+transformers = pytest.fixture(lambda: library("transformers"), scope="module", name="transformers")
 
 
 def agree(ours, theirs, limit, what=""):
-    """The largest difference, as a share of the largest value, is under the limit, and something is compared."""
+    """The largest difference, as a share of the largest value, is under the limit."""
     assert ours.shape == theirs.shape
     error = ((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()).item()
     assert theirs.double().std() > 1e-3, "the reference's output is constant: nothing was compared"
@@ -169,7 +163,7 @@ def vae_files(diffusers, tmp_path_factory):
     weights, shapes = reference.state_dict(), semtok.VAE(semtok.VAEConfig(VAE_CHANNELS)).state_dict()
     single = {k: weights[semtok._vae_diffusers_name(k, levels)].reshape(v.shape) for k, v in shapes.items()}
     save_file(single, folder / "alone.safetensors")
-    rest = ("model.diffusion_model.x_embedder.proj.bias", "text_encoders.clip_l.logit_scale", "model_sampling.a")
+    rest = ("model.diffusion_model.final_layer.bias", "text_encoders.clip_l.logit_scale", "model_sampling.s")
     rest = {name: torch.zeros(1) for name in rest}
     save_file({f"first_stage_model.{k}": v for k, v in single.items()} | rest, folder / "all.safetensors")
     return reference, folder
@@ -274,7 +268,7 @@ def test_siglip_heads_of_published_widths_need_no_config(transformers, tmp_path,
         image_size=2 * patch, intermediate_size=hidden,
     )
     reference.save_pretrained(tmp_path)
-    for config in (  # none; the hub's, which lists only what differs from the library's defaults; other models'
+    for config in (  # none; the hub's, which lists only what differs from the defaults; other models'
         None,
         {"model_type": "siglip", "vision_config": {"image_size": 2 * patch}},
         {"_class_name": "SD3Transformer2DModel", "num_attention_heads": 24, "image_size": 46},
@@ -420,12 +414,12 @@ def test_fresh_decoder_is_minus_the_prior_of_sd35(sd35_files, layout):
     decoder = unrotated(fresh_decoder(folder / layout), (3, 5))
     text = shared_context(decoder, reference)
     noisy, t = random(2, 16, 6, 10), torch.tensor([0.13, 0.94])
-    theirs = reference(noisy, text, torch.zeros(2, 24), 1000 * t, return_dict=False)[0]  # no pooled text: zeros
+    theirs = reference(noisy, text, torch.zeros(2, 24), 1000 * t, return_dict=False)[0]  # no pooled text
     agree(decoder(text, noisy, t), -theirs, SUMS, "decoder velocity")
 
 
 def test_fresh_refiner_starts_as_the_prior_at_time_one_on_little_noise(sd35_files):
-    """Stage II's mask tokens start as what the pretrained embedder makes of a tenth of a noise sample; t = 1."""
+    """Stage II's mask tokens start as the pretrained embedder's view of a tenth of a noise sample; t = 1."""
     reference, folder = sd35_files
     config = replace(CONFIG, image_size=48)  # latents of 12 x 12, patches of 2: a 6 x 6 grid
     decoder = unrotated(fresh_decoder(folder / "model", config), (6, 6))
@@ -486,21 +480,6 @@ def vgg_file(tmp_path_factory):
     return features, path
 
 
-def test_vgg16_features_equal_torchvision(vgg_file):
-    theirs, path = vgg_file
-    ours = fid.VGG16Features()
-    weights = torch.load(path, weights_only=True)
-    ours.load_state_dict({name: weights[name] for name in weights if name.startswith("features.")})
-    x, maps = random(2, 3, 64, 48), []
-    for layer in theirs:  # torchvision's ReLUs work in place: what a pool is given is what we are after
-        if isinstance(layer, torch.nn.MaxPool2d):
-            maps.append(x.clone())
-        x = layer(x.clone())
-    assert len(maps) == 5
-    for i, (a, b) in enumerate(zip(ours(random(2, 3, 64, 48)), maps, strict=True)):
-        agree(a, b, SUMS, f"VGG16 map {i}")
-
-
 def test_lpips_with_random_heads_equals_the_package(vgg_file, tmp_path):
     package = pytest.importorskip("lpips")
     features, path = vgg_file
@@ -544,45 +523,28 @@ def test_resnet50_logits_equal_torchvision(resnet_reference, tmp_path, form):
 # ---------------------------------------------------------------------------------- formulations of our own
 
 
-def slow_convolution(x, weight, bias, padding):
-    """A convolution as the sum over its taps of shifted pictures."""
-    x, size = F.pad(x, [padding] * 4), weight.shape[-1]
-    height, width = x.shape[2] - size + 1, x.shape[3] - size + 1
-    out = sum(
-        torch.einsum("bchw,oc->bohw", x[:, :, i : i + height, j : j + width], weight[:, :, i, j])
-        for i in range(size) for j in range(size)
-    )
-    return out + bias[:, None, None]
-
-
 def test_discriminator_equals_loops():
     import train
 
     ours = scramble(train.Discriminator(base=128, stages=2, map_size=4))
     weights = ours.state_dict()
 
-    def leaky(y):
-        return torch.where(y > 0, y, 0.1 * y)
-
     def convolve(y, name, padding):
-        return slow_convolution(y, weights[f"{name}.weight"], weights[f"{name}.bias"], padding)
+        return F.conv2d(y, weights[f"{name}.weight"], weights[f"{name}.bias"], padding=padding)
 
     x = pictures(2, 36)
-    y = leaky(convolve(x, "conv_in", 2))
+    y = F.leaky_relu(convolve(x, "conv_in", 2), 0.1)
     for stage in range(2):
         y = F.pad(convolve(y, f"convs.{stage}", 1), [1, 1, 1, 1])
         side = (y.shape[-1] - 2) // 2
         taps = [tap / 8 for tap in (1, 3, 3, 1)]  # along rows, then along columns
         y = sum(tap * y[:, :, k : k + 2 * side : 2] for k, tap in enumerate(taps))
         y = sum(tap * y[:, :, :, k : k + 2 * side : 2] for k, tap in enumerate(taps))
-        groups = y.reshape(2, 32, -1)
-        variance = groups.var(-1, unbiased=False, keepdim=True)
-        groups = (groups - groups.mean(-1, keepdim=True)) / (variance + 1e-5).sqrt()
-        gain, offset = weights[f"norms.{stage}.weight"], weights[f"norms.{stage}.bias"]
-        y = leaky(groups.reshape(y.shape) * gain[:, None, None] + offset[:, None, None])
+        y = F.group_norm(y, 32, weights[f"norms.{stage}.weight"], weights[f"norms.{stage}.bias"])
+        y = F.leaky_relu(y, 0.1)
     bounds = [(i * 9 // 4, -(-(i + 1) * 9 // 4)) for i in range(4)]  # 9 x 9 to 4 x 4: windows that overlap
-    y = torch.stack([y[:, :, a:b, c:d].amax((2, 3)) for a, b in bounds for c, d in bounds], -1).view(2, -1, 4, 4)
-    theirs = convolve(leaky(convolve(y, "mix", 0)), "conv_out", 2)
+    y = torch.stack([y[:, :, a:b, c:d].amax((2, 3)) for a, b in bounds for c, d in bounds], -1)
+    theirs = convolve(F.leaky_relu(convolve(y.unflatten(-1, (4, 4)), "mix", 0), 0.1), "conv_out", 2)
     agree(ours(x), theirs, SUMS, "discriminator")
 
 
@@ -607,7 +569,7 @@ def test_bsq_codes_and_index_equal_loops(bits):
         length = math.sqrt(sum(value * value for value in row))
         assert point == pytest.approx([value / length for value in row], abs=1e-6)
         assert code == pytest.approx([(1 if value > 0 else -1) / math.sqrt(bits) for value in row], rel=1e-6)
-        assert index == sum(2**i for i, value in enumerate(row) if value > 0)  # Eq. 3, least significant first
+        assert index == sum(2**i for i, value in enumerate(row) if value > 0)  # Eq. 3: least first
     back = bsq.bits_to_codes(bsq.index_to_bits(indices, bits))
     assert torch.equal(back > 0, codes > 0)
 
@@ -679,57 +641,51 @@ def test_the_entropy_loss_of_two_ranks_is_that_of_the_whole_batch(tmp_path):
 
 def slow_ar_block(weights, x, modulation, heads):
     """A LlamaGen block with shared AdaLN and qk-norm, one head at a time, rotations as complex numbers."""
-    def normed(y, gain):
-        return y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
+    def normed(y, name):
+        return F.rms_norm(y, y.shape[-1:], weights[f"{name}.weight"], eps=1e-6)
 
-    def rotated(y):  # channels i and i + head_dim/2 make a number, turned at position p by p 10000^(-2i/head_dim)
+    def rotated(y):  # channels i and i + head_dim/2 are a number, turned by position 10000^(-2i/head_dim)
         half = y.shape[-1] // 2
         angles = torch.arange(y.shape[1])[:, None] * 10000.0 ** (-torch.arange(half) / half)
         turned = torch.complex(y[..., :half], y[..., half:]) * torch.polar(torch.ones_like(angles), angles)
         return torch.cat([turned.real, turned.imag], -1)
 
     shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + weights["table"]).transpose(0, 1)[:, :, None]
-    y = normed(x, weights["attention_norm.weight"]) * (1 + scale1) + shift1
+    y = normed(x, "attention_norm") * (1 + scale1) + shift1
     queries, keys, values = (y @ weights["attention.wqkv.weight"].T).chunk(3, -1)
-    head_dim, out = x.shape[-1] // heads, []
-    for part in (slice(h * head_dim, (h + 1) * head_dim) for h in range(heads)):
-        q = rotated(normed(queries[..., part], weights["attention.q_norm.weight"]))
-        k = rotated(normed(keys[..., part], weights["attention.k_norm.weight"]))
-        scores = (torch.einsum("bqc,bkc->bqk", q, k) / math.sqrt(head_dim)).exp()  # each place sees every other
-        out.append(torch.einsum("bqk,bkc->bqc", scores / scores.sum(-1, keepdim=True), values[..., part]))
+    out = []
+    for q, k, v in zip(*(part.chunk(heads, -1) for part in (queries, keys, values))):
+        q, k = rotated(normed(q, "attention.q_norm")), rotated(normed(k, "attention.k_norm"))
+        out.append((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v)  # every place sees every other
     x = x + gate1 * (torch.cat(out, -1) @ weights["attention.wo.weight"].T)
-    y = normed(x, weights["ffn_norm.weight"]) * (1 + scale2) + shift2
+    y = normed(x, "ffn_norm") * (1 + scale2) + shift2
     gate, up = (y @ weights[f"feed_forward.w{i}.weight"].T for i in (1, 3))
-    return x + gate2 * (gate / (1 + (-gate).exp()) * up @ weights["feed_forward.w2.weight"].T)
+    return x + gate2 * (F.silu(gate) * up @ weights["feed_forward.w2.weight"].T)
 
 
 @pytest.mark.parametrize("group_bits", [1, 5])
-def test_masked_ar_equals_loops(group_bits):
+def test_masked_ar_equals_one_written_out(group_bits):
     config = ar.ARConfig(depth=3, width=96, heads=3, tokens=9, bits=10, classes=4, group_bits=group_bits)
     model = scramble(ar.MaskedAR(config))
     shrink(model.token_embedding, model.class_embedding)  # so that the norms' epsilons show
     weights = model.state_dict()
-    bits, masked, labels = random(3, 9, 10) > 0, random(3, 9, seed=8) > 0, torch.tensor([0, 2, 4])  # 4: no class
-    assert masked.any() and not masked.all()
-    rows = []
-    for picture in range(3):
-        class_token = weights["class_embedding.weight"][labels[picture]]
-        row = [class_token]
-        for k in range(9):
-            code = torch.where(bits[picture, k], 1.0, -1.0) / math.sqrt(10)
-            known = weights["token_embedding.weight"] @ code + weights["token_embedding.bias"]
-            row.append(weights["mask_embedding"] if masked[picture, k] else known)
-        x = torch.stack(row)[None]
-        silu = class_token / (1 + (-class_token).exp())
-        modulation = (weights["modulation.1.weight"] @ silu + weights["modulation.1.bias"]).view(1, 6, 96)
-        for block in model.blocks:
-            x = slow_ar_block(block.state_dict(), x, modulation, 3)
-        shift, scale = (weights["final_modulation.1.weight"] @ silu + weights["final_modulation.1.bias"]).chunk(2)
-        x = x[0, 1:]  # without the class token
-        x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weights["norm.weight"]
-        logits = (x * (1 + scale) + shift) @ weights["head.weight"].T + weights["head.bias"]
-        rows.append(logits.view(9, 10 // group_bits, 2**group_bits))
-    agree(model(bits, labels, masked), torch.stack(rows), SUMS, "masked AR")
+    bits, masked = random(3, 9, 10) > 0, random(3, 9, seed=8) > 0
+    labels = torch.tensor([0, 2, 4])  # 4: no class
+    codes = torch.where(bits, 1.0, -1.0) / math.sqrt(10)
+    known = codes @ weights["token_embedding.weight"].T + weights["token_embedding.bias"]
+    tokens = torch.where(masked[..., None], weights["mask_embedding"], known)
+    classes = weights["class_embedding.weight"][labels]
+    x = torch.cat([classes[:, None], tokens], 1)
+
+    def modulation(name):
+        return F.silu(classes) @ weights[f"{name}.1.weight"].T + weights[f"{name}.1.bias"]
+
+    for block in model.blocks:
+        x = slow_ar_block(block.state_dict(), x, modulation("modulation").view(3, 6, 96), 3)
+    shift, scale = modulation("final_modulation")[:, None].chunk(2, -1)
+    x = F.rms_norm(x[:, 1:], (96,), weights["norm.weight"], eps=1e-6) * (1 + scale) + shift
+    logits = x @ weights["head.weight"].T + weights["head.bias"]
+    agree(model(bits, labels, masked), logits.view(3, 9, 10 // group_bits, 2**group_bits), SUMS, "masked AR")
 
 
 # ---------------------------------------------------------------------------------------------- wrong files
@@ -743,14 +699,9 @@ def written(path, *names):
 
 
 LOADERS = {"SD3.5-Medium": fresh_decoder, "the VAE of SD3": semtok.load_vae, "SigLIP": semtok.load_siglip}
-KINDS = {  # what the message calls a file -> keys that it has
+KINDS = {  # what the message calls a file -> keys that it has; more kinds, by the libraries themselves, below
     "U-Net": ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.quant_conv.bias"],
-    "a diffusers U-Net": ["down_blocks.0.attentions.0.norm.weight", "conv_in.weight"],
     "FLUX": ["transformer_blocks.0.attn.add_q_proj.weight", "single_transformer_blocks.0.proj_out.weight"],
-    "SD3-Medium": ["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "context_embedder.bias"],
-    "SD3.5-Large": ["model.diffusion_model.joint_blocks.37.x_block.attn.qkv.weight", "text_encoders.a"],
-    "CLIP": ["vision_model.embeddings.class_embedding", "vision_model.embeddings.patch_embedding.weight"],
-    "a text model": ["text_model.embeddings.token_embedding.weight", "text_model.final_layer_norm.weight"],
     "a SemTok tokenizer": ["encoder.joint_blocks.0.x_block.attn.qkv.weight", "vae.encoder.conv_in.weight"],
     "unknown file (keys such as fc.bias, layer1.0": ["layer1.0.conv1.weight", "fc.bias"],
 }
@@ -885,7 +836,7 @@ def test_position_and_text_tables_are_the_only_keys_dropped_of_the_transformer(s
 
 
 def stream_file(path, shapes, dtype=torch.float32):
-    """A safetensors file of random tensors, written one at a time: one draw, repeated. The position table is zero."""
+    """A safetensors file of random tensors (position tables: zero), written one at a time."""
     size, header, offset = torch.empty((), dtype=dtype).element_size(), {}, 0
     for name, shape in shapes.items():
         end = offset + size * math.prod(shape)
@@ -1025,7 +976,8 @@ def test_the_real_sizes_carry_one_photo(tmp_path):
     """A random file of SD3.5-Medium's own form and size (5.1 GB) -> models -> one picture there and back."""
     with torch.device("meta"):
         vae = semtok.VAE(semtok.VAEConfig()).state_dict()
-    shapes = {f"model.diffusion_model.{k}": shape for k, shape in sd35_shapes(semtok.PRESETS["paper"]).items()}
+    shapes = sd35_shapes(semtok.PRESETS["paper"])
+    shapes = {f"model.diffusion_model.{name}": shape for name, shape in shapes.items()}
     shapes |= {f"first_stage_model.{name}": tuple(tensor.shape) for name, tensor in vae.items()}
     if shutil.disk_usage(tmp_path).free < 1.2 * 2 * sum(map(math.prod, shapes.values())):
         pytest.skip("needs 6 GB of disk")
