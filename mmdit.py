@@ -77,9 +77,8 @@ class RotaryTable(nn.Module):
 
 
 def normed_rotated(qkv: torch.Tensor, heads: int, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm, rope: torch.Tensor):
-    """qkv (B, L, 3 width) -> q, k, v, each (B, heads, L, head_dim): q and k normalised per head, then
-    rotated. The two go through as one tensor: at small sizes the number of operations is what takes the
-    time."""
+    """qkv (B, L, 3 width) -> q, k, v (B, heads, L, head_dim), q and k RMS-normalised per head and rotated."""
+    # q and k go through as one tensor: at small sizes the number of operations is what takes the time.
     qk, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).split([2, 1])
     weight = torch.stack([q_norm.weight, k_norm.weight])[:, None, None, None]
     qk = F.rms_norm(qk.float(), qk.shape[-1:], eps=q_norm.eps) * weight
@@ -91,7 +90,7 @@ def normed_rotated(qkv: torch.Tensor, heads: int, q_norm: nn.RMSNorm, k_norm: nn
 
 
 class AttentionWeights(nn.Module):
-    """One stream's projections in an attention: qkv, qk-norm and, unless `pre_only`, the way out."""
+    """One stream's projections in an attention: qkv, RMS qk-norm and, unless `pre_only`, the way out."""
 
     def __init__(self, width: int, heads: int, pre_only: bool = False):
         super().__init__()
@@ -103,7 +102,7 @@ class AttentionWeights(nn.Module):
             self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x (B, L, width) -> q, k, v, each (B, heads, L, head_dim), q and k normalised, then rotated."""
+        """x (B, L, width) -> q, k, v of `normed_rotated`."""
         return normed_rotated(self.qkv(x), self.heads, self.ln_q, self.ln_k, rope)
 
 
@@ -161,7 +160,7 @@ class StreamBlock(nn.Module):
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.chunks * width))
 
     def modulation(self, conditioning: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """(B, width) -> shift, scale, gate of the attention, of the MLP, of attn2; without AdaLN None each."""
+        """(B, width) -> shift, scale, gate of the attention, the same of the MLP, of attn2; or None each."""
         if not self.adaln:
             return [None] * self.chunks
         return list(self.adaLN_modulation(conditioning)[:, None].chunk(self.chunks, -1))
@@ -204,11 +203,10 @@ class JointBlock(nn.Module):
 class MMDiT(nn.Module):
     """A stack of joint blocks.
 
-    depth, width, heads: sizes. dual_depth: how many first blocks have attn2 (SD3.5-Medium: 13 of 24). adaln:
-    a conditioning vector modulates the blocks (the decoder's timestep; the encoder has none).
-    context_pre_only: the last block's context only feeds the image (SD3.5). The attribute
-    checkpoint_activations: the backward pass recomputes the blocks, so that their activations need not be
-    kept.
+    dual_depth: how many first blocks have attn2 (SD3.5-Medium: 13 of 24). adaln: a conditioning vector
+    modulates the blocks (the decoder's timestep; the encoder has none). context_pre_only: the last block's
+    context only feeds the image (SD3.5). checkpoint_activations, an attribute: the backward pass recomputes
+    the blocks.
     """
 
     def __init__(self, depth, width, heads, dual_depth=0, adaln=False, context_pre_only=False):
@@ -226,8 +224,8 @@ class MMDiT(nn.Module):
 
     def forward(self, x, context, x_rope, context_rope, conditioning=None, mask=None):
         """x (B, L, width), context (B, M, width), x_rope (2, L, head_dim), context_rope (2, M, head_dim),
-        conditioning (B, width) or None, mask (M + L, M + L) bool of the joint attention or None -> (x,
-        context) of the same shapes; with context_pre_only the context is None."""
+        conditioning (B, width) or None, mask (M + L, M + L) bool or None -> (x, context) of the same shapes;
+        with context_pre_only the context is None."""
         for block in self.joint_blocks:
             inputs = x, context, x_rope, context_rope, conditioning, mask
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -322,21 +320,19 @@ _KINDS = {  # what a file is, by a part of a key that only this kind has; the fi
 
 def describe_keys(keys) -> str:
     """In a few words, what a state dict with these keys seems to be."""
-    kinds = [kind for part, kind in _KINDS.items() if any(part in key for key in keys)]
-    examples = ", ".join(sorted(keys)[:3]) or "none at all"
-    return kinds[0] if kinds else f"an unknown file (keys such as {examples})"
+    for part, kind in _KINDS.items():
+        if any(part in key for key in keys):
+            return kind
+    return f"an unknown file (keys such as {', '.join(sorted(keys)[:3]) or 'none at all'})"
 
 
 def read_json(path: str) -> dict:
     """The table that a model's JSON file holds. Raises UserError for anything else, such as an HTML page."""
     try:
         with open(path, encoding="utf-8") as file:
-            entries = json.load(file)
-    except ValueError:  # what json and a wrong encoding raise
-        entries = None
-    if not isinstance(entries, dict):
-        raise UserError(f"{path} is not the JSON table that its name promises: download it again")
-    return entries
+            return dict(json.load(file))
+    except (ValueError, TypeError):  # no JSON; no table
+        raise UserError(f"{path} is not the JSON table that its name promises: download it again") from None
 
 
 class TensorFiles:
@@ -377,11 +373,11 @@ class TensorFiles:
 def _what_instead(path: str, error: Exception) -> str:
     with open(path, "rb") as file:
         start = file.read(256)
-    if start.lstrip()[:1] == b"<":
-        return "it is an HTML page, probably of a login or an error; download it again with your access token"
+    if start.lstrip().startswith(b"<"):
+        return "it is an HTML page, of a login or an error; download it again with your access token"
     if start.startswith(b"version https://git-lfs"):
         return "it is a git-lfs pointer; fetch the file itself with git lfs pull or a direct download"
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+    if start.startswith((b"PK", b"\x80")):
         return "it is a pickled PyTorch file; the safetensors file of the same model is needed"
     size = f"{os.path.getsize(path):,} bytes"
     return f"it has {size} and looks truncated or damaged ({str(error).splitlines()[0]}); download it again"
@@ -422,10 +418,13 @@ def load_tensors(
                 parts = ", ".join(f"{key} {source.shapes[key]}" for key in keys)
                 misshapen.add(f"{parts} for {name} {tuple(targets[name].shape)}")
     faults = {"lacks": missing, "has unexpected": unexpected, "has misshapen": misshapen}
-    told = "; it ".join(f"{fault} {_first_eight(keys)}" for fault, keys in faults.items() if keys)
+    told = []
+    for fault, keys in faults.items():
+        rest = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+        told += [f"it {fault} {', '.join(sorted(keys)[:8])}{rest}"] if keys else []
     if told:
         found = f"{source.path} looks like {describe_keys(source.shapes)}"
-        raise UserError(f"{found}, and {wanted} is needed: it {told}")
+        raise UserError(f"{found}, and {wanted} is needed: {'; '.join(told)}")
 
     tensors = {}
     for name, (keys, make) in mapping.items():
@@ -433,11 +432,6 @@ def load_tensors(
         tensors[name] = value.to(device, targets[name].dtype, copy=True)  # a view would keep the file mapped
     module.load_state_dict(tensors, strict=False, assign=True)
     return module.to(device)
-
-
-def _first_eight(keys: set[str]) -> str:
-    names = sorted(keys)
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 # --------------------------------------------------------------------------------------------- SD3.5-Medium
@@ -481,8 +475,7 @@ def _from_diffusers(name: str, last: int) -> FromKeys:
 
 
 def load_sd35(decoder: nn.Module, path: str, device: str | torch.device = "cpu") -> nn.Module:
-    """Start a decoder from SD3.5-Medium: its single file, sd3.5_medium.safetensors, or a diffusers
-    transformer/.
+    """Start a decoder from SD3.5-Medium: its single file, or a diffusers `transformer/` folder.
 
     decoder: a module with `x_embedder`, `t_embedder`, `joint_blocks` and `final_layer` of this file. What it
     has beside them (token embedder, mask tokens) keeps its initialisation. Two things change on the way in.
@@ -496,20 +489,21 @@ def load_sd35(decoder: nn.Module, path: str, device: str | torch.device = "cpu")
     diffusers = any(key.startswith("transformer_blocks.") for key in source.shapes)
     prefix = "model.diffusion_model."  # in the published file; extracts lack it
     prefix = prefix if any(key.startswith(prefix) for key in source.shapes) else ""
+    last = len(decoder.joint_blocks) - 1
 
-    def key_of(name: str) -> FromKeys:
-        return _from_diffusers(name, len(decoder.joint_blocks) - 1) if diffusers else from_keys(prefix + name)
+    def published(name: str) -> FromKeys:
+        return _from_diffusers(name, last) if diffusers else from_keys(prefix + name)
 
     def folded(bias, bias0, weight2, bias2):  # float64: the order of float32 sums depends on the CPU
         return bias.double() + weight2.double() @ F.silu(bias0.double()) + bias2.double()
 
     pretrained = ("x_embedder.", "t_embedder.", "joint_blocks.", "final_layer.")
-    mapping = {name: key_of(name) for name in decoder.state_dict() if name.startswith(pretrained)}
+    mapping = {name: published(name) for name in decoder.state_dict() if name.startswith(pretrained)}
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        mapping[name] = from_keys(*key_of(name)[0], make=torch.neg)
+        mapping[name] = from_keys(*published(name)[0], make=torch.neg)
     text = ("y_embedder.mlp.0.bias", "y_embedder.mlp.2.weight", "y_embedder.mlp.2.bias")
     bias = "t_embedder.mlp.2.bias"
-    mapping[bias] = from_keys(*(key_of(name)[0][0] for name in (bias, *text)), make=folded)
+    mapping[bias] = from_keys(*(published(name)[0][0] for name in (bias, *text)), make=folded)
 
     # Not used: the position table (RoPE replaces it), the embedder of text, the weight that sees only zeros,
     # and what else the single file carries.
