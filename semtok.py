@@ -436,8 +436,8 @@ def load_siglip(path: str, dtype: torch.dtype = torch.float32, device: str | tor
     (width, _, patch, _), grid = patches, round(positions[0] ** 0.5)
     depth = sum(key.startswith(prefix) and key.endswith(".layer_norm1.weight") for key in source.shapes)
     entries = _config_beside(path)
-    of_siglip = str(entries.get("model_type")).startswith("siglip")  # not of another model beside it
-    entries = entries.get("vision_config", entries) if of_siglip else {}
+    model = str(entries.get("model_type", entries.get("_class_name", "siglip")))
+    entries = entries.get("vision_config", entries) if model.startswith("siglip") else {}  # not another model's
     heads = entries.get("num_attention_heads", _SIGLIP_HEADS.get(width))
     size = entries.get("image_size", 384 if (patch, grid) == (14, 27) else 0)
     if heads is None or width % heads:
