@@ -58,7 +58,10 @@ def read_picture(path: str, size: int | None = None) -> torch.Tensor:
         with Image.open(path, formats=_FORMATS) as picture:
             # 16-bit grey: Pillow's own conversion clips it, and its older versions call such a PNG "I".
             deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
-            picture = ImageOps.exif_transpose(picture)
+            ImageOps.exif_transpose(picture, in_place=True)
+            if size is not None:  # a thin picture, enlarged or only converted as a whole, would take gigabytes
+                longest = 16 * min(picture.size)
+                picture = _centre(picture, *(min(side, longest) for side in picture.size))
             if picture.mode.startswith(("I", "F")):
                 grey = np.asarray(picture, np.float32)
                 grey = grey / (257 if deep or grey.max() > 255 else 1)  # 65535 / 257 = 255
@@ -70,8 +73,6 @@ def read_picture(path: str, size: int | None = None) -> torch.Tensor:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a picture ({error}): give a JPEG or PNG file") from None
     if size is not None and picture.size != (size, size):
-        longest = 16 * min(picture.size)  # of a thin picture: resized as a whole, it would take gigabytes
-        picture = _centre(picture, *(min(side, longest) for side in picture.size))
         while min(picture.size) >= 2 * size:
             picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
         scale = size / min(picture.size)
