@@ -163,8 +163,7 @@ def choose_device(name: str | None) -> torch.device:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of the VAE: channels per level, residual blocks per encoder level (the decoder has one more),
-    latents."""
+    """Sizes of the VAE: channels per level, residual blocks per level (the decoder has one more), latents."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
     blocks: int = 2
@@ -232,9 +231,9 @@ def vae_encoder(config: VAEConfig) -> nn.Sequential:
     """Pictures (B, 3, H, W) in [-1, 1] -> (B, 2 * latent_channels, H/f, W/f): means, then log-variances."""
     widths, levels = config.channels, []
     for i, width in enumerate(widths):
-        half = _named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2))
-        resampling = {"downsample": half} if i < len(widths) - 1 else {}
-        levels.append(_level(widths[max(i - 1, 0)], width, config.blocks, **resampling))
+        conv = {"pad": nn.ZeroPad2d((0, 1, 0, 1)), "conv": nn.Conv2d(width, width, 3, stride=2)}
+        half = {"downsample": _named(**conv)} if i < len(widths) - 1 else {}
+        levels.append(_level(widths[max(i - 1, 0)], width, config.blocks, **half))
     return _named(
         conv_in=nn.Conv2d(3, widths[0], 3, padding=1), down=nn.Sequential(*levels), mid=_middle(widths[-1]),
         norm_out=_group_norm(widths[-1]), silu=nn.SiLU(),
@@ -246,9 +245,9 @@ def vae_decoder(config: VAEConfig) -> nn.Sequential:
     """Latents (B, latent_channels, H/f, W/f), not normalised -> pictures (B, 3, H, W), about [-1, 1]."""
     widths, levels = config.channels, {}
     for i, width in reversed(list(enumerate(widths))):  # up.0 is the FULL resolution and runs last
-        double = _named(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(width, width, 3, padding=1))
-        resampling = {"upsample": double} if i > 0 else {}
-        levels[str(i)] = _level(widths[min(i + 1, len(widths) - 1)], width, config.blocks + 1, **resampling)
+        conv = {"nearest": nn.Upsample(scale_factor=2), "conv": nn.Conv2d(width, width, 3, padding=1)}
+        double = {"upsample": _named(**conv)} if i > 0 else {}
+        levels[str(i)] = _level(widths[min(i + 1, len(widths) - 1)], width, config.blocks + 1, **double)
     return _named(
         conv_in=nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1), mid=_middle(widths[-1]),
         up=_named(**levels), norm_out=_group_norm(widths[0]), silu=nn.SiLU(),
@@ -257,8 +256,7 @@ def vae_decoder(config: VAEConfig) -> nn.Sequential:
 
 
 class VAE(nn.Module):
-    """The autoencoder of Stable Diffusion 3 and 3.5 (Esser et al. 2024): factor 8, 16 channels, 34.3M +
-    49.5M."""
+    """The autoencoder of Stable Diffusion 3 and 3.5 (Esser et al. 2024): 34.3M + 49.5M parameters."""
 
     SHIFT, SCALE = 0.0609, 1.5305  # published: normalised latents = (latents - SHIFT) * SCALE
 
