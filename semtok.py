@@ -59,7 +59,7 @@ def read_picture(path: str, size: int | None = None) -> torch.Tensor:
             # 16-bit grey: Pillow's own conversion clips it, and its older versions call such a PNG "I".
             deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
             ImageOps.exif_transpose(picture, in_place=True)
-            if size is not None:  # a thin picture, enlarged or only converted as a whole, would take gigabytes
+            if size is not None:  # a thin picture, enlarged or just converted whole, would take gigabytes
                 longest = 16 * min(picture.size)
                 picture = _centre(picture, *(min(side, longest) for side in picture.size))
             if picture.mode.startswith(("I", "F")):
@@ -298,8 +298,7 @@ def _config_beside(path: str) -> dict:
 
 
 def load_vae(path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> VAE:
-    """The VAE out of sd3.5_medium.safetensors, a diffusers vae/ folder (or the one above it), or its own
-    file.
+    """The VAE out of sd3.5_medium.safetensors, a diffusers vae/ folder (or its parent), or its own file.
 
     Its sizes are read off the tensors' shapes. Raises UserError for files of another kind. FLUX's VAE has
     the very same shapes: only a diffusers config.json beside it gives it away.
@@ -308,7 +307,7 @@ def load_vae(path: str, dtype: torch.dtype = torch.float32, device: str | torch.
     if os.path.isdir(os.path.join(path, "vae")):
         path = os.path.join(path, "vae")
     source, entries = TensorFiles(path), _config_beside(path)
-    shift, scale = entries.get("shift_factor"), entries.get("scaling_factor", VAE.SCALE)
+    shift, scale = entries.get("shift_factor"), entries.get("scaling_factor")
     if "scaling_factor" in entries and (shift, scale) != (VAE.SHIFT, VAE.SCALE):
         found = f"{path} is a VAE with shift_factor {shift} and scaling_factor {scale}"
         raise UserError(f"{found}, and {wanted} is needed, with {VAE.SHIFT} and {VAE.SCALE}")
@@ -417,13 +416,12 @@ _SIGLIP_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 16}  # published wid
 
 
 def load_siglip(path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> SigLIP:
-    """A vision tower out of a SigLIP or SigLIP 2 file or folder (fixed resolution), with or without its text
-    tower.
+    """The vision tower of a SigLIP or SigLIP 2 file or folder (of fixed resolution), text tower or not.
 
     Sizes are read off the shapes. Heads, and pixels that the patches leave over, come from SigLIP's
     config.json beside the file, else from the published sizes. Raises UserError for other files.
     """
-    wanted = "a vision tower of fixed resolution of SigLIP or SigLIP 2 (siglip2-base-patch16-256, no NaFlex)"
+    wanted = "the vision tower of SigLIP or SigLIP 2 (such as siglip2-base-patch16-256, no NaFlex)"
     source = TensorFiles(path)
     prefix = "vision_model." if any(key.startswith("vision_model.") for key in source.shapes) else ""
     patches = source.shapes.get(f"{prefix}embeddings.patch_embedding.weight", ())
@@ -435,8 +433,8 @@ def load_siglip(path: str, dtype: torch.dtype = torch.float32, device: str | tor
     (width, _, patch, _), grid = patches, round(positions[0] ** 0.5)
     depth = sum(key.startswith(prefix) and key.endswith(".layer_norm1.weight") for key in source.shapes)
     entries = _config_beside(path)
-    model = str(entries.get("model_type", entries.get("_class_name", "siglip")))
-    entries = entries.get("vision_config", entries) if model.startswith("siglip") else {}  # not another model's
+    model = str(entries.get("model_type", entries.get("_class_name", "siglip")))  # or another's, kept beside it
+    entries = entries.get("vision_config", entries) if model.startswith("siglip") else {}
     heads = entries.get("num_attention_heads", _SIGLIP_HEADS.get(width))
     size = entries.get("image_size", 384 if (patch, grid) == (14, 27) else 0)
     if heads is None or width % heads:
