@@ -24,7 +24,7 @@ from ar import MaskedAR, load_ar
 from bsq import bits_to_codes
 from mmdit import UserError
 from semtok import (
-    PICTURES, SemTok, choose_device, load_semtok, picture_grid, read_picture, to_signed, to_uint8, write_file, write_picture,
+    PICTURE_SUFFIXES, SemTok, choose_device, load_semtok, picture_grid, read_picture, to_signed, to_uint8, write_file, write_picture,
 )
 
 JOBS = ("class", "labels", "image", "npz", "reconstruct")
@@ -145,7 +145,7 @@ def reconstruct(args: argparse.Namespace, device: torch.device) -> str:
     tokenizer, _ = load(load_semtok, args.run, "stage2.safetensors", "2", device)
     found = [
         os.path.relpath(os.path.join(root, name), args.reconstruct)
-        for root, _, names in os.walk(args.reconstruct) for name in names if name.lower().endswith(PICTURES)
+        for root, _, names in os.walk(args.reconstruct) for name in names if name.lower().endswith(PICTURE_SUFFIXES)
     ]
     if not found:
         raise UserError(f"--reconstruct {args.reconstruct} holds no pictures: give a folder of JPEG or PNG files")
