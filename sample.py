@@ -11,7 +11,7 @@ Section 3.3 and appendix A.2, "Inference". A run's checkpoints describe themselv
     labels (B,) -> ar.generate_steps -> bits (B, K, d) -> refiner -> VAE -> uint8 (B, 3, H, W)
     uint8 (B, 3, H, W) -> SemTok.reconstruct -> uint8 (B, 3, H, W)
 
-`torchrun --nproc_per_node=N sample.py` divides --npz and --reconstruct among N processes.
+`torchrun --nproc_per_node=N -- sample.py ...` divides --npz and --reconstruct among N processes.
 """
 
 import argparse
@@ -262,16 +262,16 @@ def number(kind: type, least: float, most: float):
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line of this file. Exits with code 2 and one sentence for anything it does not know."""
     parser = argparse.ArgumentParser(
-        prog="sample.py", description="Draw pictures from a trained SemTok, or put pictures through its tokens.",
-        epilog="It prints where the result is. Unless --out says where, that is in the run's folder.",
+        prog="sample.py", description="Draw pictures from a trained SemTok, or put pictures through its tokens. "
+        "The result's path is printed. Without --out it lies in the run's folder.",
     )
     parser.error = lambda message: parser.exit(2, f"sample.py: {message}; --help explains every option\n")
     what, count = parser.add_mutually_exclusive_group(required=True), number(int, 1, 10**9)
     what.add_argument("--class", metavar="CLASS", help="a grid of pictures of one class, by number or name")
     what.add_argument("--labels", nargs="+", metavar="CLASS", help="the same for several classes")
-    what.add_argument("--image", metavar="FILE", help="a picture through the tokens: original | stage 1 | stage 2")
+    what.add_argument("--image", metavar="FILE", help="through the tokens: original | stage 1 | stage 2")
     what.add_argument("--npz", type=count, metavar="N", help="N class-balanced pictures in ADM's .npz format")
-    what.add_argument("--reconstruct", metavar="FOLDER", help="all pictures below it through the tokens, as PNG")
+    what.add_argument("--reconstruct", metavar="FOLDER", help="each picture below it through the tokens")
     add, flag, runs = parser.add_argument, argparse.BooleanOptionalAction, os.path.join("runs", "tiny")
     add("--run", default=runs, metavar="FOLDER", help="train.py's --out (default: runs/tiny)")
     add("--out", metavar="PATH", help="the file, or with --reconstruct the folder, to write")
