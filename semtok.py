@@ -17,7 +17,6 @@ top (perceptual networks, discriminator, optimiser) is in train.py.
     pictures = model.decode(model.refine(codes))             # one step; model.sample(codes) takes 25
 """
 
-import json
 import math
 import os
 import re
