@@ -10,11 +10,10 @@
           +--------> VGG16 -> five maps ---------------------------------------> LPIPS
           `--------------------------------------------------------------------> PSNR, SSIM
 
-The protocol is that of ADM's TensorFlow evaluator (Dhariwal & Nichol 2021): most tables of generated ImageNet
-pictures mean it. It resizes by TF1's legacy bilinear and runs the Inception network of 2015 in float32. FID takes
-mean and covariance (N - 1) of pool_3, sFID those of 7 channels of mixed_6. The Inception score leaves out the
-classifier's bias and averages parts of 5000. Precision and recall take k = 3. One difference: ADM rounds their
-distances to float16 where they fit.
+The protocol is that of ADM's TensorFlow evaluator (Dhariwal & Nichol 2021), which most tables mean: TF1's legacy
+bilinear, the Inception of 2015 in float32, mean and covariance (N - 1) of pool_3 and, for sFID, of 7 channels of
+mixed_6, IS without the classifier's bias in parts of 5000, precision and recall with k = 3. One difference: ADM
+rounds the distances of precision and recall to float16 where they fit.
 
     import torch, fid
     pictures = torch.randint(0, 256, (4, 3, 64, 64))
@@ -53,10 +52,10 @@ class UserError(Exception):
 
 
 def psnr(images, references, data_range=255.0):
-    """Peak signal-to-noise ratio of each picture in dB, in float64.
+    """Peak signal-to-noise ratio of each picture in dB: two (B, 3, H, W) -> (B,) float64, infinite where equal.
 
-    images, references: (B, 3, H, W), values spanning `data_range`, 255 for uint8, 2 for [-1, 1]. Returns (B,),
-    infinite where the two are equal. Papers average it over pictures. ValueError on shapes that differ.
+    Values span `data_range`, 255 for uint8, 2 for [-1, 1]. Papers average over pictures.
+    Raises ValueError on shapes that differ.
     """
     if images.shape != references.shape:
         raise ValueError(f"expected one shape (B, 3, H, W), got {[*images.shape]} and {[*references.shape]}")
@@ -67,9 +66,9 @@ def psnr(images, references, data_range=255.0):
 def ssim(images, references, data_range=255.0):
     """Structural similarity of each picture (Wang et al. 2004), in float64.
 
-    The window is Gaussian, 11 taps, sigma 1.5; covariances are biased. The mean is over channels and over
-    positions where the window fits. images, references: (B, 3, H, W) whose values span `data_range`.
-    Returns (B,). Raises ValueError on shapes that differ and on sides under 11 pixels.
+    The window is Gaussian, 11 taps, sigma 1.5; covariances are biased; the mean is over channels and over positions
+    where the window fits. images, references: (B, 3, H, W), values span `data_range`. Returns (B,).
+    Raises ValueError on shapes that differ and on sides under 11 pixels.
     """
     if images.shape != references.shape or min(images.shape[2:]) < 11:
         raise ValueError(f"expected one shape, sides >= 11, got {[*images.shape]} and {[*references.shape]}")
@@ -251,42 +250,40 @@ class LPIPS(nn.Module):
 
 
 def _block_a(pool):
-    return [[("branch1x1", 64, 1)],
-            [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
-            [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
-            ["average", ("branch_pool", pool, 1)]]
+    return [[[("branch1x1", 64, 1)],
+             [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
+             [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
+             ["average", ("branch_pool", pool, 1)]]]
 
 
 def _block_c(inner):
-    return [[("branch1x1", 192, 1)],
-            [("branch7x7_1", inner, 1), ("branch7x7_2", inner, (1, 7)), ("branch7x7_3", 192, (7, 1))],
-            [("branch7x7dbl_1", inner, 1), ("branch7x7dbl_2", inner, (7, 1)),
-             ("branch7x7dbl_3", inner, (1, 7)), ("branch7x7dbl_4", inner, (7, 1)),
-             ("branch7x7dbl_5", 192, (1, 7))],
-            ["average", ("branch_pool", 192, 1)]]
+    return [[[("branch1x1", 192, 1)],
+             [("branch7x7_1", inner, 1), ("branch7x7_2", inner, (1, 7)), ("branch7x7_3", 192, (7, 1))],
+             [("branch7x7dbl_1", inner, 1), ("branch7x7dbl_2", inner, (7, 1)), ("branch7x7dbl_3", inner, (1, 7)),
+              ("branch7x7dbl_4", inner, (7, 1)), ("branch7x7dbl_5", 192, (1, 7))],
+             ["average", ("branch_pool", 192, 1)]]]
 
 
 def _block_e(pool):
-    return [[("branch1x1", 320, 1)],
-            [("branch3x3_1", 384, 1), [[("branch3x3_2a", 384, (1, 3))], [("branch3x3_2b", 384, (3, 1))]]],
-            [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3),
-             [[("branch3x3dbl_3a", 384, (1, 3))], [("branch3x3dbl_3b", 384, (3, 1))]]],
-            [pool, ("branch_pool", 192, 1)]]
+    return [[[("branch1x1", 320, 1)],
+             [("branch3x3_1", 384, 1), [[("branch3x3_2a", 384, (1, 3))], [("branch3x3_2b", 384, (3, 1))]]],
+             [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3),
+              [[("branch3x3dbl_3a", 384, (1, 3))], [("branch3x3dbl_3b", 384, (3, 1))]]],
+             [pool, ("branch_pool", 192, 1)]]]
 
 
-STEM = [("Conv2d_1a_3x3", 32, 3, 2, 0), ("Conv2d_2a_3x3", 32, 3, 1, 0), ("Conv2d_2b_3x3", 64, 3), "reduce",
-        ("Conv2d_3b_1x1", 80, 1), ("Conv2d_4a_3x3", 192, 3, 1, 0), "reduce"]
 BLOCKS = {
+    "": [("Conv2d_1a_3x3", 32, 3, 2, 0), ("Conv2d_2a_3x3", 32, 3, 1, 0), ("Conv2d_2b_3x3", 64, 3), "reduce",
+         ("Conv2d_3b_1x1", 80, 1), ("Conv2d_4a_3x3", 192, 3, 1, 0), "reduce"],
     "Mixed_5b": _block_a(32), "Mixed_5c": _block_a(64), "Mixed_5d": _block_a(64),
-    "Mixed_6a": [[("branch3x3", 384, 3, 2, 0)],
-                 [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2, 0)],
-                 ["reduce"]],
-    "Mixed_6b": _block_c(128), "Mixed_6c": _block_c(160), "Mixed_6d": _block_c(160),
-    "Mixed_6e": _block_c(192),
-    "Mixed_7a": [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2, 0)],
-                 [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
-                  ("branch7x7x3_4", 192, 3, 2, 0)],
-                 ["reduce"]],
+    "Mixed_6a": [[[("branch3x3", 384, 3, 2, 0)],
+                  [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2, 0)],
+                  ["reduce"]]],
+    "Mixed_6b": _block_c(128), "Mixed_6c": _block_c(160), "Mixed_6d": _block_c(160), "Mixed_6e": _block_c(192),
+    "Mixed_7a": [[[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2, 0)],
+                  [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
+                   ("branch7x7x3_4", 192, 3, 2, 0)],
+                  ["reduce"]]],
     # The last block pools by maximum: a slip of the 2015 graph that every published FID contains.
     "Mixed_7b": _block_e("average"), "Mixed_7c": _block_e("maximum"),
 }
@@ -306,10 +303,11 @@ class Inception(nn.Module):
 
     def __init__(self):
         super().__init__()
-        channels = self._build(self, STEM, 3)
-        for name, block in BLOCKS.items():
-            self.add_module(name, nn.Module())
-            channels = self._build(self.get_submodule(name), [block], channels)
+        channels = 3
+        for name, steps in BLOCKS.items():
+            if name:
+                self.add_module(name, nn.Module())
+            channels = self._build(self.get_submodule(name), steps, channels)
         self.fc = nn.Linear(channels, 1008)
 
     def _build(self, parent, steps, channels):
@@ -335,9 +333,8 @@ class Inception(nn.Module):
 
     def forward(self, x):
         """(B, 3, 299, 299) in [-1, 1] -> pool_3 (B, 2048), spatial (B, 17 * 17 * 7) for sFID."""
-        x = self._run(self, STEM, x)
-        for name, block in BLOCKS.items():
-            x = self._run(self.get_submodule(name), [block], x)
+        for name, steps in BLOCKS.items():
+            x = self._run(self.get_submodule(name), steps, x)
             if name == "Mixed_6d":  # its output begins with branch1x1; ADM flattens channels last
                 spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
         return x.mean((2, 3)), spatial
@@ -378,10 +375,7 @@ HEADS = ("lpips_vgg.pth", "a78928a0",
 
 
 def read_tensors(path):
-    """The tensors by name and the metadata of a .safetensors or .pth file; UserError where it is neither.
-
-    The file is mapped into memory: what nobody copies out is not read, but for .pth files before PyTorch 1.6.
-    """
+    """The tensors by name, mapped into memory, and the metadata of a .safetensors or .pth file; else UserError."""
     try:
         if str(path).endswith(".safetensors"):
             with safe_open(path, framework="pt") as file:
@@ -407,13 +401,11 @@ def check_keys(tensors, expected, path, what):
 
 def load_inception(path):
     """Read FID's Inception from pytorch-fid's file: (Inception, sha256); UserError for another kind of file."""
-    tensors = {key: value.float() for key, value in read_tensors(path)[0].items()
-               if not key.endswith("num_batches_tracked")}  # counted in training, never read
     with torch.device("meta"):  # no time for random weights
         network = Inception()
-    expected = {key: value.shape for key, value in network.state_dict().items()
-                if not key.endswith("num_batches_tracked")}
-    check_keys(tensors, expected, path, "FID's Inception")
+    tensors, wanted = ({key: value.float() for key, value in each.items() if "num_batches_tracked" not in key}
+                       for each in (read_tensors(path)[0], network.state_dict()))  # that count nobody reads
+    check_keys(tensors, {key: value.shape for key, value in wanted.items()}, path, "FID's Inception")
     network.load_state_dict(tensors, strict=False, assign=True)
     return network.eval(), sha256(path)
 
@@ -463,17 +455,12 @@ class Source:
     path: str
     files: list | None = None  # of a folder: paths below it, sorted
     count: int = 0  # pictures it holds
+    n: int | None = None  # pictures behind its statistics, None where the file does not say
     size: tuple | None = None  # (H, W) that its pictures are read at
     fit: bool = False  # whether pictures of other sizes are resized and cropped; else they are refused
     fitted: int = 0  # how many were
     statistics: dict = dataclasses.field(default_factory=dict)  # those of MOMENTS that the file holds
     made_with: dict = dataclasses.field(default_factory=dict)  # --save-stats' note: n, size, resize, sha256
-
-    @property
-    def n(self):
-        """Pictures behind the statistics, None where a file does not say; without statistics pictures held."""
-        return self.made_with.get("n") if self.statistics else self.count
-
 
 def open_picture(path):
     """A picture file of any mode as RGB: turned as EXIF says, transparency on white, 16 bits reduced to 8."""
@@ -503,9 +490,7 @@ def fit_picture(picture, side):
 
 
 def _decode(paths, size, fit):
-    """Picture files -> uint8 (b, H, W, 3) and how many were fitted; on a fault a sentence and 0.
-
-    Exceptions would leave the workers as tracebacks."""
+    """Picture files -> uint8 (b, H, W, 3), how many were fitted; on a fault a sentence, which leaves a worker whole."""
     pictures, fitted = [], 0
     for path in paths:
         try:
@@ -559,7 +544,8 @@ def open_source(path):
             for name in names if name.lower().endswith(PICTURES) and not name.startswith("."))
         if not source.files:
             raise UserError(f"no pictures under {path}: expected files ending in {', '.join(PICTURES)}")
-        source.count, source.size = len(source.files), next(read_batches(source, 1)).shape[1:3]
+        source.count = source.n = len(source.files)
+        source.size = next(read_batches(source, 1)).shape[1:3]
         return source
     if not os.path.isfile(path):
         raise UserError(f"nothing at {path}: expected a folder of pictures or an .npz file")
@@ -573,12 +559,12 @@ def open_source(path):
             elif dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
                 raise UserError(f"{path} has an `arr_0` of {dtype} {shape}: expected uint8 (N, H, W, 3)")
             else:
-                source.count, source.size = shape[0], shape[1:3]
+                source.count, source.n, source.size = shape[0], shape[0], shape[1:3]
         if "made_with" in arrays:
             source.made_with = note = json.loads(str(arrays.pop("made_with")))
             if [type(note[key]) for key in ("n", "size", "resize", "sha256")] != [int, list, str, str]:
                 raise ValueError(f"`made_with` is {note}")
-            source.size = source.size or tuple(note["size"])
+            source.size, source.n = source.size or tuple(note["size"]), note["n"]
     for mu, sigma in (MOMENTS[:2], MOMENTS[2:]):
         found = [arrays[key] for key in (mu, sigma) if key in arrays]
         shapes = [array.shape for array in found]
@@ -586,6 +572,7 @@ def open_source(path):
                 array.dtype.kind == "f" and np.isfinite(array).all() for array in found)):
             raise UserError(f"{path} has `{mu}`, `{sigma}` of {shapes}, of NaN or of other kinds: expected finite "
                             "floats (D,), (D, D)")
+        source.n = source.n if not arrays or source.made_with else None
     if not source.count and "mu" not in arrays:
         raise UserError(f"{path} holds {', '.join(names[:5]) or 'nothing'}: expected `arr_0` or `mu` and `sigma`")
     return source
@@ -641,26 +628,19 @@ RESIZES = {"adm": "TF1's legacy bilinear, as ADM", "pytorch-fid": "pytorch-fid's
 
 
 @torch.no_grad()
-def read_features(source, network, args):
-    """Yield (pool_3 (b, 2048), spatial (b, 2023)) of all pictures of a Source; UserError where one is NaN."""
-    batches = read_batches(source, args.batch_size, args.workers)
+def measure(source, network, args, rows=None):
+    """A Source's statistics by name, its file's before those of its pictures; appends pool_3 to `rows`."""
+    moments, moments_s = Moments(), Moments()
+    batches = read_batches(source, args.batch_size, args.workers) if source.count else ()
     for pictures in tqdm(batches, source.path, math.ceil(source.count / args.batch_size), leave=False):
         pool, spatial = network(prepare(pictures, resize=args.resize, device=args.device))
         if not (pool.isfinite().all() and spatial.isfinite().all()):
             raise UserError(f"the network gives NaN or infinity for {source.path}: its weights are damaged")
-        yield pool, spatial
-
-
-def measure(source, network, args, rows=None):
-    """A Source's statistics by name, its file's before those of its pictures; appends pool_3 to `rows`."""
-    measured, moments, moments_s = {}, Moments(), Moments()
-    for pool, spatial in read_features(source, network, args) if source.count else ():
         moments.update(pool)
         moments_s.update(spatial)
         if rows is not None:
             rows.append(pool)
-    if source.count > 1:
-        measured = dict(zip(MOMENTS, (*moments.result(), *moments_s.result())))
+    measured = dict(zip(MOMENTS, (*moments.result(), *moments_s.result()))) if source.count > 1 else {}
     return measured | source.statistics  # ADM too prefers the file's, made from more pictures than it carries
 
 
@@ -700,7 +680,7 @@ def match_pairs(originals, recons):
                 raise UserError(f"{source.path} holds {twice[0]} with another extension too: keep one of them")
             if alone := [stem[key] for key in sorted(stem.keys() - set(both))]:
                 left_out.append(f"{len(alone)} unmatched in {source.path} left out: {', '.join(alone[:5])}")
-            source.files, source.count = [stem[key] for key in both], len(both)
+            source.files, source.count, source.n = [stem[key] for key in both], len(both), len(both)
     elif originals.count != recons.count or not recons.count:
         raise UserError(f"{originals.path} holds {originals.count} pictures and {recons.path} {recons.count}: "
                         "an npz matches by position and needs as many on both sides")
@@ -782,6 +762,8 @@ def load_networks(args, needed):
 def evaluate(args):
     """Run the command that the parsed `args` hold. Returns what is printed, by name. Raises UserError."""
     sources = [open_source(path) for path in args.inputs]
+    for source in sources if args.pairs else ():
+        source.statistics, source.made_with, source.n = {}, {}, source.count  # pairs are of pictures alone
     match_sizes(sources, args.size)
     warnings = match_pairs(*sources) if args.pairs else []
     if args.save_stats and (sources[0].statistics or sources[0].count < 2):
@@ -820,21 +802,18 @@ def evaluate(args):
     return report | metrics | {f"warning {i}": warning for i, warning in enumerate(warnings, 1)}
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors, one sentence without the usage."""
-
-    def error(self, message):
-        raise UserError(f"{message}: see fid.py --help")
-
-
 def parse(argv):
     """The command line as a namespace. Raises UserError."""
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         prog="fid.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__.split("\n\n    import")[0],
         epilog="An input is a folder of pictures (searched through), an .npz with uint8 pictures in arr_0\n"
                "(N, H, W, 3), with statistics in mu, sigma (and mu_s, sigma_s for sFID), or with both.")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    def fail(message):  # one sentence, without the usage
+        raise UserError(f"{message} (see fid.py --help)")
+
+    parser.error = fail
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="REFERENCE SAMPLES, ORIGINALS RECONS, or one to save")
@@ -847,7 +826,8 @@ def parse(argv):
         add(f"--{name}", metavar="PATH", help=f"default: {known[0]} in weights/ or torch hub's cache")
     add("--device", default=device, help="cpu, cuda or cuda:N (default: %(default)s)")
     add("--batch-size", type=int, default=128 if device == "cuda" else 16, metavar="B")
-    add("--workers", type=int, default=min(8, cores), metavar="W", help="processes that decode, 0: none")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="W",
+        help="processes that decode, 0: none")
     args = parser.parse_args(argv)
     if len(args.inputs) != (1 if args.save_stats else 2) or (args.pairs and args.save_stats):
         parser.error("give REFERENCE SAMPLES, or --pairs ORIGINALS RECONS, or --save-stats OUT.npz FOLDER")
