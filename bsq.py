@@ -12,7 +12,7 @@ for Table 10. This file needs torch alone.
     from bsq import BSQ, codes_to_index
     quantizer = BSQ(bits=18)
     codes, u = quantizer(torch.randn(2, 256, 18, requires_grad=True))  # corners of the sphere
-    loss = quantizer.entropy_loss(u)["quant"]                          # Eq. 4, a negative number
+    loss = quantizer.entropy_loss(u)["entropy_loss"]                          # Eq. 4, a negative number
     index = codes_to_index(codes)                                      # (2, 256) int64
 """
 
@@ -125,7 +125,7 @@ class BSQ(nn.Module):
         return corner + (u - u.detach()), u  # in this order the value is the corner to the last bit
 
     def entropy_loss(self, u: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Eq. 4 on u (..., d), in nats: `quant` = `token_entropy` - `code_entropy`.
+        """Eq. 4 on u (..., d), in nats: `entropy_loss` = `token_entropy` - `code_entropy`.
 
         The soft assignment q(c|u) ~ exp(2 tau c.u) over the 2^d corners is a product over bits with
         p_i = sigmoid(4 tau m u_i), m the magnitude of a code's channel. So the first term is an exact sum.
@@ -144,5 +144,5 @@ class BSQ(nn.Module):
             joint = torch.cat([joint * (1 - one), joint * one], -1)  # (N, d/g, 2^(i+1))
         average = mean_over_ranks(joint.mean(0))  # (d/g, 2^g)
         code_entropy = -torch.xlogy(average, average.clamp_min(1e-30)).sum()
-        quant = token_entropy - code_entropy
-        return {"quant": quant, "token_entropy": token_entropy, "code_entropy": code_entropy}
+        entropy_loss = token_entropy - code_entropy
+        return {"entropy_loss": entropy_loss, "token_entropy": token_entropy, "code_entropy": code_entropy}

@@ -432,7 +432,7 @@ def load_siglip(path: str, dtype: torch.dtype = torch.float32, device: str | tor
     (width, _, patch, _), grid = patches, round(positions[0] ** 0.5)
     depth = sum(key.startswith(prefix) and key.endswith(".layer_norm1.weight") for key in source.shapes)
     entries = _config_beside(path)
-    model = str(entries.get("model_type", entries.get("_class_name", "siglip")))  # or another's, kept beside it
+    model = str(entries.get("model_type", entries.get("_class_name", "siglip")))  # or another's, beside it
     entries = entries.get("vision_config", entries) if model.startswith("siglip") else {}
     heads = entries.get("num_attention_heads", _SIGLIP_HEADS.get(width))
     size = entries.get("image_size", 384 if (patch, grid) == (14, 27) else 0)
