@@ -82,7 +82,7 @@ def finished(tmp_path_factory, pictures):
     return out, result.stdout
 
 
-# ------------------------------------------------------------------------------------------------ what a run leaves behind
+# ----------------------------------------------------------------------------------- what a run leaves behind
 
 
 def test_whole_run_writes_what_it_promises(finished):
@@ -91,7 +91,8 @@ def test_whole_run_writes_what_it_promises(finished):
         assert (out / name).is_file(), name
     assert not list(out.rglob("*.part"))
     for stage in train.STAGES:
-        assert f"stage {stage} done" in said and (out / f"state-{stage}" / "step-0000006" / "state.json").is_file()
+        assert f"stage {stage} done" in said
+        assert (out / f"state-{stage}" / "step-0000006" / "state.json").is_file()
         preview = np.asarray(Image.open(out / f"preview-{stage}-0000006.png"))
         assert preview.shape[1] > 3 * 32 and preview.std() > 5
     assert f"next: python sample.py --class 1 --run {out}" in said
@@ -150,10 +151,11 @@ def test_a_finished_stage_says_so_and_an_edited_setting_is_refused(finished, pic
     sentence(call(*again, "--seed", 1), "was made with seed 0")
     next_stage = ("train.py", "--stage", "ar", "--data", pictures, "--out", finished[0], *STEPS, "--overwrite")
     sentence(call(*next_stage, "--set", "tokens=8"), "stage2.safetensors was made with tokens 16, and this run has tokens 8")
-    assert (finished[0] / "stage1.safetensors").read_bytes() == before and (finished[0] / "ar.safetensors").exists()
+    assert (finished[0] / "stage1.safetensors").read_bytes() == before
+    assert (finished[0] / "ar.safetensors").exists()
 
 
-# ----------------------------------------------------------------------------------------------------- sample.py, each job
+# ---------------------------------------------------------------------------------------- sample.py, each job
 
 
 def test_each_job_of_sampling(finished, pictures, tmp_path):
@@ -175,7 +177,8 @@ def test_each_job_of_sampling(finished, pictures, tmp_path):
     files = {path.relative_to(made): path.stat().st_mtime_ns for path in made.rglob("*.png")}
     assert len(files) == 30 and Image.open(made / "fish" / "004.png").size == (32, 32)
     draw("recons", "--reconstruct", pictures)
-    assert files == {path.relative_to(made): path.stat().st_mtime_ns for path in made.rglob("*.png")}  # not made twice
+    # not made twice
+    assert files == {path.relative_to(made): path.stat().st_mtime_ns for path in made.rglob("*.png")}
 
 
 def test_wrong_and_damaged_checkpoints(finished, tmp_path):
@@ -207,7 +210,7 @@ def test_torchrun(finished, pictures, tmp_path):
     assert (tmp_path / "ar.safetensors").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------- bad inputs
+# ------------------------------------------------------------------------------------------------- bad inputs
 
 
 def test_missing_predecessors_name_their_command(finished, pictures, tmp_path):
@@ -245,15 +248,21 @@ def test_unreadable_pictures_are_skipped_counted_and_named(tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     ("--stage 3", "invalid choice"), ("--stage 1 --steps 0", "above 0"), ("--stage 1 --lr fast", "lr=fast"),
     ("--stage 1 --resume --overwrite", "exclude"), ("--stage 1 --device abacus", "abacus"),
-    ("--stage 1 --speed 9", "--speed"), ("--stage 1 --seed -1", "at least 0"), ("--stage ar --ar-size XL", "--preset paper"),
-    ("--stage 0 --set lambda_q=1", "--set lambda_q changes nothing in stage 0"), ("--stage 1 --set bits", "bits="),
-    ("--stage 1 --set gan_start=5", "gan_start changes nothing"), ("--stage 2 --set group_bits=2", "group_bits"),
+    ("--stage 1 --speed 9", "--speed"), ("--stage 1 --seed -1", "at least 0"),
+    ("--stage ar --ar-size XL", "--preset paper"),
+    ("--stage 0 --set lambda_q=1", "--set lambda_q changes nothing in stage 0"),
+    ("--stage 1 --set bits", "bits="),
+    ("--stage 1 --set gan_start=5", "gan_start changes nothing"),
+    ("--stage 2 --set group_bits=2", "group_bits"),
     ("--stage 1 --set bits=many", "bits=many"), ("--stage 1 --set bits=0", "bits must be at least 1"),
     ("--stage 1 --set quantizer=vq", "choose bsq or lfq"), ("--stage 1 --set causal=2", "choose 0 or 1"),
-    ("--stage 2 --set init=stage0", "choose stage1 or scratch"), ("--stage 1 --set lambda_s=nan", "lambda_s=nan"),
-    ("--stage 1 --set entropy_group=5", "must divide the 24 bits"), ("--stage 1 --set encoder_heads=3", "encoder_heads"),
+    ("--stage 2 --set init=stage0", "choose stage1 or scratch"),
+    ("--stage 1 --set lambda_s=nan", "lambda_s=nan"),
+    ("--stage 1 --set entropy_group=5", "must divide the 24 bits"),
+    ("--stage 1 --set encoder_heads=3", "encoder_heads"),
     ("--stage 1 --set image_size=30", "multiple of 8"), ("--stage ar --set smoothing=2", "at most 1"),
-    ("--stage all --set group_bits=5", "group_bits 5 must divide the 24 bits"), ("--stage ar --set heads=3", "heads 3"),
+    ("--stage all --set group_bits=5", "group_bits 5 must divide the 24 bits"),
+    ("--stage ar --set heads=3", "heads 3"),
     ("--stage ar --set group_bits=0", "group_bits 0"), ("--stage ar --set group_bits=24", "at most 12"),
 ])
 def test_bad_flags_and_settings(arguments, words, tmp_path):
