@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from bsq import bits_to_codes, bits_to_index, index_to_bits, mean_over_ranks, ranks
+from bsq import bits_to_codes, bits_to_index, index_to_bits, ranks
 from mmdit import RotaryTable, attend, load_checkpoint, modulate, normed_rotated, rope_1d
 
 

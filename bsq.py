@@ -1,15 +1,19 @@
 """Binary spherical quantisation (BSQ): a codebook of 2^d corners of the unit sphere that is never stored.
 
-SemTok section 3.1, Eq. 3 and 4; Zhao, Xiong, Kraehenbuehl, "Image and Video Tokenization with Binary Spherical
-Quantization" (2024). `spherical=False` gives LFQ (Yu et al. 2023), the sign without the sphere, for Table 10.
-This file needs torch alone.
+    z (..., d) --z/|z|--> u (..., d) --sign(u)/sqrt(d)--> codes (..., d) --> bits (..., d) --> index (...)
+                             |        <-- gradient, unchanged --
+                             '--> entropy_loss, Eq. 4: each token sure of its code, all tokens together unsure
+
+SemTok section 3.1, Eq. 3 and 4; Zhao, Xiong, Kraehenbuehl, "Image and Video Tokenization with Binary
+Spherical Quantization" (2024). `spherical=False` gives LFQ (Yu et al. 2023), the sign without the sphere,
+for Table 10. This file needs torch alone.
 
     import torch
     from bsq import BSQ, codes_to_index
     quantizer = BSQ(bits=18)
-    codes, u = quantizer(torch.randn(2, 256, 18, requires_grad=True))  # corners of the sphere; gradients go to u
-    loss = quantizer.entropy_loss(u)["entropy_loss"]                          # Eq. 4
-    print(codes_to_index(codes).shape, loss.item())                    # torch.Size([2, 256]) and a negative number
+    codes, u = quantizer(torch.randn(2, 256, 18, requires_grad=True))  # corners of the sphere
+    loss = quantizer.entropy_loss(u)["entropy_loss"]                          # Eq. 4, a negative number
+    index = codes_to_index(codes)                                      # (2, 256) int64
 """
 
 import torch
@@ -24,7 +28,7 @@ def codes_to_bits(codes: torch.Tensor) -> torch.Tensor:
 
 
 def bits_to_codes(bits: torch.Tensor, spherical: bool = True) -> torch.Tensor:
-    """The quantised vectors of bits: +-1/sqrt(d) for BSQ, +-1 for LFQ. (..., d) bool or 0/1 -> (..., d) float32."""
+    """The quantised vectors of bits, +-1/sqrt(d) (LFQ: +-1). (..., d) bool or 0/1 -> (..., d) float32."""
     signs = bits.float() * 2 - 1
     return signs * bits.shape[-1] ** -0.5 if spherical else signs
 
@@ -36,7 +40,6 @@ def bits_to_index(bits: torch.Tensor) -> torch.Tensor:
     """
     if bits.shape[-1] > 63:
         raise ValueError(f"codes of {bits.shape[-1]} bits have no number in int64: keep the bits themselves")
-    # int64, because 2^32 codes do not fit in int32 (nor 2^24 of them in a float).
     return (bits.long() << torch.arange(bits.shape[-1], device=bits.device)).sum(-1)
 
 
@@ -53,8 +56,8 @@ def codes_to_index(codes: torch.Tensor) -> torch.Tensor:
 def code_usage(bits: torch.Tensor) -> dict[str, float]:
     """How alive a codebook is, from a batch of bits (..., d).
 
-    Returns `used`, distinct codes as a share of the most there could be, min(number of tokens, 2^d); `imbalance`,
-    the mean over bits of |share of ones - 0.5| (0 is best, 0.5 is dead); `dead_bits`, how many bits never change.
+    `used`: distinct codes, as a share of the most there could be, min(tokens, 2^d). `imbalance`: the mean
+    over bits of |share of ones - 0.5|, from 0 (best) to 0.5 (dead). `dead_bits`: how many bits never change.
     """
     flat = bits.reshape(-1, bits.shape[-1])
     share = flat.float().mean(0)
@@ -67,37 +70,32 @@ def code_usage(bits: torch.Tensor) -> dict[str, float]:
 
 
 def ranks() -> tuple[int, int]:
-    """This process's rank and how many there are: (0, 1) without torch.distributed."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-class _MeanOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, value):
-        total = value.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total / dist.get_world_size()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return _MeanOverRanks.forward(None, gradient)  # every rank's loss depends on every rank's value
+    """This process's rank and the number of ranks: (0, 1) without torch.distributed."""
+    several = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """The mean of equally shaped tensors over all ranks, differentiable. The tensor itself in a single process, and
-    under no_grad: evaluation is one rank's own affair, and waiting there for the others would wait for ever."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    """The mean of equally shaped tensors over all ranks, each of which must call this.
+
+    The gradient of the mean goes to this rank's value unchanged. Data parallelism averages gradients over the
+    ranks, so that is exact where every rank computes the same from the mean, as Eq. 4 does.
+    """
+    count = ranks()[1]
+    if count == 1:
         return value
-    return _MeanOverRanks.apply(value)
+    mean = value.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(mean)
+    mean /= count
+    return mean + (value - value.detach()) if value.requires_grad else mean
 
 
 def gather(rows: torch.Tensor) -> torch.Tensor:
-    """The rows (B, ...) of every rank, each with as many, in the order of the ranks: (ranks * B, ...), without gradient."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    """The rows (B, ...) of every rank, in the order of the ranks: (ranks * B, ...), without gradient."""
+    count = ranks()[1]
+    if count == 1:
         return rows
-    everyone = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    everyone = [torch.empty_like(rows) for _ in range(count)]
     dist.all_gather(everyone, rows.contiguous())
     return torch.cat(everyone)
 
@@ -105,34 +103,35 @@ def gather(rows: torch.Tensor) -> torch.Tensor:
 class BSQ(nn.Module):
     """The quantiser of Eq. 3 and its entropy loss, Eq. 4. It has no parameters.
 
-    bits: d, channels of a token. group_size: bits whose joint distribution the entropy of the average code is taken
-    over (1: per bit, as BSQ does at 18 bits; FlowMo takes 9); it must divide `bits`, and its tables take 2^group_size
-    numbers a group and token. temperature: tau of the soft assignment. spherical: False is LFQ. Raises ValueError for a
-    group size that does not divide the bits.
+    bits: d, channels of a token. group_size: the entropy of the average code is taken over groups of so many
+    bits, with a table of 2^group_size numbers per group and token (BSQ at 18 bits: 1; FlowMo: 9).
+    temperature: tau of the soft assignment. spherical: False is LFQ, here without its commitment loss.
+    Raises ValueError for a group size that does not divide the bits.
     """
 
     def __init__(self, bits: int, group_size: int = 1, temperature: float = 1.0, spherical: bool = True):
         super().__init__()
         if bits % group_size:
-            raise ValueError(f"entropy groups of {group_size} bits do not divide {bits} bits: choose a divisor")
-        self.bits, self.group_size, self.temperature, self.spherical = bits, group_size, temperature, spherical
+            raise ValueError(f"entropy groups of {group_size} bits do not divide {bits}: choose a divisor")
+        self.bits, self.group_size = bits, group_size
+        self.temperature, self.spherical = temperature, spherical
         self.magnitude = bits**-0.5 if spherical else 1.0
 
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quantise z (..., d). Returns codes (..., d), every channel +-magnitude, and u (..., d), the point on the
-        sphere that was rounded, both float32. The gradient of codes is passed straight through to u."""
+        """z (..., d) -> codes (..., d), every channel +-magnitude, and u (..., d), z on the sphere; both
+        float32. The gradient of codes goes to u unchanged: it is bsq-vit's without its 1/sqrt(d)."""
         u = F.normalize(z.float(), dim=-1) if self.spherical else z.float()
-        corner = torch.where(u > 0, self.magnitude, -self.magnitude)  # torch.sign(0) would be no corner at all
+        corner = torch.where(u > 0, self.magnitude, -self.magnitude)  # torch.sign(0) would be no corner
         return corner + (u - u.detach()), u  # in this order the value is the corner to the last bit
 
     def entropy_loss(self, u: torch.Tensor) -> dict[str, torch.Tensor]:
         """Eq. 4 on u (..., d), in nats: `entropy_loss` = `token_entropy` - `code_entropy`.
 
-        The soft assignment q(c|u) ~ exp(2 tau c.u) over the 2^d corners factorises into bits with
-        p_i = sigmoid(4 tau m u_i), m the magnitude of a code's channel, so the first term is an exact sum. The
-        second, the entropy of the average q, is bounded from above by the sum of the entropies of its groups of
-        bits: exact when one group holds all of them. A healthy run has a slightly NEGATIVE loss: the average of many
-        tokens is less certain than each token, and at tau = 1 on the unit sphere each is far from certain.
+        The soft assignment q(c|u) ~ exp(2 tau c.u) over the 2^d corners is a product over bits with
+        p_i = sigmoid(4 tau m u_i), m the magnitude of a code's channel. So the first term is an exact sum.
+        The second, the entropy of the average q, is bounded from above by the sum over groups of bits; one
+        group of all bits is exact. A healthy run has a slightly NEGATIVE loss: the average of many tokens is
+        less certain than each token, and at tau = 1 on the unit sphere each is far from certain.
         """
         logits = (4 * self.temperature * self.magnitude) * u.float().reshape(-1, self.bits)  # (N, d)
         p = logits.sigmoid()
@@ -145,4 +144,5 @@ class BSQ(nn.Module):
             joint = torch.cat([joint * (1 - one), joint * one], -1)  # (N, d/g, 2^(i+1))
         average = mean_over_ranks(joint.mean(0))  # (d/g, 2^g)
         code_entropy = -torch.xlogy(average, average.clamp_min(1e-30)).sum()
-        return {"entropy_loss": token_entropy - code_entropy, "token_entropy": token_entropy, "code_entropy": code_entropy}
+        entropy_loss = token_entropy - code_entropy
+        return {"entropy_loss": entropy_loss, "token_entropy": token_entropy, "code_entropy": code_entropy}

@@ -1,21 +1,28 @@
-"""FID, sFID, Inception score, precision, recall, PSNR, SSIM and LPIPS from PyTorch alone: one file, copy it anywhere.
+"""FID, sFID, IS, precision, recall, PSNR, SSIM and LPIPS from PyTorch alone: one file, copy it anywhere.
 
     python fid.py REFERENCE SAMPLES            # IS, FID, sFID, precision, recall: ADM's protocol
     python fid.py --pairs ORIGINALS RECONS     # rFID, PSNR, SSIM, LPIPS: reconstructions
     python fid.py --save-stats OUT.npz FOLDER  # statistics once, reused
 
-The protocol is that of ADM's TensorFlow evaluator (Dhariwal & Nichol 2021, "guided-diffusion"), which most tables of
-generated ImageNet pictures mean: uint8 pictures, TF1's legacy bilinear resize to 299, the Inception network of 2015
-in float32, the mean and covariance (N - 1) of pool_3 for FID and of 17 x 17 x 7 channels of mixed_6 for sFID, IS
-without the classifier's bias in parts of 5000, precision and recall with k = 3. One knowing difference: ADM takes
-the distances of precision and recall in float16 where they fit, this file in float32.
+    uint8 pictures -> resize to 299 -> Inception -> pool_3 (N, 2048) ----------> FID, IS, precision, recall
+      (N, H, W, 3)   in [-1, 1]                 `-> spatial (N, 17 * 17 * 7) --> sFID
+          | in pairs
+          +--------> VGG16 -> five maps ---------------------------------------> LPIPS
+          `--------------------------------------------------------------------> PSNR, SSIM
+
+The protocol is that of ADM's TensorFlow evaluator (Dhariwal & Nichol 2021), which most tables mean: TF1's legacy
+bilinear, the Inception of 2015 in float32, mean and covariance (N - 1) of pool_3 and, for sFID, of 7 channels of
+mixed_6, IS without the classifier's bias in parts of 5000, precision and recall with k = 3. One difference: ADM
+rounds the distances of precision and recall to float16 where they fit.
 
     import torch, fid
-    pictures = torch.randint(0, 256, (4, 3, 64, 64)); noisy = (pictures + 9 * torch.randn(4, 3, 64, 64)).clamp(0, 255)
+    pictures = torch.randint(0, 256, (4, 3, 64, 64))
+    noisy = (pictures + 9 * torch.randn(4, 3, 64, 64)).clamp(0, 255)
     print(fid.psnr(noisy, pictures), fid.ssim(noisy, pictures))
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -24,60 +31,34 @@ import math
 import os
 import sys
 import zipfile
-import zlib
+from collections import OrderedDict
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from safetensors import SafetensorError, safe_open
+from PIL import Image, ImageOps
+from safetensors import safe_open
 from scipy.linalg.lapack import dpstrf
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
-
-PICTURES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")
-VGG_WIDTHS = (64, 128, 256, 512, 512)
-FEW = 10_000  # below this many pictures FID's bias is of the size of the differences that papers report
-
-# What is downloaded once: the name in torch hub's cache, the start of the file's sha256, where it comes from.
-INCEPTION = ("pt_inception-2015-12-05-6726825d.pth", "6726825d",
-             "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth")
-VGG = ("vgg16-397923af.pth", "397923af", "https://download.pytorch.org/models/vgg16-397923af.pth")
-HEADS = ("lpips_vgg.pth", "a78928a0",
-         "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth")
-
-RESIZES = {"adm": "TF1's legacy bilinear, as ADM", "pytorch-fid": "pytorch-fid's half-pixel bilinear, unlike ADM"}
-PROTOCOLS = {
-    "compare": "{fid} by {network}; a gFID where REFERENCE is ADM's reference batch",
-    "pairs": "rFID by {network}, of reconstructions against their own originals; PSNR and SSIM on 0..255, mean over "
-             "pictures; LPIPS v0.1 on VGG16",
-    "stats": "statistics for FID and sFID by {network}",
-    "toy": "toy networks stand in for FID's Inception and VGG16: comparable with scores by the same files, nothing else",
-}
 
 
 class UserError(Exception):
     """One sentence for the person at the keyboard: what was found, what was expected, what to do."""
 
 
-# ---------------------------------------------------------------------------------------------- pictures in pairs
-
-def _check_pairs(images, references, smallest):
-    """Raise ValueError unless both are (B, 3, H, W) of one shape with sides of at least `smallest` pixels."""
-    shapes = tuple(images.shape), tuple(references.shape)
-    if shapes[0] != shapes[1] or len(shapes[0]) != 4 or shapes[0][1] != 3 or min(shapes[0][2:]) < smallest:
-        raise ValueError(f"expected two tensors of one shape (B, 3, H, W), H and W at least {smallest}, got "
-                         f"{shapes[0]} and {shapes[1]}")
+# ------------------------------------------------------------------------------------------------ the metrics
 
 
 def psnr(images, references, data_range=255.0):
-    """Peak signal-to-noise ratio of each picture in dB, in float64.
+    """Peak signal-to-noise ratio of each picture in dB: two (B, 3, H, W) -> (B,) float64, infinite where equal.
 
-    images, references: (B, 3, H, W) of any dtype whose values span `data_range` (255 for uint8, 2 for [-1, 1]).
-    Returns (B,), infinite where the two are equal. Average over pictures, not over pixels, as papers do.
-    Raises ValueError on shapes that differ."""
-    _check_pairs(images, references, 1)
+    Values span `data_range`, 255 for uint8, 2 for [-1, 1]. Papers average over pictures.
+    Raises ValueError on shapes that differ.
+    """
+    if images.shape != references.shape:
+        raise ValueError(f"expected one shape (B, 3, H, W), got {[*images.shape]} and {[*references.shape]}")
     error = (images.double() - references.double()).square().mean((1, 2, 3))  # (B,)
     return 10 * torch.log10(data_range**2 / error)
 
@@ -85,15 +66,16 @@ def psnr(images, references, data_range=255.0):
 def ssim(images, references, data_range=255.0):
     """Structural similarity of each picture (Wang et al. 2004), in float64.
 
-    Gaussian window of 11 taps and sigma 1.5, biased covariances, mean over the channels and over the positions where
-    the window fits: what skimage's structural_similarity gives for gaussian_weights=True, sigma=1.5,
-    use_sample_covariance=False. images, references: (B, 3, H, W) whose values span `data_range`. Returns (B,).
-    Raises ValueError on shapes that differ or sides under 11 pixels."""
-    _check_pairs(images, references, 11)
+    The window is Gaussian, 11 taps, sigma 1.5; covariances are biased; the mean is over channels and over positions
+    where the window fits. images, references: (B, 3, H, W), values span `data_range`. Returns (B,).
+    Raises ValueError on shapes that differ and on sides under 11 pixels.
+    """
+    if images.shape != references.shape or min(images.shape[2:]) < 11:
+        raise ValueError(f"expected one shape, sides >= 11, got {[*images.shape]} and {[*references.shape]}")
     taps = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=torch.float64) / 1.5) ** 2)
     taps = (taps / taps.sum()).tolist()
 
-    def blur(x):  # separable, valid positions only: (B, 3, H, W) -> (B, 3, H - 10, W - 10)
+    def blur(x):  # rows, then columns: (B, 3, H, W) -> (B, 3, H - 10, W - 10)
         x = sum(tap * x[:, :, i : i + x.shape[2] - 10] for i, tap in enumerate(taps))
         return sum(tap * x[..., i : i + x.shape[3] - 10] for i, tap in enumerate(taps))
 
@@ -102,14 +84,116 @@ def ssim(images, references, data_range=255.0):
     variances = blur(a * a + b * b) - mean_a**2 - mean_b**2
     covariance = blur(a * b) - mean_a * mean_b
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (variances + c2))
-    return similarity.mean((1, 2, 3))
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    return (luminance * (2 * covariance + c2) / (variances + c2)).mean((1, 2, 3))
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """Frechet distance of two Gaussians (Heusel et al. 2017): |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
+
+    mu: (D,), sigma: (D, D) symmetric, arrays or tensors. Returns a float, never negative.
+    With S1 = L L^T and S2 = M M^T, the trace of the root is the sum of the singular values of L^T M. That is
+    faster than a matrix square root, and a singular covariance makes nothing complex.
+    Raises ValueError on shapes that do not fit together and on values that are not finite.
+    """
+    mu1, sigma1, mu2, sigma2 = (np.asarray(value, dtype=np.float64) for value in (mu1, sigma1, mu2, sigma2))
+    shapes = [value.shape for value in (mu1, mu2, sigma1, sigma2)]
+    if shapes != 2 * [(mu1.size,)] + 2 * [(mu1.size, mu1.size)]:
+        raise ValueError(f"expected means (D,) and covariances (D, D) of one D, got {shapes}")
+    if not all(np.isfinite(value).all() for value in (mu1, sigma1, mu2, sigma2)):
+        raise ValueError("the statistics hold values that are not finite (NaN or infinity)")
+
+    def root(sigma):  # Cholesky with pivots stops at the rank of a singular sigma: (D, rank)
+        factor, pivots, rank, _ = dpstrf(np.ascontiguousarray(sigma), lower=1)
+        return torch.from_numpy(np.tril(factor)[np.argsort(pivots - 1), :rank])
+
+    root_trace = torch.linalg.svdvals(root(sigma1).T @ root(sigma2)).sum().item()
+    shift = mu1 - mu2
+    return max(0.0, float(shift @ shift + np.trace(sigma1) + np.trace(sigma2) - 2 * root_trace))
+
+
+class Moments:
+    """Running mean and covariance of feature rows in float64 (Chan et al. 1983), exact for means of any size.
+
+    Each batch is centred on its own mean before its products are summed, so nothing large is ever subtracted.
+    """
+
+    def __init__(self):
+        self.count = 0
+
+    def update(self, features):
+        """Add rows (B, D) of any float dtype; B may differ from call to call."""
+        features = features.double()
+        if self.count == 0:
+            self.mean = torch.zeros_like(features[0])  # (D,)
+            self.scatter = features.new_zeros(2 * features.shape[1:])  # (D, D) sum of (x - mean)(x - mean)^T
+        here, total = len(features), self.count + len(features)
+        step = features.mean(0) - self.mean
+        # The shift between the old mean and the batch's enters as one more row.
+        rows = torch.cat([features - features.mean(0), step[None] * math.sqrt(self.count * here / total)])
+        self.scatter.addmm_(rows.T, rows)
+        self.mean += step * (here / total)
+        self.count = total
+
+    def result(self):
+        """mu (D,) and sigma (D, D), over N - 1, as float64 arrays; ValueError with fewer than two rows."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least two rows, got {self.count}")
+        return self.mean.cpu().numpy(), (self.scatter / (self.count - 1)).cpu().numpy()
+
+
+def inception_score(features, weight, split_size=5000):
+    """Inception score (Salimans et al. 2016) as ADM takes it: no bias, mean over parts of `split_size`.
+
+    features: pool_3 rows (N, D) in order; weight: (classes, D) of the classifier. A shorter last part counts as
+    much as the others. Returns exp(mean divergence between p(class | picture) and p(class)), a float.
+    """
+    scores = []
+    for part in features.split(split_size):
+        log_p = (part.to(weight) @ weight.T).double().log_softmax(1)  # (n, classes)
+        log_mean = log_p.logsumexp(0) - math.log(len(part))
+        scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item())
+    return sum(scores) / len(scores)
+
+
+def precision_recall(reference, samples, k=3, block=512):
+    """Improved precision and recall (Kynkaanniemi et al. 2019) as ADM's evaluator computes them.
+
+    A feature's ball reaches to its k-th neighbour in its own set, the rim included. Precision is the share of
+    samples inside some reference ball, recall the share of references inside some sample ball. reference: (N, D),
+    samples: (M, D); memory grows with block x max(N, M). Raises ValueError with k rows or fewer on a side.
+    """
+    if min(len(reference), len(samples)) <= k:
+        raise ValueError(f"expected more than {k} rows on both sides, got {len(reference)} and {len(samples)}")
+    reference, samples = reference.double(), samples.double()
+
+    def distances(rows, columns):  # squared: (b, D) and (M, D) -> (b, M)
+        squares = (x.norm(dim=1).square() for x in (rows, columns))
+        return torch.addmm(next(squares)[:, None] + next(squares), rows, columns.T, alpha=-2)
+
+    def radii(features):  # the nearest of its own set is the feature itself, hence k + 1
+        return torch.cat([distances(part, features).topk(k + 1, largest=False).values[:, -1]
+                          for part in features.split(block)])
+
+    # Equal distances are a tie, and inside. The slack is above the rounding of float64, below any real difference.
+    slack = 1e-11 * max(x.norm(dim=1).max().square() for x in (reference, samples))
+    reference_radii, sample_radii = radii(reference) + slack, radii(samples) + slack
+    covered = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
+    found = []  # per block of references: is it inside some sample's ball?
+    for part, radius in zip(reference.split(block), reference_radii.split(block)):
+        between = distances(part, samples)  # (b, M)
+        covered |= (between <= radius[:, None]).any(0)
+        found.append((between <= sample_radii).any(1))
+    return covered.double().mean().item(), torch.cat(found).double().mean().item()
+
+
+# ----------------------------------------------------------------------------------------------- the networks
+
+VGG_WIDTHS = (64, 128, 256, 512, 512)
 
 
 class VGG16Features(nn.Module):
-    """The convolutions of VGG16 (Simonyan & Zisserman 2015) under torchvision's key names, `features.N.weight/bias`.
-
-    widths: channels of the five stages; others than the default are for toy files."""
+    """VGG16's convolutions (Simonyan & Zisserman 2015) under torchvision's names; widths: of its five stages."""
 
     def __init__(self, widths=VGG_WIDTHS):
         super().__init__()
@@ -122,7 +206,7 @@ class VGG16Features(nn.Module):
         self.features = nn.Sequential(*layers[:-1])  # LPIPS never needs the last pool
 
     def forward(self, x):
-        """(B, 3, H, W) normalised pictures, H and W at least 16 -> five maps, the last ReLU of each stage."""
+        """(B, 3, H, W) normalised pictures, sides of 16 or more -> five maps, the last ReLU of each stage."""
         maps = []
         for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):
@@ -134,11 +218,12 @@ class VGG16Features(nn.Module):
 class LPIPS(nn.Module):
     """Learned perceptual distance v0.1 on VGG16 (Zhang et al. 2018), frozen, differentiable in the pictures.
 
-    vgg: a VGG16Features; heads: five tensors (1, C, 1, 1), the linear weights on the five maps."""
+    vgg: a VGG16Features; heads: five tensors (1, C, 1, 1), the linear weights on the five maps.
+    """
 
     def __init__(self, vgg, heads):
         super().__init__()
-        self.vgg, self.widths = vgg, tuple(head.shape[1] for head in heads)
+        self.vgg = vgg
         # ImageNet's channel means and deviations, carried over from [0, 1] to [-1, 1].
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
@@ -147,247 +232,192 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, images, references):
-        """images, references: (B, 3, H, W) in [-1, 1], sides of at least 16 -> distances (B,) in float32.
-
-        Raises ValueError on shapes that differ or smaller sides."""
-        _check_pairs(images, references, 16)
+        """Twice (B, 3, H, W) in [-1, 1] -> (B,) float32; ValueError unless of one shape, sides >= 16."""
+        if images.shape != references.shape or min(images.shape[2:]) < 16:
+            raise ValueError(f"expected one shape, sides >= 16, got {[*images.shape]} and {[*references.shape]}")
         distance = 0.0
         maps = [self.vgg((x - self.shift) / self.scale) for x in (images, references)]
-        for i, (a, b) in enumerate(zip(*maps)):  # (B, C, h, w), half precision under autocast: the rest is float32
-            # Channel vectors of length one; the clamp keeps the root's gradient finite where a vector is all zero.
+        for i, (a, b) in enumerate(zip(*maps)):  # (B, C, h, w); float32 from here, also under autocast
+            # Unit vectors of channels; the clamp keeps the root's gradient finite where a vector is all zero.
             a, b = (y / (y.square().sum(1, keepdim=True).clamp_min(1e-20).sqrt() + 1e-10)
                     for y in (a.float(), b.float()))
             distance = distance + ((a - b).square() * getattr(self, f"head{i}")).sum(1).mean((1, 2))
         return distance
 
 
-# ------------------------------------------------------------------------------------------- the Inception network
+# The 2015 Inception (Szegedy et al. 2016) as FID uses it, in steps. A step is a pool, a convolution (name, width,
+# kernel, stride 1, padding "same"), or a list of branches, each a list of steps, that are concatenated.
 
-# The 2015 Inception (Szegedy et al. 2016) as FID uses it. A step is a max pool ("reduce" halves the map, "maximum"
-# keeps it), a convolution (name, width, kernel, stride, padding; the last two default to 1 and "same"), or a list of
-# branches, each a list of steps, whose outputs are concatenated. Kernel "average" is 1 x 1 after an average pool.
 
 def _block_a(pool):
-    return [[("branch1x1", 64, 1)],
-            [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
-            [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
-            [("branch_pool", pool, "average")]]
+    return [[[("branch1x1", 64, 1)],
+             [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
+             [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
+             ["average", ("branch_pool", pool, 1)]]]
 
 
 def _block_c(inner):
-    return [[("branch1x1", 192, 1)],
-            [("branch7x7_1", inner, 1), ("branch7x7_2", inner, (1, 7)), ("branch7x7_3", 192, (7, 1))],
-            [("branch7x7dbl_1", inner, 1), ("branch7x7dbl_2", inner, (7, 1)), ("branch7x7dbl_3", inner, (1, 7)),
-             ("branch7x7dbl_4", inner, (7, 1)), ("branch7x7dbl_5", 192, (1, 7))],
-            [("branch_pool", 192, "average")]]
+    return [[[("branch1x1", 192, 1)],
+             [("branch7x7_1", inner, 1), ("branch7x7_2", inner, (1, 7)), ("branch7x7_3", 192, (7, 1))],
+             [("branch7x7dbl_1", inner, 1), ("branch7x7dbl_2", inner, (7, 1)), ("branch7x7dbl_3", inner, (1, 7)),
+              ("branch7x7dbl_4", inner, (7, 1)), ("branch7x7dbl_5", 192, (1, 7))],
+             ["average", ("branch_pool", 192, 1)]]]
 
 
-def _block_e(*pool):
-    return [[("branch1x1", 320, 1)],
-            [("branch3x3_1", 384, 1), [[("branch3x3_2a", 384, (1, 3))], [("branch3x3_2b", 384, (3, 1))]]],
-            [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3),
-             [[("branch3x3dbl_3a", 384, (1, 3))], [("branch3x3dbl_3b", 384, (3, 1))]]],
-            [*pool]]
+def _block_e(pool):
+    return [[[("branch1x1", 320, 1)],
+             [("branch3x3_1", 384, 1), [[("branch3x3_2a", 384, (1, 3))], [("branch3x3_2b", 384, (3, 1))]]],
+             [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3),
+              [[("branch3x3dbl_3a", 384, (1, 3))], [("branch3x3dbl_3b", 384, (3, 1))]]],
+             [pool, ("branch_pool", 192, 1)]]]
 
 
-STEM = [("Conv2d_1a_3x3", 32, 3, 2, 0), ("Conv2d_2a_3x3", 32, 3, 1, 0), ("Conv2d_2b_3x3", 64, 3), "reduce",
-        ("Conv2d_3b_1x1", 80, 1), ("Conv2d_4a_3x3", 192, 3, 1, 0), "reduce"]
 BLOCKS = {
+    "": [("Conv2d_1a_3x3", 32, 3, 2, 0), ("Conv2d_2a_3x3", 32, 3, 1, 0), ("Conv2d_2b_3x3", 64, 3), "reduce",
+         ("Conv2d_3b_1x1", 80, 1), ("Conv2d_4a_3x3", 192, 3, 1, 0), "reduce"],
     "Mixed_5b": _block_a(32), "Mixed_5c": _block_a(64), "Mixed_5d": _block_a(64),
-    "Mixed_6a": [[("branch3x3", 384, 3, 2, 0)],
-                 [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2, 0)],
-                 ["reduce"]],
+    "Mixed_6a": [[[("branch3x3", 384, 3, 2, 0)],
+                  [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2, 0)],
+                  ["reduce"]]],
     "Mixed_6b": _block_c(128), "Mixed_6c": _block_c(160), "Mixed_6d": _block_c(160), "Mixed_6e": _block_c(192),
-    "Mixed_7a": [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2, 0)],
-                 [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
-                  ("branch7x7x3_4", 192, 3, 2, 0)],
-                 ["reduce"]],
+    "Mixed_7a": [[[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2, 0)],
+                  [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
+                   ("branch7x7x3_4", 192, 3, 2, 0)],
+                  ["reduce"]]],
     # The last block pools by maximum: a slip of the 2015 graph that every published FID contains.
-    "Mixed_7b": _block_e(("branch_pool", 192, "average")), "Mixed_7c": _block_e("maximum", ("branch_pool", 192, 1)),
+    "Mixed_7b": _block_e("average"), "Mixed_7c": _block_e("maximum"),
 }
+POOLS = {"reduce": nn.MaxPool2d(3, 2), "maximum": nn.MaxPool2d(3, 1, 1),
+         "average": nn.AvgPool2d(3, 1, 1, count_include_pad=False)}  # unlike torchvision's
 
 
-class ConvNorm(nn.Module):
-    """Convolution without bias, batch norm (eps 1e-3), ReLU: (B, channels, H, W) -> (B, width, H', W')."""
-
-    def __init__(self, channels, width, kernel, stride=1, padding="same"):
-        super().__init__()
-        self.average, kernel = kernel == "average", 1 if kernel == "average" else kernel
-        if padding == "same":
-            padding = tuple(side // 2 for side in kernel) if isinstance(kernel, tuple) else kernel // 2
-        self.conv = nn.Conv2d(channels, width, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(width, eps=1e-3)
-
-    def forward(self, x):
-        x = self.conv(x)
-        if self.average:
-            # The graph pools before its 1 x 1 convolution. The two commute, even with a bias, since the padding is left
-            # out of the averages (unlike torchvision's); here there are fewer channels to pool.
-            x = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-        return F.relu_(self.bn(x))
-
-    def fold(self):
-        """For evaluation: merge the norm into the convolution, worked out in float64."""
-        gain = self.bn.weight.double() / (self.bn.running_var.double() + self.bn.eps).sqrt()  # (width,)
-        bias = self.bn.bias.double() - gain * self.bn.running_mean.double()
-        weight = self.conv.weight.double() * gain[:, None, None, None]
-        self.conv.weight, self.conv.bias = (nn.Parameter(x.float(), requires_grad=False) for x in (weight, bias))
-        self.bn = nn.Identity()
-
-
-def _build(parent, steps, channels, multiplier):
-    """Add the convolutions of `steps`, their widths times `multiplier`, to `parent`; returns the channels that come out."""
-    for step in steps:
-        if isinstance(step, list):
-            channels = sum(_build(parent, branch, channels, multiplier) for branch in step)
-        elif isinstance(step, tuple):
-            name, width, *shape = step
-            width = max(1, round(width * multiplier))
-            parent.add_module(name, ConvNorm(channels, width, *shape))
-            channels = width
-    return channels
-
-
-def _run(parent, steps, x):
-    """(B, channels, H, W) through `steps` with the convolutions of `parent`."""
-    for step in steps:
-        if isinstance(step, list):
-            x = torch.cat([_run(parent, branch, x) for branch in step], 1)
-        elif isinstance(step, tuple):
-            x = parent.get_submodule(step[0])(x)
-        else:
-            x = F.max_pool2d(x, 3, stride=2) if step == "reduce" else F.max_pool2d(x, 3, stride=1, padding=1)
-    return x
+def _conv_norm(channels, width, kernel, stride=1, padding="same"):
+    """Convolution, batch norm, ReLU: (B, channels, H, W) -> (B, width, H', W')."""
+    return nn.Sequential(OrderedDict(
+        conv=nn.Conv2d(channels, width, kernel, stride, padding, bias=False),
+        bn=nn.BatchNorm2d(width, eps=1e-3), relu=nn.ReLU(inplace=True)))
 
 
 class Inception(nn.Module):
-    """FID's Inception under the key names of pytorch-fid's file, its widths times `multiplier`.
+    """FID's Inception under the names of pytorch-fid's file."""
 
-    Inception() is the real architecture; Inception(1/8, classes=10) a toy to train with `logits`. A toy is saved with
-    safetensors and the metadata {"toy": "anything", "input_size": "75"}, so that it announces itself. input_size: the
-    side that evaluation resizes pictures to. Raises ValueError where Mixed_6d.branch1x1 has fewer than the 7 channels
-    that sFID reads, and under 75 pixels, where the pools run out of map."""
-
-    def __init__(self, multiplier=1.0, classes=1008, input_size=299):
+    def __init__(self):
         super().__init__()
-        if round(192 * multiplier) < 7 or input_size < 75:
-            raise ValueError(f"sFID reads 7 channels of Mixed_6d.branch1x1 and the pools need 75 pixels, got "
-                             f"{round(192 * multiplier)} channels and {input_size} pixels")
-        self.input_size = input_size
-        channels = _build(self, STEM, 3, multiplier)
-        for name, block in BLOCKS.items():
-            self.add_module(name, nn.Module())
-            channels = _build(self.get_submodule(name), [block], channels, multiplier)
-        self.fc = nn.Linear(channels, classes)
+        channels = 3
+        for name, steps in BLOCKS.items():
+            if name:
+                self.add_module(name, nn.Module())
+            channels = self._build(self.get_submodule(name), steps, channels)
+        self.fc = nn.Linear(channels, 1008)
+
+    def _build(self, parent, steps, channels):
+        """Add the convolutions of `steps` to `parent`; returns the channels that come out."""
+        for step in steps:
+            if isinstance(step, list):
+                channels = sum(self._build(parent, branch, channels) for branch in step)
+            elif isinstance(step, tuple):
+                parent.add_module(step[0], _conv_norm(channels, *step[1:]))
+                channels = step[1]
+        return channels
+
+    def _run(self, parent, steps, x):
+        """(B, channels, H, W) through `steps` with the convolutions of `parent`."""
+        for step in steps:
+            if isinstance(step, list):
+                x = torch.cat([self._run(parent, branch, x) for branch in step], 1)
+            elif isinstance(step, tuple):
+                x = parent.get_submodule(step[0])(x)
+            else:
+                x = POOLS[step](x)
+        return x
 
     def forward(self, x):
-        """(B, 3, H, W) in [-1, 1], sides of at least 75 -> pool_3 (B, 2048), spatial (B, h * w * 7) for sFID."""
-        # The stem's maps are large: on a CPU a few pictures at a time stay in its caches, 7% faster overall. One thread
-        # gets PyTorch's slow convolution for batches under 16, and the norms of training want the whole batch.
-        few = x.device.type == "cpu" and torch.get_num_threads() > 1 and not self.training
-        x = torch.cat([_run(self, STEM, part) for part in x.split(4 if few else len(x))])
-        for name, block in BLOCKS.items():
-            x = _run(self.get_submodule(name), [block], x)
+        """(B, 3, 299, 299) in [-1, 1] -> pool_3 (B, 2048), spatial (B, 17 * 17 * 7) for sFID."""
+        for name, steps in BLOCKS.items():
+            x = self._run(self.get_submodule(name), steps, x)
             if name == "Mixed_6d":  # its output begins with branch1x1; ADM flattens channels last
                 spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
         return x.mean((2, 3)), spatial
 
-    def logits(self, x):
-        """(B, 3, H, W) in [-1, 1], sides of at least 75 -> class logits (B, classes); for training a toy."""
-        return self.fc(self(x)[0])
-
     def for_evaluation(self):
-        """Freeze, fold the batch norms and turn to channels-last, about twice as fast on CPU; returns self."""
+        """Freeze, fold the batch norms, turn to channels-last: about twice as fast on CPU. Returns self."""
         self.eval().requires_grad_(False)
         for module in self.modules():
-            if isinstance(module, ConvNorm):
-                module.fold()
+            if isinstance(module, nn.Sequential):
+                module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
         return self.to(memory_format=torch.channels_last)
 
 
 def prepare(pictures, size=299, resize="adm", device="cpu"):
     """uint8 pictures (B, H, W, 3), array or tensor -> float32 (B, 3, size, size) in [-1, 1], channels-last.
 
-    resize "adm" is TF1's legacy bilinear, pixel i read at i * H / size with no half-pixel offset and no antialiasing,
-    then (x - 128) / 128; "pytorch-fid" is that project's half-pixel bilinear, then 2 x / 255 - 1."""
+    resize "adm": TF1's legacy bilinear reads pixel i at i * H / size, no half-pixel offset, no antialiasing;
+    then (x - 128) / 128. resize "pytorch-fid": that project's half-pixel bilinear; then 2 x / 255 - 1.
+    """
     x = torch.as_tensor(pictures).to(device).permute(0, 3, 1, 2).contiguous().float()  # (B, 3, H, W)
     if resize == "pytorch-fid":
         x = F.interpolate(x / 255, (size, size), mode="bilinear", align_corners=False) * 2 - 1
     else:
-        # align_corners reads pixel i at i * (in - 1) / (out - 1): with one more pixel in and out, TF1's i * in / out.
-        x = F.pad((x - 128) / 128, (0, 1, 0, 1), mode="replicate")  # scaled first: there are fewer pixels yet
+        # align_corners reads pixel i at i * (in - 1) / (out - 1); one more pixel in and out makes it TF1's.
+        x = F.pad((x - 128) / 128, (0, 1, 0, 1), mode="replicate")
         x = F.interpolate(x, (size + 1, size + 1), mode="bilinear", align_corners=True)[..., :size, :size]
     return x.contiguous(memory_format=torch.channels_last)
 
 
-# ------------------------------------------------------------------------------------------------ weights from files
+# -------------------------------------------------------------------------------------------- reading weights
 
-def _listed(names, most=5):
-    """A few names out of many, for a sentence."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+# What is downloaded once: the file's name, the start of its sha256, where it comes from.
+INCEPTION = ("pt_inception-2015-12-05-6726825d.pth", "6726825d", "https://github.com/mseitzer/pytorch-fid/"
+             "releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth")
+VGG = ("vgg16-397923af.pth", "397923af", "https://download.pytorch.org/models/vgg16-397923af.pth")
+HEADS = ("lpips_vgg.pth", "a78928a0",
+         "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth")
 
 
 def read_tensors(path):
-    """The tensors by name and the metadata of a .safetensors or .pth file; UserError where it is neither.
-
-    They are views of the file mapped into memory: what nobody copies out is not read. Only .pth files older than
-    PyTorch 1.6 (no zip inside) have to be read whole."""
+    """The tensors by name, mapped into memory, and the metadata of a .safetensors or .pth file; else UserError."""
     try:
         if str(path).endswith(".safetensors"):
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read the weights {path} ({error}): give a .pth or .safetensors file") from error
-    except Exception as error:  # torch.load raises a different type for each way of not being a weights file
-        raise UserError(f"{path} is not a weights file that loads safely ({type(error).__name__}): expected tensors "
-                        "by name in .pth or .safetensors") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise UserError(f"{path} holds no plain table of tensors: expected a state dict of tensors by name")
+        if not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+            raise ValueError("it holds other things than tensors")
+    except Exception as error:  # torch.load raises another type for each way of not being a weights file
+        raise UserError(f"{path} is no readable weights file ({type(error).__name__}): expected tensors by name "
+                        "in .pth or .safetensors") from error
     return tensors, {}
 
 
 def check_keys(tensors, expected, path, what):
     """UserError naming the missing, unexpected and misshapen keys; expected: shapes by name."""
-    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
-    faults = {"missing": expected.keys() - shapes.keys(), "unexpected": shapes.keys() - expected.keys(),
-              "misshapen": {f"{key} {shapes[key]} for {tuple(expected[key])}" for key in shapes.keys() & expected.keys()
-                            if shapes[key] != tuple(expected[key])}}
-    if any(faults.values()):
-        faults = "; ".join(f"{name} {_listed(sorted(keys))}" for name, keys in faults.items() if keys)
-        raise UserError(f"{path} is not {what}: {faults}")
+    faults = [f"missing {key}" for key in expected if key not in tensors]
+    faults += [f"unexpected {key}" for key in tensors if key not in expected]
+    faults += [f"misshapen {key} {tuple(tensors[key].shape)} for {tuple(expected[key])}" for key in expected
+               if key in tensors and tensors[key].shape != tuple(expected[key])]
+    if faults:
+        raise UserError(f"{path} is not {what}: {', '.join(faults[:5])}{', ...' if len(faults) > 5 else ''}")
 
 
 def load_inception(path):
-    """Read Inception weights, sizes taken from the tensors' shapes. Returns (Inception in eval mode, description).
-
-    description: path, sha256, standard (it is pytorch-fid's file), toy (other widths, or it says so itself).
-    Raises UserError naming the keys of a file of another kind."""
-    tensors, metadata = read_tensors(path)
-    tensors = {key: value for key, value in tensors.items() if not key.endswith("num_batches_tracked")}  # never read
-    multiplier = len(tensors.get("Conv2d_1a_3x3.conv.weight", range(32))) / 32
-    classes, side = len(tensors.get("fc.weight", range(1008))), metadata.get("input_size", "299")
-    try:
-        network = Inception(multiplier, classes, int(side))
-    except ValueError as error:  # too narrow for sFID, or a side that is no number
-        raise UserError(f"{path} cannot be FID's Inception: {error}") from error
-    expected = {k: v.shape for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
-    check_keys(tensors, expected, path, "FID's Inception")
-    network.load_state_dict(tensors, strict=False)  # checked above; strict would ask for num_batches_tracked
-    digest = _sha256(path)
-    toy = "toy" in metadata or (multiplier, classes, network.input_size) != (1, 1008, 299)
-    standard = digest.startswith(INCEPTION[1])
-    return network.eval(), {"path": str(path), "sha256": digest, "standard": standard, "toy": toy}
+    """Read FID's Inception from pytorch-fid's file: (Inception, sha256); UserError for another kind of file."""
+    with torch.device("meta"):  # no time for random weights
+        network = Inception()
+    tensors, wanted = ({key: value.float() for key, value in each.items() if "num_batches_tracked" not in key}
+                       for each in (read_tensors(path)[0], network.state_dict()))  # that count nobody reads
+    check_keys(tensors, {key: value.shape for key, value in wanted.items()}, path, "FID's Inception")
+    network.load_state_dict(tensors, strict=False, assign=True)
+    return network.eval(), sha256(path)
 
 
 def load_lpips(vgg_path, heads_path):
-    """Read LPIPS from torchvision's VGG16 file and the official heads (vgg.pth, v0.1), or toy files of other widths.
+    """Read LPIPS from torchvision's VGG16 and the official heads (vgg.pth, v0.1); widths are read off.
 
-    The classifier's tensors of the VGG16 file are dropped: LPIPS reads the convolutions only. Returns a frozen LPIPS.
-    Raises UserError naming the keys of files of another kind."""
+    Raises UserError naming the keys of files of another kind.
+    """
     tensors, heads = read_tensors(vgg_path)[0], read_tensors(heads_path)[0]
     tensors = {key: value for key, value in tensors.items() if not key.startswith("classifier.")}
-    last = [tensors.get(f"features.{i}.weight") for i in (2, 7, 14, 21, 28)]  # the last convolution of each stage
+    last = [tensors.get(f"features.{i}.weight") for i in (2, 7, 14, 21, 28)]  # each stage's last convolution
     widths = tuple(real if weight is None else len(weight) for real, weight in zip(VGG_WIDTHS, last))
     vgg = VGG16Features(widths)
     check_keys(tensors, {k: v.shape for k, v in vgg.state_dict().items()}, vgg_path, "VGG16's convolutions")
@@ -397,602 +427,444 @@ def load_lpips(vgg_path, heads_path):
     return LPIPS(vgg, [heads[name] for name in names])
 
 
-def _sha256(path):
+def sha256(path):
     """The file's sha256 in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
 
 
-def _find(given, known):
-    """The path given, else the known file in torch hub's cache; None and the download command where neither is."""
-    name, _, url = known
-    cached = os.path.join(torch.hub.get_dir(), "checkpoints", name)
-    if given is not None and not os.path.isfile(given):
+def find_weights(given, known):
+    """(The path given, else of the known file in weights/ or torch hub's cache; what to do where it is None)."""
+    paths = [given] if given else ["weights/" + known[0], f"{torch.hub.get_dir()}/checkpoints/{known[0]}"]
+    path = next((path for path in paths if os.path.isfile(path)), None)
+    if given and not path:
         raise UserError(f"no weights file at {given}: check the path")
-    if given is not None or os.path.isfile(cached):
-        return given or cached, None
-    return None, f"no {name} at hand: get it with `curl -L --create-dirs -o {cached} {url}`"
+    return path, f"get it by `curl -fL --create-dirs -o weights/{known[0]} {known[2]}`"
 
 
-# ---------------------------------------------------------------------------------------------------- the statistics
+# -------------------------------------------------------------------------------------------- reading sources
 
-class Moments:
-    """Running mean and covariance of feature rows in float64 (Chan et al. 1983), exact for means of any size.
+PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # never PostScript, which starts a program
+MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")
 
-    Each batch is centred on its own mean before its products are summed, so nothing large is ever subtracted."""
-
-    def __init__(self):
-        self.count = 0
-
-    def update(self, features):
-        """Add rows (B, D), any float dtype, on any device that has float64; B may differ from call to call."""
-        features = features.double()
-        if self.count == 0:
-            self.mean = torch.zeros_like(features[0])  # (D,)
-            self.scatter = features.new_zeros(features.shape[1], features.shape[1])  # sum of (x - mean)(x - mean)^T
-        here, total = len(features), self.count + len(features)
-        step = features.mean(0) - self.mean
-        # The shift between the old and the batch's mean enters as one more row.
-        rows = torch.cat([features - features.mean(0), step[None] * math.sqrt(self.count * here / total)])
-        self.scatter.addmm_(rows.T, rows)
-        self.mean += step * (here / total)
-        self.count = total
-
-    def result(self):
-        """(mu (D,), sigma (D, D)) as float64 arrays, sigma divided by N - 1; ValueError with fewer than two rows."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least two rows, got {self.count}")
-        return self.mean.cpu().numpy(), (self.scatter / (self.count - 1)).cpu().numpy()
-
-
-def _root(sigma):
-    """L (D, rank) with L L^T = sigma, by Cholesky with pivots, which stops at the rank of a singular sigma."""
-    factor, pivots, rank, _ = dpstrf(np.ascontiguousarray(sigma), lower=1)
-    factor = np.tril(factor)[:, :rank]
-    return torch.from_numpy(factor[np.argsort(pivots - 1)])
-
-
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Frechet distance of two Gaussians (Heusel et al. 2017): |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
-
-    mu: (D,), sigma: (D, D) symmetric, arrays or tensors. Returns a float, never negative. With S1 = L L^T the trace of
-    the root is the sum of the roots of the eigenvalues of the symmetric L^T S2 L: many times faster than a matrix
-    square root, and nothing turns complex when a covariance is singular.
-    Raises ValueError on shapes that do not fit together and on values that are not finite."""
-    mu1, sigma1, mu2, sigma2 = (np.asarray(value, dtype=np.float64) for value in (mu1, sigma1, mu2, sigma2))
-    size = len(np.atleast_1d(mu1))
-    if mu1.shape != (size,) or mu2.shape != (size,) or sigma1.shape != (size, size) or sigma2.shape != (size, size):
-        raise ValueError(f"expected means (D,) and covariances (D, D) of one D, got {mu1.shape}, {sigma1.shape} and "
-                         f"{mu2.shape}, {sigma2.shape}")
-    if not all(np.isfinite(value).all() for value in (mu1, sigma1, mu2, sigma2)):
-        raise ValueError("the statistics hold values that are not finite (NaN or infinity)")
-    left = _root(sigma1)  # (D, rank)
-    root_trace = 0.0
-    if left.shape[1]:
-        squares = torch.linalg.eigvalsh(left.T @ torch.from_numpy(sigma2) @ left)  # (rank,), ascending
-        if squares[0] > 1e-12 * squares[-1]:
-            root_trace = squares.sqrt().sum().item()
-        else:  # rounding noise among the squares would enter by its root; singular values are slower and free of it
-            right = _root(sigma2)
-            root_trace = torch.linalg.svdvals(left.T @ right).sum().item() if right.shape[1] else 0.0
-    shift = mu1 - mu2
-    return max(0.0, float(shift @ shift + np.trace(sigma1) + np.trace(sigma2) - 2 * root_trace))
-
-
-def inception_score(features, weight, split_size=5000):
-    """Inception score (Salimans et al. 2016) the way ADM takes it: without the bias, mean over parts of `split_size`.
-
-    features: pool_3 rows (N, D) in their order; weight: (classes, D) of the classifier. A shorter last part counts as
-    much as the others. Returns exp(mean divergence between p(class | picture) and p(class)), a float."""
-    scores = []
-    for part in features.split(split_size):
-        log_p = (part.to(weight) @ weight.T).double().log_softmax(1)  # (n, classes)
-        log_mean = log_p.logsumexp(0) - math.log(len(part))
-        scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item())
-    return sum(scores) / len(scores)
-
-
-def _squared_distances(rows, columns):
-    """(N, D) and (M, D) -> (N, M) squared distances."""
-    squares = rows.square().sum(1)[:, None] + columns.square().sum(1)
-    return squares.addmm_(rows, columns.T, alpha=-2).clamp_min_(0)
-
-
-def precision_recall(reference, samples, k=3, block=1024, progress=None):
-    """Improved precision and recall (Kynkaanniemi et al. 2019) as ADM's evaluator computes them.
-
-    A feature's ball reaches to its k-th neighbour in its own set; precision is the share of samples inside some
-    reference ball, recall the share of references inside some sample ball. reference: (N, D), samples: (M, D)
-    float32 tensors; `block` rows at a time bound the memory to block x max(N, M). progress: a label for a bar.
-    Returns (precision, recall), floats. Raises ValueError with fewer than k + 1 rows on a side."""
-    if min(len(reference), len(samples)) <= k:
-        raise ValueError(f"precision and recall with k = {k} need at least {k + 1} pictures on both sides, got "
-                         f"{len(reference)} and {len(samples)}")
-    centre = reference.mean(0)  # distances do not see it, float32 keeps more digits without it
-    reference, samples = reference - centre, samples - centre
-    with tqdm(total=2 * len(reference) + len(samples), desc=progress, disable=progress is None, leave=False) as bar:
-        radii = []
-        for features in (reference, samples):
-            rows = []
-            for part in features.split(block):
-                # The nearest of the set is the feature itself, hence k + 1.
-                rows.append(_squared_distances(part, features).topk(k + 1, largest=False).values[:, -1])
-                bar.update(len(part))
-            radii.append(torch.cat(rows))
-        found = []  # per block of references: is it inside some sample's ball?
-        covered = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
-        for part, radius in zip(reference.split(block), radii[0].split(block)):
-            distances = _squared_distances(part, samples)  # (b, M)
-            covered |= (distances <= radius[:, None]).any(0)
-            found.append((distances <= radii[1]).any(1))
-            bar.update(len(part))
-    return covered.double().mean().item(), torch.cat(found).double().mean().item()
-
-
-# -------------------------------------------------------------------------------------------------- what is measured
 
 @dataclasses.dataclass
 class Source:
     """One input: a folder of pictures, an npz with pictures (`arr_0`), with statistics, or with both."""
 
     path: str
-    files: list | None  # of a folder: paths below it, sorted
-    count: int  # pictures it holds, 0 for statistics alone
-    size: tuple | None  # (H, W) of the pictures
+    files: list | None = None  # of a folder: paths below it, sorted
+    count: int = 0  # pictures it holds
+    n: int | None = None  # pictures behind its statistics, None where the file does not say
+    size: tuple | None = None  # (H, W) that its pictures are read at
+    fit: bool = False  # whether pictures of other sizes are resized and cropped; else they are refused
+    fitted: int = 0  # how many were
     statistics: dict = dataclasses.field(default_factory=dict)  # those of MOMENTS that the file holds
-    made_with: dict = dataclasses.field(default_factory=dict)  # --save-stats' note on its making
+    made_with: dict = dataclasses.field(default_factory=dict)  # --save-stats' note: n, size, resize, sha256
 
-    @property
-    def n(self):
-        """Pictures behind the statistics, None where a file does not say; pictures held where it has none."""
-        return self.made_with.get("n") if self.statistics else self.count
+def open_picture(path):
+    """A picture file of any mode as RGB: turned as EXIF says, transparency on white, 16 bits reduced to 8."""
+    if not os.path.isfile(path):
+        raise ValueError("it is no regular file")
+    with Image.open(path, formats=FORMATS) as picture:
+        deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
+        picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith(("I", "F")):  # Pillow's own conversion would clip it
+        grey = np.asarray(picture, np.float32)
+        grey = grey / (257 if deep or grey.max() > 255 else 1)  # 65535 / 257 = 255
+        picture = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
 
 
-def _pixels(size):
-    """(H, W) as people write it, width first."""
-    return f"{size[1]} x {size[0]} pixels"
+def fit_picture(picture, side):
+    """An Image -> (side, side) as ADM prepared ImageNet: box halvings, bicubic, the centre cut out."""
+    while min(picture.size) >= 2 * side:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    width, height = (max(side, round(x * side / min(picture.size))) for x in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - side) // 2, (height - side) // 2
+    return picture.crop((left, top, left + side, top + side))
 
 
-def _decode(paths, size=None):
-    """Picture files as uint8 (b, H, W, 3), or a sentence on the first fault: exceptions leave workers as tracebacks."""
-    pictures = []
+def _decode(paths, size, fit):
+    """Picture files -> uint8 (b, H, W, 3), how many were fitted; on a fault a sentence, which leaves a worker whole."""
+    pictures, fitted = [], 0
     for path in paths:
         try:
-            with Image.open(path) as picture:
-                if picture.mode.startswith(("I", "F")):
-                    return f"{path} has pixels of type {picture.mode}: expected 8 bits per channel"
-                pictures.append(np.asarray(picture.convert("RGB")))
-        except Exception as error:  # Pillow raises a different type for each way a file can be broken
-            return f"{path} cannot be decoded as a picture ({error}): replace or remove it"
-        size = size or pictures[0].shape[:2]
-        if pictures[-1].shape[:2] != size:
-            return (f"{path} has {_pixels(pictures[-1].shape)} where the folder's first picture has {_pixels(size)}: "
-                    "all pictures of a folder must have one size, resize them first")
-    return np.stack(pictures)
+            picture = open_picture(path)
+        except Exception as error:  # Pillow raises another type for each way a file can be broken
+            return f"{path} cannot be read as a picture ({error}): replace or remove it", 0
+        if size and picture.size[::-1] != size:
+            if not fit:
+                return f"{path} has (H, W) = {picture.size[::-1]}, others {size}: --size N brings all to N x N", 0
+            picture, fitted = fit_picture(picture, size[0]), fitted + 1
+        pictures.append(np.asarray(picture))
+    return np.stack(pictures), fitted
 
 
-def _picture_shape(member, path):
-    """Read the header of an open `arr_0.npy`; returns (N, H, W, 3), UserError for any other array."""
+@contextlib.contextmanager
+def _open_npz(path):
+    """The zip at `path`; what fails inside, and zip and numpy raise many types, becomes one UserError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} is not a whole .npz file ({error}): make or download it again") from error
+
+
+def _open_array(archive, key):
+    """Open the member `key`.npy: (stream of its values, shape, dtype); ValueError where its sizes disagree."""
+    info = archive.getinfo(f"{key}.npy")
+    member = archive.open(info)
     version = np.lib.format.read_magic(member)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(member)
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
-        raise UserError(f"{path} has an `arr_0` of {dtype} {shape}{' in Fortran order' if fortran else ''}: expected "
-                        "uint8 pictures (N, H, W, 3) in C order, values 0 to 255")
-    return shape
+    stored = info.file_size - member.tell()
+    if dtype.hasobject or min(shape, default=1) < 1 or math.prod(shape) * dtype.itemsize != stored:
+        raise ValueError(f"`{key}` is {dtype} {shape} in {stored} bytes")
+    if fortran and key == "arr_0":  # a covariance is its own transpose
+        raise ValueError("`arr_0` is in Fortran order")
+    return member, shape, dtype
 
 
 def open_source(path):
-    """Look at an input, a folder (searched through, sorted) or an .npz, without reading its pictures: a Source.
+    """Look at a folder (searched through) or an .npz without reading its pictures: a Source.
 
-    Raises UserError where it is neither, is empty, or holds arrays other than the formats have."""
+    Raises UserError where it is neither, is empty, or holds arrays other than the formats have.
+    """
+    source = Source(path)
     if os.path.isdir(path):
-        files = sorted(os.path.relpath(os.path.join(folder, name), path) for folder, _, names in os.walk(path)
-                       for name in names if name.lower().endswith(PICTURES) and not name.startswith("."))
-        if not files:
+        source.files = sorted(
+            os.path.relpath(os.path.join(folder, name), path) for folder, _, names in os.walk(path)
+            for name in names if name.lower().endswith(PICTURES) and not name.startswith("."))
+        if not source.files:
             raise UserError(f"no pictures under {path}: expected files ending in {', '.join(PICTURES)}")
-        first = _decode([os.path.join(path, files[0])])
-        if isinstance(first, str):
-            raise UserError(first)
-        return Source(path, files, len(files), first.shape[1:3])
+        source.count = source.n = len(source.files)
+        source.size = next(read_batches(source, 1)).shape[1:3]
+        return source
     if not os.path.isfile(path):
         raise UserError(f"nothing at {path}: expected a folder of pictures or an .npz file")
-    try:
-        with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as arrays:
-            shape, names = (0, None, None), arrays.files
-            if "arr_0" in names:
-                with archive.open("arr_0.npy") as member:
-                    shape = _picture_shape(member, path)
-            statistics = {key: arrays[key] for key in MOMENTS if key in names}
-            made_with = json.loads(str(arrays["made_with"])) if "made_with" in names else {}
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a whole .npz file ({error}): make or download it again") from error
-    for keys in (MOMENTS[:2], MOMENTS[2:]):
-        if statistics.keys() & set(keys):
-            mu, sigma = found = [statistics.get(key, np.array("absent")) for key in keys]
-            if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or mu.ndim != 1 or sigma.shape != 2 * mu.shape:
-                kinds = " and ".join(f"`{key}` {value.dtype} {value.shape}" for key, value in zip(keys, found))
-                raise UserError(f"{path} has {kinds}: expected floats (D,) and (D, D)")
-            if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-                raise UserError(f"{path} has NaN or infinite values in `{keys[0]}` or `{keys[1]}`: make it anew")
-    if not shape[0] and "mu" not in statistics:
-        raise UserError(f"{path} holds {_listed(names) or 'nothing'}: expected pictures in `arr_0` or statistics in "
-                        "`mu` and `sigma`")
-    return Source(path, None, shape[0], shape[1:3] if shape[0] else made_with.get("size"), statistics, made_with)
+    arrays = source.statistics
+    with _open_npz(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+        for key in sorted({"arr_0", "made_with", *MOMENTS} & set(names)):
+            member, shape, dtype = _open_array(archive, key)
+            if key != "arr_0":
+                arrays[key] = np.frombuffer(member.read(), dtype).reshape(shape)
+            elif dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+                raise UserError(f"{path} has an `arr_0` of {dtype} {shape}: expected uint8 (N, H, W, 3)")
+            else:
+                source.count, source.n, source.size = shape[0], shape[0], shape[1:3]
+        if "made_with" in arrays:
+            source.made_with = note = json.loads(str(arrays.pop("made_with")))
+            if [type(note[key]) for key in ("n", "size", "resize", "sha256")] != [int, list, str, str]:
+                raise ValueError(f"`made_with` is {note}")
+            source.size, source.n = source.size or tuple(note["size"]), note["n"]
+    for mu, sigma in (MOMENTS[:2], MOMENTS[2:]):
+        found = [arrays[key] for key in (mu, sigma) if key in arrays]
+        shapes = [array.shape for array in found]
+        if found and (len(found) < 2 or len(shapes[0]) != 1 or shapes[1] != 2 * shapes[0] or not all(
+                array.dtype.kind == "f" and np.isfinite(array).all() for array in found)):
+            raise UserError(f"{path} has `{mu}`, `{sigma}` of {shapes}, of NaN or of other kinds: expected finite "
+                            "floats (D,), (D, D)")
+        source.n = source.n if not arrays or source.made_with else None
+    if not source.count and "mu" not in arrays:
+        raise UserError(f"{path} holds {', '.join(names[:5]) or 'nothing'}: expected `arr_0` or `mu` and `sigma`")
+    return source
 
 
-def read_batches(source, batch_size=64, workers=0):
-    """Yield a Source's pictures in order as uint8 arrays (b, H, W, 3), never more than a few batches in memory.
+def read_batches(source, batch_size=64, workers=0, step=1):
+    """Yield every step-th picture of a Source in order, uint8 (b, H, W, 3), a few batches in memory at most.
 
-    Folders are decoded in `workers` processes (0: in this one); npz files are streamed out of the zip.
-    Raises UserError for a picture that cannot be decoded or has another size, and for a broken zip."""
-    if source.files is not None:
-        paths = [os.path.join(source.path, name) for name in source.files]
-        # The batches are arrays, which cross by pipe: containers often lack the shared memory that tensors would take.
-        for batch in torch.utils.data.DataLoader(
-                paths, batch_size, num_workers=min(workers, math.ceil(source.count / batch_size)),
-                collate_fn=functools.partial(_decode, size=source.size)):
-            if isinstance(batch, str):
-                raise UserError(batch)
-            yield batch
-        return
-    try:
-        with zipfile.ZipFile(source.path) as archive, archive.open("arr_0.npy") as member:
-            count, *sides = _picture_shape(member, source.path)
+    Folders are decoded in `workers` processes (0: in this one), npz files streamed out of the zip.
+    Raises UserError for a picture that cannot be decoded or has another size, and for a broken zip.
+    """
+    fitted = 0
+    if source.files is None:
+        with _open_npz(source.path) as archive:
+            member, (count, *sides), _ = _open_array(archive, "arr_0")
             for first in range(0, count, batch_size):
                 shape = (min(batch_size, count - first), *sides)
-                pixels = bytearray(member.read(math.prod(shape)))
-                if len(pixels) < math.prod(shape):
-                    raise EOFError(f"it ends before picture {first + shape[0]}")
-                yield np.frombuffer(pixels, np.uint8).reshape(shape)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-        raise UserError(f"{source.path} is not a whole .npz file ({error}): make or download it again") from error
+                pictures = np.frombuffer(bytearray(member.read(math.prod(shape))), np.uint8).reshape(shape)
+                pictures = pictures[-first % step :: step]
+                if pictures.shape[1:3] != source.size:
+                    fitted += len(pictures)
+                    pictures = np.stack([fit_picture(Image.fromarray(x), source.size[0]) for x in pictures])
+                yield pictures
+    else:
+        paths = [os.path.join(source.path, name) for name in source.files[::step]]
+        # The batches are arrays, which cross by pipe: containers often lack shared memory for tensors.
+        for pictures, changed in torch.utils.data.DataLoader(
+                paths, batch_size, num_workers=min(workers, math.ceil(len(paths) / batch_size)),
+                collate_fn=functools.partial(_decode, size=source.size, fit=source.fit)):
+            if isinstance(pictures, str):
+                raise UserError(pictures)
+            fitted += changed
+            yield pictures
+    source.fitted = max(source.fitted, fitted)
+
+
+def match_sizes(sources, side):
+    """Set what the pictures are fitted to: side x side, or without `side` the size of the other Source.
+
+    Of two Sources, one with statistics keeps its size, else an npz, else the second."""
+    keeper, *others = sorted(reversed(sources), key=lambda source: (not source.statistics, source.files is not None))
+    size = (side, side) if side else keeper.size
+    for source in sources if side else others:
+        if size and size[0] == size[1] and not source.statistics:
+            source.size, source.fit = size, True
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+FEW = 10_000  # below this many pictures FID's bias is of the size of the differences that papers report
+KNOWN = {"inception": INCEPTION, "vgg": VGG, "heads": HEADS}
+RESIZES = {"adm": "TF1's legacy bilinear, as ADM", "pytorch-fid": "pytorch-fid's bilinear, unlike ADM"}
 
 
 @torch.no_grad()
-def read_features(source, network, args, label):
-    """Yield (pictures uint8 (b, H, W, 3), pool_3 (b, D), spatial (b, D')) for all pictures of a Source.
+def measure(source, network, args, rows=None):
+    """A Source's statistics by name, its file's before those of its pictures; appends pool_3 to `rows`."""
+    moments, moments_s = Moments(), Moments()
+    batches = read_batches(source, args.batch_size, args.workers) if source.count else ()
+    for pictures in tqdm(batches, source.path, math.ceil(source.count / args.batch_size), leave=False):
+        pool, spatial = network(prepare(pictures, resize=args.resize, device=args.device))
+        if not (pool.isfinite().all() and spatial.isfinite().all()):
+            raise UserError(f"the network gives NaN or infinity for {source.path}: its weights are damaged")
+        moments.update(pool)
+        moments_s.update(spatial)
+        if rows is not None:
+            rows.append(pool)
+    measured = dict(zip(MOMENTS, (*moments.result(), *moments_s.result()))) if source.count > 1 else {}
+    return measured | source.statistics  # ADM too prefers the file's, made from more pictures than it carries
 
-    network: an Inception, or None for pictures alone, the others then None. args: the command line (batch_size,
-    workers, resize, device, mark). label: the bar's, None for no bar. Raises UserError on features that are NaN."""
-    with tqdm(total=source.count, desc=f"{args.mark}{label}", unit="img", disable=label is None, leave=False) as bar:
-        for pictures in read_batches(source, args.batch_size, args.workers):
-            pool = spatial = None
-            if network is not None:
-                pool, spatial = network(prepare(pictures, network.input_size, args.resize, args.device))
-                if not (pool.isfinite().all() and spatial.isfinite().all()):
-                    raise UserError(f"the network gave NaN or infinite features for {source.path}: its weights are "
-                                    "damaged or not those of FID's Inception")
-            yield pictures, pool, spatial
-            bar.update(len(pictures))
-
-
-def needs_network(source, features):
-    """Whether `measure` passes over a Source's pictures: its statistics do not cover what is asked for."""
-    return source.count > 0 and (features or not {"mu", "mu_s"} <= set(source.statistics))
-
-
-def measure(source, network, args, label, features):
-    """One side's mu, sigma, mu_s, sigma_s by name, from its file where it holds them, else from one pass.
-
-    features: also keep pool_3 (N, D) under "features". What cannot be had from the source is left out."""
-    measured = {}
-    if needs_network(source, features):
-        moments, moments_s = Moments(), Moments()
-        for _, pool, spatial in read_features(source, network, args, label):
-            if features and not moments.count:
-                measured["features"] = pool.new_empty(source.count, pool.shape[1])
-            if features:
-                measured["features"][moments.count : moments.count + len(pool)] = pool
-            moments.update(pool)
-            moments_s.update(spatial)
-        if source.count > 1:
-            measured |= dict(zip(MOMENTS, (*moments.result(), *moments_s.result())))
-    return measured | source.statistics  # ADM too prefers the file's own, made from more pictures than it carries
-
-
-# ------------------------------------------------------------------------------------------------------ the commands
 
 def compare(reference, samples, network, args):
-    """IS, FID, sFID, precision and recall of two Sources. Returns (metrics by name, why others are missing by name)."""
-    metrics, why = {}, {}
-    manifold = min(reference.count, samples.count) > 3
-    a = measure(reference, network, args, "reference", manifold)
-    b = measure(samples, network, args, "samples", samples.count > 0)
+    """IS, FID, sFID, precision and recall of two Sources: by name the value, or why there is none."""
+    rows, metrics = ([], []), {"IS": f"not available: {samples.path} holds no pictures"}
+    a, b = measure(reference, network, args, rows[0]), measure(samples, network, args, rows[1])
     if samples.count:
-        metrics["IS"] = inception_score(b["features"], network.fc.weight)
-    else:
-        why["IS"] = f"{samples.path} holds statistics and no pictures"
-    for name, (mu, sigma) in (("FID", MOMENTS[:2]), ("sFID", MOMENTS[2:])):
-        without = [source.path for source, side in ((reference, a), (samples, b)) if mu not in side]
-        if without:
-            why[name] = f"no `{mu}`, `{sigma}` and no pictures in {_listed(without)}"
-            continue
-        if len(a[mu]) != len(b[mu]):
-            raise UserError(f"{reference.path} has a `{mu}` of {len(a[mu])} numbers and {samples.path} one of "
-                            f"{len(b[mu])}: both must come from the same network, make them anew from pictures")
-        metrics[name] = frechet_distance(a[mu], a[sigma], b[mu], b[sigma])
-    if manifold:
-        metrics["Precision"], metrics["Recall"] = precision_recall(
-            a["features"], b["features"], progress=f"{args.mark}precision, recall")
-    else:
-        why["Precision"] = why["Recall"] = (f"they need 4 pictures on both sides, {reference.path} holds "
-                                            f"{reference.count} and {samples.path} {samples.count}")
-    return metrics, why
+        metrics["IS"] = inception_score(torch.cat(rows[1]), network.fc.weight)
+    for name, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
+        metrics[name] = f"not available: a side has neither `{mu}` nor two pictures"
+        if mu in a and mu in b:
+            if a[mu].shape != b[mu].shape:
+                raise UserError(f"{reference.path} has a `{mu}` of {len(a[mu])} numbers, {samples.path} one of "
+                                f"{len(b[mu])}: make them anew with one network")
+            metrics[name] = frechet_distance(a[mu], a[sigma], b[mu], b[sigma])
+    metrics["Precision"] = metrics["Recall"] = "not available: a side has fewer than 4 pictures"
+    if min(reference.count, samples.count) > 3:
+        metrics["Precision"], metrics["Recall"] = precision_recall(torch.cat(rows[0]), torch.cat(rows[1]))
+    return metrics
 
 
 def match_pairs(originals, recons):
-    """Match two Sources of pictures, folders by path without extension, else by position.
+    """Cut two folders down to the pictures whose paths without extension agree; npz files match by position.
 
-    Returns (originals, recons, warnings), cut down to the pairs in one order. Raises UserError where nothing matches,
-    names are ambiguous, counts (npz) or sizes differ, or a side holds no pictures."""
-    pair, warnings = [originals, recons], []
-    for source in pair:
-        if not source.count:
-            raise UserError(f"{source.path} holds statistics only: --pairs compares picture with picture")
+    Returns sentences on what is left out. Raises UserError where nothing matches or a match is not unique.
+    """
+    left_out = []
     if originals.files and recons.files:
-        stems = [{os.path.splitext(name)[0]: name for name in source.files} for source in pair]
+        stems = [{os.path.splitext(name)[0]: name for name in source.files} for source in (originals, recons)]
         both = sorted(stems[0].keys() & stems[1].keys())
-        for source, stem in zip(pair, stems):
-            if twice := sorted(set(source.files) - set(stem.values())):
-                raise UserError(f"{source.path} holds {_listed(twice)} again with another extension: keep one of each")
-            if alone := sorted(stem.keys() - set(both)):
-                warnings.append(f"{len(alone)} of {source.count} pictures in {source.path} are unmatched and left out: "
-                                f"{_listed([stem[key] for key in alone])}")
         if not both:
-            raise UserError(f"no picture of {recons.path} ({recons.files[0]}, ...) is named as one of {originals.path} "
-                            f"({originals.files[0]}, ...): --pairs matches paths below the folders without extension")
-        pair = [dataclasses.replace(source, files=[stem[key] for key in both], count=len(both))
-                for source, stem in zip(pair, stems)]
-    elif originals.count != recons.count:
-        raise UserError(f"{originals.path} holds {originals.count} pictures and {recons.path} {recons.count}: an .npz "
-                        "is matched by position and needs as many on both sides")
-    else:
-        warnings.append("matched by position, since an .npz holds no names")
+            raise UserError(f"no path below {recons.path}, such as {recons.files[0]}, is one below "
+                            f"{originals.path}, such as {originals.files[0]}: --pairs matches without extension")
+        for source, stem in zip((originals, recons), stems):
+            if twice := sorted(set(source.files) - set(stem.values())):
+                raise UserError(f"{source.path} holds {twice[0]} with another extension too: keep one of them")
+            if alone := [stem[key] for key in sorted(stem.keys() - set(both))]:
+                left_out.append(f"{len(alone)} unmatched in {source.path} left out: {', '.join(alone[:5])}")
+            source.files, source.count, source.n = [stem[key] for key in both], len(both), len(both)
+    elif originals.count != recons.count or not recons.count:
+        raise UserError(f"{originals.path} holds {originals.count} pictures and {recons.path} {recons.count}: "
+                        "an npz matches by position and needs as many on both sides")
     if originals.size != recons.size:
-        raise UserError(f"{originals.path} has {_pixels(originals.size)} and {recons.path} {_pixels(recons.size)}: "
-                        "--pairs needs one size, resize and crop the originals first")
-    return *pair, warnings
+        raise UserError(f"{originals.path} has (H, W) = {originals.size}, {recons.path} {recons.size}: give --size")
+    return left_out
 
 
 @torch.no_grad()
 def compare_pairs(originals, recons, network, lpips, args):
-    """rFID, PSNR, SSIM, LPIPS of matched Sources in one pass; network and lpips may be None. Returns as `compare`."""
-    why, moments, values = {}, (Moments(), Moments()), {"PSNR": []}
-    for name, least, wanted in (("SSIM", 11, True), ("LPIPS", 16, lpips is not None)):
-        if wanted and min(originals.size) >= least:
-            values[name] = []
-        elif wanted:
-            why[name] = f"it needs {least} x {least} pixels, these have {_pixels(originals.size)}"
-    for original, recon in zip(read_features(originals, network, args, "pairs"),
-                               read_features(recons, network, args, None)):
-        a, b = (torch.as_tensor(each[0]).to(args.device).permute(0, 3, 1, 2) for each in (original, recon))
-        values["PSNR"].append(psnr(b, a))
-        if "SSIM" in values:
-            values["SSIM"].append(ssim(b, a))
-        if "LPIPS" in values:
-            values["LPIPS"].append(lpips(b / 127.5 - 1, a / 127.5 - 1))
-        if network is not None:
-            moments[0].update(original[1])
-            moments[1].update(recon[1])
-    metrics = {name: torch.cat(parts).double().mean().item() for name, parts in values.items()}
+    """rFID, PSNR, SSIM, LPIPS of matched Sources, as from `compare`; nothing of a network that is None."""
+    metrics, functions = {}, {"PSNR": psnr, "SSIM": ssim}
+    if network is not None:
+        metrics["rFID"] = "not available: needs two pairs or more"
+        a, b = measure(originals, network, args), measure(recons, network, args)
+        if originals.count > 1:
+            metrics["rFID"] = frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])
+    if lpips is not None:
+        functions["LPIPS"] = lambda recon, original: lpips(recon / 127.5 - 1, original / 127.5 - 1)
+    values = {name: [] for name in functions}
+    batches = (read_batches(source, args.batch_size, args.workers) for source in (originals, recons))
+    for pictures in zip(*batches):
+        original, recon = (torch.as_tensor(x).to(args.device).permute(0, 3, 1, 2) for x in pictures)
+        for name, least in (("PSNR", 1), ("SSIM", 11), ("LPIPS", 16)):
+            if name in functions and min(originals.size) >= least:
+                values[name].append(functions[name](recon, original))
+            elif name in functions:
+                metrics[name] = f"not available: needs {least} x {least} pixels or more"
+    metrics |= {name: torch.cat(parts).double().mean().item() for name, parts in values.items() if parts}
     if math.isinf(metrics["PSNR"]):
-        why["PSNR"] = f"infinite, {int(torch.cat(values['PSNR']).isinf().sum())} pictures equal their originals exactly"
-    if network is not None and originals.count > 1:
-        metrics["rFID"] = frechet_distance(*moments[0].result(), *moments[1].result())
-    elif network is not None:
-        why["rFID"] = "a covariance needs at least two pairs"
-    return metrics, why
+        metrics["PSNR"] = f"infinite: {torch.cat(values['PSNR']).isinf().sum()} pictures equal their originals"
+    return metrics
 
 
-def save_statistics(out, source, network, info, args):
+def save_statistics(out, source, network, digest, args):
     """Write mu, sigma, mu_s, sigma_s of a Source's pictures to `out`, whole or not at all.
 
-    Up to 10,000 of them, evenly spaced, go along as `arr_0`: ADM's evaluator insists on pictures in a reference batch,
-    and precision and recall need them. pytorch-fid reads mu and sigma and ignores the rest."""
-    kept, position = min(FEW, source.count), 0
-    chosen = {i * source.count // kept for i in range(kept)}
-    made_with = {"n": source.count, "size": source.size, "resize": args.resize}
-    made_with |= {key: info[key] for key in ("sha256", "standard", "toy")}
+    Up to 10,000 of them, evenly spaced, go along as `arr_0`: ADM's evaluator insists on pictures in a reference
+    batch, and precision and recall need them. pytorch-fid reads mu and sigma and ignores the rest.
+    """
+    made_with = {"n": source.count, "size": source.size, "resize": args.resize, "sha256": digest}
+    step = math.ceil(source.count / FEW)
+    shape = (math.ceil(source.count / step), *source.size, 3)
     part = os.path.join(os.path.dirname(out), f".{os.path.basename(out)}.{os.getpid()}.part")
-    moments, moments_s = Moments(), Moments()
     try:
-        with open(part, "wb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (kept, *source.size, 3)}
-                    np.lib.format.write_array_header_1_0(member, header)
-                    for pictures, pool, spatial in read_features(source, network, args, "statistics"):
-                        moments.update(pool)
-                        moments_s.update(spatial)
-                        for i, picture in enumerate(pictures, position):
-                            if i in chosen:
-                                member.write(picture.tobytes())
-                        position += len(pictures)
-                arrays = (*moments.result(), *moments_s.result(), np.array(json.dumps(made_with)))
-                for key, array in zip((*MOMENTS, "made_with"), arrays):
-                    with archive.open(f"{key}.npy", "w") as member:
-                        np.lib.format.write_array(member, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
+        with zipfile.ZipFile(part, "w") as archive:
+            arrays = measure(source, network, args) | {"made_with": np.array(json.dumps(made_with))}
+            for key, array in arrays.items():
+                with archive.open(f"{key}.npy", "w") as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(
+                    member, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                for pictures in read_batches(source, args.batch_size, args.workers, step):
+                    member.write(pictures.tobytes())
         os.replace(part, out)
     finally:
         if os.path.exists(part):  # an error or Ctrl-C on the way
             os.remove(part)
 
 
-def check_agreement(sources, info, args):
-    """UserError unless the network in use and those that statistics files note are one, with one resize, and --toy."""
-    seen = [(source.path, source.made_with) for source in sources if source.made_with]
-    seen += [(info["path"], info | {"resize": args.resize})] if info else []
-    for path, note in seen:
-        for key in ("sha256", "resize"):
-            if note[key] != seen[0][1][key]:
-                raise UserError(f"{seen[0][0]} goes with {key} {seen[0][1][key][:12]} and {path} with "
-                                f"{note[key][:12]}: numbers of different networks or resizes cannot be compared")
-    toy = [path for path, note in seen if note["toy"]]
-    if toy and not args.toy:
-        raise UserError(f"{toy[0]} is of a toy network, not of FID's Inception: give --toy to score with it anyway")
-    if args.toy and not toy:
-        raise UserError("--toy was given, but no toy network is in use: leave it out or give a toy with --inception")
-
-
-def find_weights(args, needed):
-    """Load what a command needs: (Inception or None, its description or {}, LPIPS or None, sha256s, why not)."""
-    network, info, lpips, hashes, why = None, {}, None, {}, {}
-    if args.toy and needed and not args.inception:
-        raise UserError("--toy scores with a stand-in network: give its file with --inception, such as "
-                        "standins/inception.safetensors in the folder of a tiny run")
-    path, command = _find(args.inception, INCEPTION)
-    if needed and path:
-        network, info = load_inception(path)
+def load_networks(args, needed):
+    """(Inception or None, LPIPS or None, sha256s by name, metrics that are missing: why) for the command line."""
+    (inception, order), (vgg, vgg_order), (heads, heads_order) = (
+        find_weights(getattr(args, name), known) for name, known in KNOWN.items())
+    network, lpips, hashes, missing = None, None, {}, {"rFID": f"not available: {order}"}
+    if needed and inception:
+        network, hashes["inception"] = load_inception(inception)
         network.for_evaluation().to(args.device)
-        hashes["inception"] = info["sha256"]
     elif needed and not args.pairs:
-        raise UserError(f"{command}, or give --inception PATH")
-    if args.pairs:
-        why = {} if path else {"rFID": command}
-        (vgg, vgg_command), (heads, heads_command) = _find(args.vgg, VGG), _find(args.heads, HEADS)
-        if vgg and heads:
-            lpips = load_lpips(vgg, heads).to(args.device)
-            if lpips.widths != VGG_WIDTHS and not args.toy:
-                raise UserError(f"{vgg} is a toy of VGG16 with {lpips.widths} channels: give --toy to use it anyway")
-            hashes |= {"vgg": _sha256(vgg), "heads": _sha256(heads)}
-        else:
-            why["LPIPS"] = "; ".join(filter(None, (vgg_command, heads_command)))
-    return network, info, lpips, hashes, why
+        raise UserError(f"no Inception weights: {order}, or give --inception PATH")
+    if args.pairs and vgg and heads:
+        lpips = load_lpips(vgg, heads).to(args.device)
+        hashes |= {"vgg": sha256(vgg), "heads": sha256(heads)}
+    missing["LPIPS"] = f"not available: {heads_order if vgg else vgg_order}"
+    return network, lpips, hashes, missing
 
 
 def evaluate(args):
-    """Run the command that the parsed `args` hold. Returns the report that `show` prints. Raises UserError."""
-    sources, warnings = [open_source(path) for path in args.inputs], []
-    if args.pairs:
-        *sources, warnings = match_pairs(*sources)
-        needed, names = True, ("rFID", "PSNR", "SSIM", "LPIPS")
-    elif args.save_stats:
-        needed, names = True, ()
-        if sources[0].statistics:
-            raise UserError(f"{sources[0].path} holds statistics already: --save-stats takes pictures")
+    """Run the command that the parsed `args` hold. Returns what is printed, by name. Raises UserError."""
+    sources = [open_source(path) for path in args.inputs]
+    for source in sources if args.pairs else ():
+        source.statistics, source.made_with, source.n = {}, {}, source.count  # pairs are of pictures alone
+    match_sizes(sources, args.size)
+    warnings = match_pairs(*sources) if args.pairs else []
+    if args.save_stats and (sources[0].statistics or sources[0].count < 2):
+        raise UserError(f"{args.inputs[0]} holds one picture or has statistics already: --save-stats needs pictures")
+    network, lpips, hashes, missing = load_networks(args, any(source.count for source in sources))
+    for note in filter(None, (source.made_with for source in sources)):
+        if (hashes.setdefault("inception", note["sha256"]), args.resize) != (note["sha256"], note["resize"]):
+            raise UserError(f"statistics of Inception {note['sha256'][:8]} with --resize {note['resize']} do not "
+                            f"go with Inception {hashes['inception'][:8]} and --resize {args.resize}: make them anew")
+    metrics, other = {}, [name for name, digest in hashes.items() if not digest.startswith(KNOWN[name][1])]
+    if args.save_stats:
+        protocol = "statistics for FID and sFID"
+        save_statistics(args.save_stats, sources[0], network, hashes["inception"], args)
+    elif args.pairs:
+        protocol = "rFID against the originals; PSNR, SSIM on 0..255, mean over pictures; LPIPS v0.1 on VGG16"
+        values = missing | compare_pairs(*sources, network, lpips, args)
+        metrics = {name: values[name] for name in ("rFID", "PSNR", "SSIM", "LPIPS")}
     else:
-        needed = sources[1].count > 0 or needs_network(sources[0], False)
-        names = ("IS", "FID", "sFID", "Precision", "Recall")
-    lone = [source.path for source in sources if source.count == 1 and not source.statistics]
-    if lone and not args.pairs:
-        raise UserError(f"{lone[0]} holds one picture: a covariance needs at least two")
-    network, info, lpips, hashes, why = find_weights(args, needed or args.inception)  # one named by hand must fit too
-    if info or not args.pairs:
-        check_agreement(sources, info, args)
-    metrics, reasons = {}, {}
-    if args.pairs:
-        metrics, reasons = compare_pairs(*sources, network, lpips, args)
-    elif args.save_stats:
-        save_statistics(args.save_stats, sources[0], network, info, args)
-    else:
-        metrics, reasons = compare(*sources, network, args)
-    few = [f"{source.path}: {source.n:,}" for source in sources if source.n is not None and source.n < FEW]
-    if few:
-        warnings.append(f"fewer than {FEW:,} pictures ({_listed(few)}): FID and sFID come out too high, compare them "
-                        "only with numbers of the same N")
-    sizes = [tuple(source.size) for source in sources if source.size]
-    if len(set(sizes)) > 1:
-        warnings.append(f"the reference has {_pixels(sizes[0])} and the samples have {_pixels(sizes[1])}")
-    notes = [info] if info else [source.made_with for source in sources]
-    standard = all(note.get("standard") for note in notes)
-    if info and not standard and not args.toy:
-        warnings.append("these are not the standard weights, so that nothing here compares with published numbers")
-    # The name that papers use is kept for the one protocol that they mean by it.
-    faithful = standard and args.resize == "adm"
-    kind = "toy" if args.toy else "pairs" if args.pairs else "stats" if args.save_stats else "compare"
-    protocol = PROTOCOLS[kind].format(
-        fid="FID-50k" if faithful and sources[-1].n == 50_000 else "FID",
-        network="ADM's evaluator" if faithful else "ADM's evaluator but for the weights or the resize")
-    return {"protocol": args.mark + protocol, "toy": args.toy,
-            "sides": [{"path": source.path, "n": source.n, "size": source.size} for source in sources],
-            "weights_sha256": hashes, "standard_weights": standard, "resize": RESIZES[args.resize],
-            "metrics": {args.mark + name: metrics.get(name) for name in names}, "reasons": why | reasons,
-            "warnings": warnings}
-
-
-def show(report, args):
-    """Print a report: one line of JSON, or a table whose every line says TOY where a toy network was at work."""
-    if args.json:
-        finite = {name: value if value is not None and math.isfinite(value) else None
-                  for name, value in report["metrics"].items()}
-        print(json.dumps(report | {"metrics": finite}))
-        return
-    rows = [("protocol", report["protocol"].removeprefix(args.mark)), ("resize", report["resize"])]
-    for name, side in zip(("reference", "samples"), report["sides"]):
-        count = "N not recorded" if side["n"] is None else f"N = {side['n']:,}"
-        rows.append((name, ", ".join([side["path"], count] + ([_pixels(side["size"])] if side["size"] else []))))
-    rows += [(f"{name} weights", f"sha256 {digest}") for name, digest in report["weights_sha256"].items()]
-    for name, value in report["metrics"].items():
-        name = name.removeprefix(args.mark)
-        reason = report["reasons"].get(name, "")
-        rows.append((name, f"not available: {reason}" if value is None else f"{value:.6g} {reason}"))
-    rows += [("warning", warning) for warning in report["warnings"]]
-    rows += [("written", args.save_stats)] if args.save_stats else []
-    for name, text in rows:
-        print(f"{args.mark}{name:18s} {text}".rstrip())
+        # The name that papers use is kept for the one protocol that they mean by it.
+        published = "inception" in hashes and not other and args.resize == "adm" and sources[1].n == 50_000
+        protocol = f"{'FID-50k' if published else 'FID'} of ADM; gFID where REFERENCE is ADM's reference batch"
+        metrics = compare(*sources, network, args)
+    if other:
+        warnings.append(f"not the standard weights ({', '.join(other)}): compares with no published number")
+    if few := [f"{source.path}: {source.n}" for source in sources if source.n and source.n < FEW]:
+        warnings.append(f"fewer than {FEW:,} pictures ({', '.join(few)}): FID and sFID come out too high")
+    if len({source.size for source in sources if source.size}) > 1:
+        warnings.append("the two sides have pictures of different sizes")
+    report = {"protocol": protocol, "resize": RESIZES[args.resize]}
+    for name, source in zip(("reference", "samples"), sources):
+        parts = [source.path, f"N = {source.n or 'unknown'}"]
+        parts += ["{1} x {0} pixels".format(*source.size)] if source.size else []
+        parts += [f"{source.fitted} resized and cropped to them as ADM's data"] if source.fitted else []
+        report[name] = ", ".join(parts)
+    report |= {f"{name} weights": f"sha256 {digest}" for name, digest in hashes.items()}
+    return report | metrics | {f"warning {i}": warning for i, warning in enumerate(warnings, 1)}
 
 
 def parse(argv):
-    """The command line as a namespace, with `mark` ("TOY " or "") that begins every line of output."""
+    """The command line as a namespace. Raises UserError."""
     parser = argparse.ArgumentParser(
         prog="fid.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__.split("\n\n    import")[0],
-        epilog="An input is a folder of pictures of one size (searched through), an .npz with uint8 pictures in\n"
-               "arr_0 (N, H, W, 3), an .npz with statistics in mu, sigma (and mu_s, sigma_s for sFID), or one with\n"
-               "both. The exit code is 2 on unusable input.")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="REFERENCE SAMPLES, ORIGINALS RECONS with --pairs, or one to save")
-    add("--pairs", action="store_true", help="compare reconstructions with their originals, matched by path")
-    add("--save-stats", metavar="OUT.npz", help="write one input's statistics, for this file, pytorch-fid and ADM")
-    add("--resize", choices=list(RESIZES), default="adm", help="how pictures become 299 x 299 (default %(default)s)")
-    add("--json", action="store_true", help="print one line of JSON instead of a table")
-    add("--inception", metavar="PATH", help=f"Inception weights (default: {INCEPTION[0]} in torch hub's cache)")
-    add("--vgg", metavar="PATH", help=f"VGG16 of LPIPS (default: {VGG[0]} in torch hub's cache)")
-    add("--heads", metavar="PATH", help=f"LPIPS heads, the official vgg.pth (default: {HEADS[0]} in torch hub's cache)")
-    add("--toy", action="store_true", help="allow toy weights; every line says TOY, the numbers compare with nothing")
+        epilog="An input is a folder of pictures (searched through), an .npz with uint8 pictures in arr_0\n"
+               "(N, H, W, 3), with statistics in mu, sigma (and mu_s, sigma_s for sFID), or with both.")
+
+    def fail(message):  # one sentence, without the usage
+        raise UserError(f"{message} (see fid.py --help)")
+
+    parser.error = fail
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="default: cuda where there is one, here %(default)s")
-    add("--batch-size", type=int, default=128 if device == "cuda" else 16, metavar="B",
-        help="pictures at a time (default: 128 on cuda, 16 on cpu, whose caches it suits)")
-    add("--workers", type=int, default=min(8, cores), metavar="W",
-        help="processes that decode pictures (default %(default)s; 0: none)")
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="REFERENCE SAMPLES, ORIGINALS RECONS, or one to save")
+    add("--pairs", action="store_true", help="compare reconstructions with their originals, matched by path")
+    add("--save-stats", metavar="OUT.npz", help="write one input's statistics")
+    add("--resize", choices=list(RESIZES), default="adm", help="how pictures become 299 x 299 (%(default)s)")
+    add("--size", type=int, metavar="N", help="fit all pictures to N x N (default: to the size of the other side)")
+    add("--json", action="store_true", help="print one line of JSON instead of a table")
+    for name, known in KNOWN.items():
+        add(f"--{name}", metavar="PATH", help=f"default: {known[0]} in weights/ or torch hub's cache")
+    add("--device", default=device, help="cpu, cuda or cuda:N (default: %(default)s)")
+    add("--batch-size", type=int, default=128 if device == "cuda" else 16, metavar="B")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="W",
+        help="processes that decode, 0: none")
     args = parser.parse_args(argv)
     if len(args.inputs) != (1 if args.save_stats else 2) or (args.pairs and args.save_stats):
         parser.error("give REFERENCE SAMPLES, or --pairs ORIGINALS RECONS, or --save-stats OUT.npz FOLDER")
-    if args.batch_size < 1 or args.workers < 0:
-        parser.error("--batch-size starts at 1, --workers at 0")
-    args.mark = "TOY " if args.toy else ""
+    if args.batch_size < 1 or args.workers < 0 or (args.size is not None and args.size < 1):
+        parser.error("--batch-size and --size start at 1, --workers at 0")
+    if out := args.save_stats:
+        if not out.endswith(".npz") or os.path.isdir(out) or not os.path.isdir(os.path.dirname(out) or "."):
+            parser.error(f"cannot write {out}: expected a name ending in .npz in a folder that exists")
+        if os.path.realpath(out) == os.path.realpath(args.inputs[0]):
+            parser.error(f"{out} is the input: give another name to write")
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError) as error:  # unknown, or none here
+        parser.error(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]})")
     return args
 
 
 def main(argv=None):
-    """The command line. Returns the exit code: 0, 2 after a UserError, 130 after Ctrl-C."""
-    args = parse(argv)
+    """The command line. Returns the exit code: 0, 2 after a fault, 130 after Ctrl-C."""
     torch.backends.cudnn.allow_tf32 = False  # cuDNN's default would round convolutions to 10 bits
     try:
-        folder = os.path.dirname(args.save_stats or "") or "."
-        if args.save_stats and not (args.save_stats.endswith(".npz") and os.path.isdir(folder)):
-            raise UserError(f"cannot write {args.save_stats}: expected a name ending in .npz in a folder that exists")
-        try:
-            torch.zeros(1, device=args.device).item()
-        except (RuntimeError, AssertionError) as error:  # no such name, none in this machine, none in this build of torch
-            raise UserError(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]}): give cpu, or cuda "
-                            "or cuda:N where there is one") from error
-        show(evaluate(args), args)
-    except UserError as error:
-        print(f"{args.mark}{error}", file=sys.stderr)
-        return 2
+        args = parse(argv)
+        report = evaluate(args)
+        if args.json:
+            print(json.dumps(report))
+        for name, value in () if args.json else report.items():
+            print(f"{name:18s} {value if isinstance(value, str) else format(value, '.6g')}")
+        return 0
     except KeyboardInterrupt:
-        print(f"{args.mark}interrupted, nothing was written", file=sys.stderr)
+        print("interrupted, nothing was written", file=sys.stderr)
         return 130
-    return 0
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise  # a bug, not a lack of memory
+        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".splitlines()[0]
+        print(said, file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

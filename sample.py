@@ -1,12 +1,17 @@
 """Use a trained SemTok: pictures of a class, a photo through the tokenizer, sets of samples for evaluation.
 
-    python sample.py --class 1                    # a grid of pictures of class 1, from runs/tiny
-    python sample.py --labels 0 star 7            # several classes, a row each
-    python sample.py --image photo.jpg            # original | stage-1 sample | stage-2 refiner
-    python sample.py --npz 50000                  # class-balanced pictures in ADM's format, for fid.py
-    python sample.py --reconstruct FOLDER         # every picture of a folder through the tokenizer, for fid.py --pairs
+    python sample.py --class 1              # a grid of pictures of class 1, from runs/tiny
+    python sample.py --labels 0 star 7      # several classes
+    python sample.py --image photo.jpg      # original | stage-1 sample | stage-2 refiner
+    python sample.py --npz 50000            # class-balanced pictures in ADM's format, for fid.py
+    python sample.py --reconstruct FOLDER   # every picture of a folder through the tokens, for fid.py --pairs
 
 Section 3.3 and appendix A.2, "Inference". A run's checkpoints describe themselves, so nothing else is asked.
+
+    labels (B,) -> ar.generate_steps -> bits (B, K, d) -> refiner -> VAE -> uint8 (B, 3, H, W)
+    uint8 (B, 3, H, W) -> SemTok.reconstruct -> uint8 (B, 3, H, W)
+
+`torchrun --nproc_per_node=N -- sample.py ...` divides --npz and --reconstruct among N processes.
 """
 
 import argparse
@@ -14,26 +19,40 @@ import json
 import os
 import shutil
 import sys
+import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 from tqdm import tqdm
 
-from ar import MaskedAR, load_ar
+from ar import load_ar
 from bsq import bits_to_codes
 from mmdit import UserError
 from semtok import (
-    PICTURES, SemTok, choose_device, load_semtok, picture_grid, read_picture, to_signed, to_uint8, write_file, write_picture,
+    PICTURE_SUFFIXES, choose_device, load_semtok, picture_grid, read_picture, to_uint8, write_file, write_picture,
 )
 
-JOBS = ("class", "labels", "image", "npz", "reconstruct")
-DRAWING = ("class", "labels", "npz")
-BELONGS = {  # which of them an option changes; the others refuse it
-    "n": ("class", "labels"), "steps": (*DRAWING, "image"), "seed": (*DRAWING, "image"), "batch_size": ("npz",),
-    **dict.fromkeys(("cfg", "cfg_schedule", "top_p", "order", "bfloat16", "compile"), DRAWING),
-}
-PART = 500  # pictures of --npz that are written at a time: what an interruption can cost
+# torchrun's variables. The processes share a folder and need no other exchange, hence no group.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def load(run: str, name: str, device: torch.device) -> tuple[nn.Module, dict[str, str]]:
+    """The model "stage1", "stage2" or "ar" of a run, and its metadata.
+
+    Raises UserError for a missing file, and for weights that are not finite."""
+    path = os.path.join(run, f"{name}.safetensors")
+    out = "" if os.path.normpath(run) == os.path.join("runs", "tiny") else f" --out {run}"
+    command = f"python train.py --stage {name.removeprefix('stage')}{out}"
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is missing: make it with {command} (--stage all makes everything)")
+    model, metadata = (load_ar if name == "ar" else load_semtok)(path, device)
+    for key, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path} has NaN or infinity in {key}: make it again with {command} --overwrite")
+    return model, metadata
 
 
 def generator(device: torch.device, *key: int) -> torch.Generator:
@@ -43,36 +62,39 @@ def generator(device: torch.device, *key: int) -> torch.Generator:
 
 
 class Sampler:
-    """The AR transformer and the refiner of a run, ready to draw: `draw(labels, generator)` -> (B, 3, H, W) uint8."""
+    """The AR transformer and the refiner of a run, ready to draw by the options of a command."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.args, self.device = args, device
-        self.ar, metadata = load(load_ar, args.run, "ar.safetensors", "ar", device)
-        self.tokenizer, about = load(load_semtok, args.run, "stage2.safetensors", "2", device)
+        self.device, self.batch_size = device, args.batch_size
+        self.ar, metadata = load(args.run, "ar", device)
+        self.tokenizer, about = load(args.run, "stage2", device)
+        self.classes, config = json.loads(metadata["classes"]), self.ar.config
         if metadata["tokenizer"] != about["fingerprint"]:
             raise UserError(
-                f"ar.safetensors in {args.run} was trained on another stage2.safetensors than the one beside it: train it "
-                "again with python train.py --stage ar --overwrite"
+                f"ar.safetensors in {args.run} was trained on another stage2.safetensors than the one beside "
+                "it: train it again with python train.py --stage ar --overwrite"
             )
-        self.classes = json.loads(metadata["classes"])
-        config = self.ar.config
         if config.causal and (args.steps not in (None, config.tokens) or args.order or args.compile):
             raise UserError(
-                f"ar.safetensors in {args.run} predicts the next token: it takes {config.tokens} steps from left to right, "
-                "each on one token more, so leave out --steps, --order and --compile"
+                f"ar.safetensors in {args.run} predicts the next token: it takes {config.tokens} steps from "
+                "left to right, each on one token more, so leave out --steps, --order and --compile"
             )
+        self.options = {
+            "steps": args.steps or config.steps, "cfg": config.guidance if args.cfg is None else args.cfg,
+            "cfg_schedule": args.cfg_schedule, "top_p": args.top_p, "order": args.order or "random",
+        }
         cuda = device.type == "cuda"
-        if cuda if args.bfloat16 is None else args.bfloat16:
+        half = cuda if args.bfloat16 is None else args.bfloat16
+        if half:
             self.ar.bfloat16()
             self.tokenizer.bfloat16()
         if args.compile or (args.compile is None and cuda and args.npz and not config.causal):
-            # All steps have the same shapes, so that on CUDA each one's forward is the same CUDA graph: few pictures at once
-            # would else wait for Python to launch their kernels.
+            # All steps have the same shapes, so one CUDA graph serves them. Small batches would else wait for
+            # Python to launch their kernels.
             self.ar.hidden = torch.compile(self.ar.hidden, mode="reduce-overhead", dynamic=False)
-        self.options = {
-            "steps": args.steps or config.steps,
-            "cfg": float(metadata["guidance"]) if args.cfg is None else args.cfg,
-            "cfg_schedule": args.cfg_schedule, "top_p": args.top_p, "order": args.order or "random",
+        self.settings = self.options | {  # all that decides the pictures of a set
+            "seed": args.seed, "bfloat16": half, "device": device.type,
+            "ar": metadata["fingerprint"], "tokenizer": about["fingerprint"],
         }
 
     def label(self, text: str) -> int:
@@ -81,203 +103,198 @@ class Sampler:
             return self.classes.index(text)
         if text.isdecimal() and int(text) < len(self.classes):
             return int(text)
-        names = ", ".join(self.classes[:20]) + (", ..." if len(self.classes) > 20 else "")
-        raise UserError(f"class {text} does not exist here: give 0 to {len(self.classes) - 1} or a name of {names}")
-
-    def pictures(self, bits: torch.Tensor) -> torch.Tensor:
-        """bits (B, K, d) -> (B, 3, H, W) uint8, one refiner step."""
-        codes = bits_to_codes(bits, self.ar.config.spherical)
-        return to_uint8(self.tokenizer.decode(self.tokenizer.refine(codes)))
+        names, last = ", ".join(self.classes[:20]), len(self.classes) - 1
+        raise UserError(f"class {text} does not exist here: give 0 to {last}, or a name such as {names}")
 
     def draw(self, labels: list[int], random: torch.Generator, progress: bool = False) -> torch.Tensor:
-        """One picture for each label: (B, 3, H, W) uint8."""
-        steps = self.ar.generate_steps(torch.tensor(labels, device=self.device), generator=random, **self.options)
-        for bits, _ in tqdm(steps, "sampling", unit="step", total=self.options["steps"], disable=not progress, leave=False):
-            pass
-        return self.pictures(bits)
-
-
-def load(loader, run: str, name: str, stage: str, device: torch.device) -> tuple[SemTok | MaskedAR, dict[str, str]]:
-    """A checkpoint of a run, by `load_ar` or `load_semtok`. Raises UserError saying which command makes it."""
-    path = os.path.join(run, name)
-    if not os.path.isfile(path):
-        extra = "" if os.path.normpath(run) == os.path.join("runs", "tiny") else f" --out {run}"
-        raise UserError(f"{path} is missing: make it with python train.py --stage {stage}{extra} (--stage all makes everything)")
-    return loader(path, device)
+        """One picture for each label, in batches: (B, 3, H, W) uint8 on the CPU."""
+        pictures, total = [], min(self.options["steps"], self.ar.config.tokens)
+        for batch in torch.tensor(labels, device=self.device).split(self.batch_size):
+            steps = self.ar.generate_steps(batch, generator=random, **self.options)
+            for bits, _ in tqdm(steps, "sampling", total, unit="step", disable=not progress, leave=False):
+                pass
+            codes = bits_to_codes(bits, self.ar.config.spherical)
+            pictures.append(to_uint8(self.tokenizer.decode(self.tokenizer.refine(codes))).cpu())
+        return torch.cat(pictures)
 
 
 def class_grid(args: argparse.Namespace, device: torch.device) -> str:
     """`--class` and `--labels`: n pictures of each class; returns the picture's path."""
     sampler = Sampler(args, device)
-    labels = [sampler.label(text) for text in args.labels or [vars(args)["class"]]]
+    labels = list(dict.fromkeys(sampler.label(text) for text in args.labels or [vars(args)["class"]]))
     count = args.n or (16 if len(labels) == 1 else 8)
-    pictures = sampler.draw([label for label in labels for _ in range(count)], generator(device, args.seed), progress=True)
-    rows = {f"{label}: {sampler.classes[label]}": row for label, row in zip(labels, pictures.split(count))}
-    if len(labels) == 1 and count > 8:  # one class: a block of rows of eight
-        (name, row), = rows.items()
-        rows = {name if i == 0 else " " * i: part for i, part in enumerate(row.split(8))}
-    path = args.out or os.path.join(args.run, f"class-{'-'.join(map(str, labels))}-seed-{args.seed}.png")
+    if len(labels) * count > 4096:
+        raise UserError(f"{len(labels) * count:,} pictures are no grid to look at: lower --n, or use --npz")
+    every = [label for label in labels for _ in range(count)]
+    pictures = sampler.draw(every, generator(device, args.seed), progress=True)
+    rows = {}
+    for label, block in zip(labels, pictures.split(count)):
+        for i, row in enumerate(block.split(8)):
+            rows[" " * len(rows) if i else f"{label}: {sampler.classes[label]}"] = row
+    name = f"class-{'-'.join(map(str, labels))}-seed-{args.seed}.png"
+    path = args.out or os.path.join(args.run, name)
     write_picture(path, picture_grid(rows))
     return path
 
 
-def through(tokenizer: SemTok, pictures: torch.Tensor, random: torch.Generator | None, steps: int = 25) -> torch.Tensor:
-    """uint8 (B, 3, H, W) -> uint8, through the tokens: the stage-I sampler when `random` is given, else the refiner."""
-    codes = tokenizer.encode(to_signed(pictures))
-    return to_uint8(tokenizer.decode(tokenizer.sample(codes, steps, generator=random) if random else tokenizer.refine(codes)))
-
-
 def photo(args: argparse.Namespace, device: torch.device) -> str:
     """`--image`: original | stage-1 sample | stage-2 refiner side by side; returns the picture's path."""
-    models = [load(load_semtok, args.run, f"stage{stage}.safetensors", stage, device)[0] for stage in "12"]
-    picture = read_picture(args.image, models[0].config.image_size)[None].to(device)
+    first, second = (load(args.run, name, device)[0] for name in ("stage1", "stage2"))
+    picture = read_picture(args.image, first.config.image_size)[None].to(device)
     steps = args.steps or 25
-    panels = [picture, through(models[0], picture, generator(device, args.seed), steps), through(models[1], picture, None)]
-    stem = os.path.splitext(os.path.basename(args.image))[0]
-    path = args.out or os.path.join(args.run, f"image-{stem}.png")
-    write_picture(path, picture_grid({f"original | stage 1, {steps} steps | stage 2, refiner": torch.cat(panels)}, side=256))
+    sampled = first.reconstruct(picture, generator(device, args.seed), steps)
+    panels = torch.cat([picture, sampled, second.reconstruct(picture)])
+    path = args.out or os.path.join(args.run, f"image-{Path(args.image).stem}.png")
+    caption = f"original | stage 1, {steps} steps | stage 2, refiner"
+    write_picture(path, picture_grid({caption: panels}, side=256))
+    return path
+
+
+def claim(folder: str, settings: dict) -> None:
+    """Note in a folder's settings.json what its files are made by: only the same command goes on in it.
+
+    Raises UserError when it holds files of other settings, or of unknown ones."""
+    path, text = Path(folder, "settings.json"), json.dumps(settings, sort_keys=True)
+    held = os.listdir(folder) if os.path.isdir(folder) else []
+    if all(name.startswith(f"{path.name}.") for name in held):  # new, but for what another process is writing
+        write_file(str(path), lambda temporary: Path(temporary).write_text(text))
+    if not path.is_file() or path.read_text() != text:
+        raise UserError(f"{folder} holds files made with other settings: delete it, or choose another --out")
+
+
+def npz(args: argparse.Namespace, device: torch.device) -> str:
+    """`--npz`: N class-balanced pictures as ADM's `arr_0` (N, H, W, 3) uint8; returns the file's path.
+
+    Parts of 500 lie in OUT.parts until all are there, so the same command goes on after an interruption."""
+    sampler = Sampler(args, device)
+    path = args.out or os.path.join(args.run, f"samples-{args.npz}.npz")
+    folder, side = f"{path}.parts", sampler.tokenizer.config.image_size
+    claim(folder, sampler.settings | {"n": args.npz})
+    labels = (np.arange(args.npz) % len(sampler.classes)).tolist()  # balanced
+    parts = {Path(folder, f"{i:09d}.rgb"): labels[i : i + 500] for i in range(0, args.npz, 500)}
+
+    def is_whole(file):
+        return file.is_file() and file.stat().st_size == len(parts[file]) * side * side * 3
+
+    mine = list(enumerate(parts))[RANK::WORLD]
+    for number, file in tqdm(mine, "sampling", unit="x500", disable=RANK > 0):
+        if not is_whole(file):
+            pictures = sampler.draw(parts[file], generator(device, args.seed, number), progress=RANK == 0)
+            content = pictures.permute(0, 2, 3, 1).numpy().tobytes()
+            write_file(str(file), lambda temporary, content=content: Path(temporary).write_bytes(content))
+
+    def join(temporary):
+        with zipfile.ZipFile(temporary, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (args.npz, side, side, 3)}
+                np.lib.format.write_array_header_1_0(member, header)
+                for file in parts:
+                    with open(file, "rb") as pictures:
+                        shutil.copyfileobj(pictures, member)
+
+    if RANK == 0:
+        while WORLD > 1 and not all(map(is_whole, parts)):  # the other processes are at work
+            time.sleep(0.2)
+        write_file(path, join)
+        shutil.rmtree(folder)
     return path
 
 
 def reconstruct(args: argparse.Namespace, device: torch.device) -> str:
-    """`--reconstruct`: every picture below a folder through tokens and refiner, as PNG under the same relative path.
-    Pictures that are there already are not made again. Returns the folder."""
-    tokenizer, _ = load(load_semtok, args.run, "stage2.safetensors", "2", device)
-    found = [
-        os.path.relpath(os.path.join(root, name), args.reconstruct)
-        for root, _, names in os.walk(args.reconstruct) for name in names if name.lower().endswith(PICTURES)
-    ]
-    if not found:
-        raise UserError(f"--reconstruct {args.reconstruct} holds no pictures: give a folder of JPEG or PNG files")
-    out, bad = args.out or os.path.join(args.run, "reconstructions"), []
-    targets = {name: os.path.join(out, os.path.splitext(name)[0] + ".png") for name in sorted(found)}
-    todo = [name for name, target in targets.items() if not os.path.exists(target)]
-    bar = tqdm(total=len(todo), desc="reconstructing", unit="picture")
-    for start in range(0, len(todo), 32):
-        names, pictures = [], []
-        for name in todo[start : start + 32]:
+    """`--reconstruct`: every picture below a folder through tokens and refiner; returns the results' folder.
+
+    They are PNGs under the same relative paths. Batches that are there already are not made again."""
+    tokenizer, metadata = load(args.run, "stage2", device)
+    source, size = Path(args.reconstruct), tokenizer.config.image_size
+    out = args.out or os.path.join(args.run, "reconstructions")
+    if Path(out).resolve().is_relative_to(source.resolve()):
+        raise UserError(f"--out {out} lies in the folder that --reconstruct reads: choose another --out")
+    targets, bad = {}, []
+    for path in sorted(source.rglob("*")):
+        if path.suffix.lower() in PICTURE_SUFFIXES and path.name[0] != ".":
+            target = Path(out, path.relative_to(source)).with_suffix(".png")
+            if target in targets:  # fid.py --pairs could not tell them apart either
+                raise UserError(f"{targets[target]} and {path} would both become {target}: rename one")
+            targets[target] = path
+    if not targets:
+        raise UserError(f"--reconstruct {source} holds no pictures: give a folder of JPEG or PNG files")
+    claim(out, {"tokenizer": metadata["fingerprint"], "pictures": str(source.resolve())})
+    batches = [list(targets)[i : i + 32] for i in range(0, len(targets), 32)]
+    for batch in tqdm(batches[RANK::WORLD], "reconstructing", unit="x32", disable=RANK > 0):
+        if all(target.exists() for target in batch):
+            continue
+        pictures = {}
+        for target in batch:
             try:
-                pictures.append(read_picture(os.path.join(args.reconstruct, name), tokenizer.config.image_size))
-                names.append(name)
+                pictures[target] = read_picture(str(targets[target]), size)
             except UserError as error:
                 bad.append(str(error))
         if pictures:
-            for name, output in zip(names, through(tokenizer, torch.stack(pictures).to(device), None)):
-                write_picture(targets[name], picture_grid({"": output[None]}, side=output.shape[-1]))
-        bar.update(min(32, len(todo) - start))
-    bar.close()
-    if len(bad) == len(found):
+            outputs = tokenizer.reconstruct(torch.stack(list(pictures.values())).to(device))
+            for target, output in zip(pictures, outputs):
+                write_picture(str(target), picture_grid({"": output[None]}, side=size))
+    if len(bad) == len(targets):
         raise UserError(f"none of the {len(bad)} pictures can be read: {bad[0]}")
     if bad:
-        print(f"skipped {len(bad)} of {len(found)} pictures: {'; '.join(bad[:3])}", file=sys.stderr)
+        print(f"skipped {len(bad)} of {len(targets)} pictures: {'; '.join(bad[:3])}", file=sys.stderr)
     return out
 
 
-def npz(args: argparse.Namespace, device: torch.device) -> str:
-    """`--npz`: N class-balanced pictures as ADM's `arr_0` (N, H, W, 3) uint8. Parts of 500 are kept in OUT.parts until
-    all are there, so that the same command goes on after an interruption. Returns the file's path."""
-    sampler = Sampler(args, device)
-    path = args.out or os.path.join(args.run, f"samples-{args.npz}.npz")
-    parts = f"{path}.parts"
-    about = {"n": args.npz, "seed": args.seed, "bfloat16": args.bfloat16, "model": fingerprint(args.run)}
-    settings = json.dumps(sampler.options | about, sort_keys=True)
-    plan = os.path.join(parts, "settings.json")
-    if os.path.isfile(plan):
-        with open(plan, encoding="utf-8") as file:
-            if file.read() != settings:
-                raise UserError(f"{parts} holds parts of a run with other settings: delete it, or choose another --out")
-    else:
-        write_file(plan, lambda temporary: _write_bytes(temporary, settings.encode()))
-    labels = [i % len(sampler.classes) for i in range(args.npz)]  # class-balanced, also when interrupted
-    count, bar = -(-args.npz // PART), tqdm(total=args.npz, desc="sampling", unit="picture")
-    for part in range(count):
-        file, wanted = os.path.join(parts, f"{part:05d}.npy"), labels[part * PART : (part + 1) * PART]
-        if not os.path.exists(file):
-            batches, random = [], generator(device, args.seed, part)
-            for start in range(0, len(wanted), args.batch_size):
-                batches.append(sampler.draw(wanted[start : start + args.batch_size], random).permute(0, 2, 3, 1).cpu())
-                bar.update(len(batches[-1]))
-            pictures = torch.cat(batches).numpy()
-            write_file(file, lambda temporary, p=pictures: _write_bytes(temporary, p.tobytes()))
-        else:
-            bar.update(len(wanted))
-    bar.close()
-    size = sampler.tokenizer.config.image_size
+# ------------------------------------------------------------------------------------------------ the command
 
-    def join(temporary):
-        with zipfile.ZipFile(temporary, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (args.npz, size, size, 3)}
-            np.lib.format.write_array_header_1_0(member, header)
-            for part in range(count):
-                with open(os.path.join(parts, f"{part:05d}.npy"), "rb") as file:
-                    shutil.copyfileobj(file, member)
-
-    write_file(path, join)
-    shutil.rmtree(parts)
-    return path
+JOBS = {"class": class_grid, "labels": class_grid, "image": photo, "npz": npz, "reconstruct": reconstruct}
+DRAWING = ("class", "labels", "npz")
+USED_BY = {  # the jobs in which an option changes something; the others refuse it
+    "n": ("class", "labels"), "steps": (*DRAWING, "image"), "seed": (*DRAWING, "image"),
+    **dict.fromkeys(("batch_size", "cfg", "cfg_schedule", "top_p", "order", "bfloat16", "compile"), DRAWING),
+}
 
 
-def fingerprint(run: str) -> list[float]:
-    """What tells the checkpoints of a run from those of another training: size and time of writing."""
-    files = (os.stat(os.path.join(run, f"{name}.safetensors")) for name in ("ar", "stage2"))
-    return [value for file in files for value in (file.st_size, file.st_mtime)]
-
-
-def _write_bytes(path: str, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
+def number(kind: type, least: float, most: float):
+    """What argparse reads an int or a float in [least, most] with."""
+    def number(text: str):
+        if not least <= kind(text) <= most:  # NaN is not in it
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least:,} and at most {most:,}")
+        return kind(text)
+    return number
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line of this file. Exits with code 2 and one sentence for anything it does not know."""
     parser = argparse.ArgumentParser(
-        prog="sample.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Draw pictures from a trained SemTok, or put pictures through its tokenizer. Prints where the result is.",
-        epilog="The default of --cfg is the paper's for its sizes, and for the tiny preset's the best of a sweep.",
+        prog="sample.py", description="Draw pictures from a trained SemTok, or put pictures through its tokens. "
+        "The result's path is printed. Without --out it lies in the run's folder.",
     )
     parser.error = lambda message: parser.exit(2, f"sample.py: {message}; --help explains every option\n")
-    what = parser.add_mutually_exclusive_group(required=True)
+    what, count = parser.add_mutually_exclusive_group(required=True), number(int, 1, 10**9)
     what.add_argument("--class", metavar="CLASS", help="a grid of pictures of one class, by number or name")
-    what.add_argument("--labels", nargs="+", metavar="CLASS", help="a row of pictures for each of several classes")
-    what.add_argument("--image", metavar="FILE", help="a picture through the tokenizer: original | stage 1 | stage 2")
-    what.add_argument("--npz", type=_above_zero, metavar="N", help="N class-balanced pictures in ADM's .npz format")
-    what.add_argument("--reconstruct", metavar="FOLDER", help="every picture of a folder through the refiner, as PNG")
-    add = parser.add_argument
-    add("--run", default=os.path.join("runs", "tiny"), metavar="FOLDER", help="train.py's --out (default: runs/tiny)")
-    add("--out", metavar="PATH", help="where the result goes (default: into the run's folder)")
-    add("--n", type=_above_zero, help="pictures of each class (default: 16 of one class, 8 of each of several)")
-    add("--steps", type=_above_zero, help="sampling steps (default: 64, at most one per token; with --image 25)")
-    add("--cfg", type=float, help="guidance scale; 1 is none")
-    add("--cfg-schedule", default="linear", choices=["linear", "constant"], help="guidance grows with the share predicted, or not")
-    add("--top-p", type=_share, default=0.75, help="per bit: values kept until their probability reaches this (default 0.75)")
-    add("--order", choices=["random", "confidence"], help="which tokens are filled first (Table 14; default random)")
-    add("--seed", type=int, default=0, help="same seed, same device: the same pictures (default 0)")
-    add("--batch-size", type=_above_zero, default=64, help="with --npz, pictures drawn at once (default 64)")
-    flag = argparse.BooleanOptionalAction
-    add("--bfloat16", action=flag, help="draw with networks in bfloat16 (default: on CUDA); photos stay float32")
-    add("--compile", action=flag, help="compile the transformer: a slow start, then fast steps (default: with --npz on CUDA)")
+    what.add_argument("--labels", nargs="+", metavar="CLASS", help="the same for several classes")
+    what.add_argument("--image", metavar="FILE", help="through the tokens: original | stage 1 | stage 2")
+    what.add_argument("--npz", type=count, metavar="N", help="N class-balanced pictures in ADM's .npz format")
+    what.add_argument("--reconstruct", metavar="FOLDER", help="each picture below it through the tokens")
+    add, flag, runs = parser.add_argument, argparse.BooleanOptionalAction, os.path.join("runs", "tiny")
+    add("--run", default=runs, metavar="FOLDER", help="train.py's --out (default: runs/tiny)")
+    add("--out", metavar="PATH", help="the file, or with --reconstruct the folder, to write")
+    add("--n", type=count, help="pictures of each class (default: 16 of one, 8 of each of several)")
+    add("--steps", type=number(int, 1, 10_000), help="default: 64, at most one a token; with --image 25")
+    add("--cfg", type=number(float, 0, 1000), help="guidance scale; 1 is none (default: the run's best)")
+    add("--cfg-schedule", choices=["linear", "constant"], default="linear",
+        help="guidance grows with the share of tokens that are known, or stays (default: linear)")
+    add("--top-p", type=number(float, 0, 1), default=0.75,
+        help="per bit, the likelier value alone if its probability reaches this (default: 0.75)")
+    add("--order", choices=["random", "confidence"], help="of filling tokens (Table 14; default: random)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="decides the pictures (default: 0)")
+    add("--batch-size", type=count, default=64, help="pictures drawn at once (default: 64)")
+    add("--bfloat16", action=flag, help="draw with networks in bfloat16 (default: on CUDA)")
+    add("--compile", action=flag, help="a slow start, then fast steps (default: with --npz on CUDA)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     args = parser.parse_args(arguments)
-    if args.seed < 0:
-        parser.error(f"argument --seed: {args.seed} must not be negative")
-    asked = next(name for name in JOBS if vars(args)[name] is not None)
-    for name, jobs in BELONGS.items():
-        if vars(args)[name] != parser.get_default(name) and asked not in jobs:
-            fits = ", ".join(f"--{job}" for job in jobs)
-            parser.error(f"--{name.replace('_', '-')} changes nothing with --{asked}: it belongs to {fits}")
+    args.job = next(name for name in JOBS if vars(args)[name] is not None)
+    for name, jobs in USED_BY.items():
+        if vars(args)[name] != parser.get_default(name) and args.job not in jobs:
+            flag, fits = name.replace("_", "-"), ", ".join(f"--{job}" for job in jobs)
+            parser.error(f"--{flag} changes nothing with --{args.job}: it belongs to {fits}")
     return args
-
-
-def _above_zero(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1")
-    return float(text)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -286,21 +303,27 @@ def main(arguments: list[str] | None = None) -> None:
     device = choose_device(args.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32, as in training
-    job = photo if args.image else npz if args.npz else reconstruct if args.reconstruct else class_grid
-    print(job(args, device))
+        if WORLD > 1:
+            device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(device)
+    path = JOBS[args.job](args, device)
+    if RANK == 0:
+        print(path)
 
 
 def command_line(arguments: list[str] | None = None) -> int:
-    """`main` for a shell: returns the exit code, 2 with one sentence on stderr for a UserError."""
+    """`main` for a shell: returns the exit code, 2 with one sentence on stderr for what a person can mend."""
     try:
         main(arguments)
-    except UserError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 2
+        return 0
+    except (UserError, OSError) as error:
+        code, text = 2, error
+    except (MemoryError, torch.OutOfMemoryError):
+        code, text = 2, "the memory ran out: lower --batch-size"
     except KeyboardInterrupt:
-        print("sample.py: stopped; what was finished is kept", file=sys.stderr)
-        return 130
-    return 0
+        code, text = 130, "stopped; what was finished is kept"
+    print(f"sample.py: {text}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -1,21 +1,26 @@
-"""SemTok: pictures to 256 semantic 1D tokens of d bits, and back. The tokenizer of the paper, its losses, its parts.
+"""SemTok: pictures to 256 semantic 1D tokens of d bits, and back. The tokenizer of the paper and its losses.
 
-Section 3.1 and 3.2, Eq. 1 to 7, appendix A.1. In this file: reading pictures, the VAE of Stable Diffusion 3.5, the
-SigLIP vision tower, the encoder, the decoder (flow matching in stage I, one-step refiner in stage II) and SemTok, which
-joins them. It needs `bsq.py` and `mmdit.py` beside it. What is trained on top (perceptual networks, discriminator,
-optimiser) is in train.py.
+    pictures (B, 3, 256, 256)                       |                        <-- VAE decode -- latents
+        |  VAE (frozen)             SigLIP (frozen) |                                            ^
+    latents (B, 16, 32, 32)      features (B, C, g, g)                              1 step (stage II) or
+        |                                  |  Eq. 2: w_x(x) like the features       25 of a flow (stage I)
+    Encoder, Eq. 1: x (B, 256, w) ---------+  and w_z(codes) like their mean                     |
+                    z (B, K, d) --BSQ, Eq. 3--> codes (B, K, d) --------------------> Decoder, Eq. 5 and 7
+
+Section 3.1 and 3.2, Eq. 1 to 7, appendix A.1. It needs `bsq.py` and `mmdit.py` beside it. What is trained on
+top (perceptual networks, discriminator, optimiser) is in train.py.
 
     import torch
     from semtok import PRESETS, SemTok
-    model = SemTok(PRESETS["tiny"])                          # PRESETS["paper"] is the same class with other numbers
+    model = SemTok(PRESETS["tiny"])                          # PRESETS["paper"] is the same with other numbers
     codes = model.encode(torch.rand(2, 3, 32, 32) * 2 - 1)   # pictures in [-1, 1] -> (2, tokens, bits)
     pictures = model.decode(model.refine(codes))             # one step; model.sample(codes) takes 25
 """
 
-import json
 import math
 import os
 import re
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,32 +29,37 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from bsq import BSQ, gather, ranks
 from mmdit import (
-    FeedForward, FinalLayer, MMDiT, PatchEmbed, RotaryTable, TensorFiles, TimestepEmbedder, UserError, attend, blank,
-    describe_keys, load_checkpoint, load_recipes, only, read_json, rope_1d, rope_2d,
+    FeedForward, FinalLayer, MMDiT, PatchEmbed, RotaryTable, TensorFiles, TimestepEmbedder, UserError, attend,
+    describe_keys, from_keys, load_checkpoint, load_tensors, read_json, rope_1d, rope_2d,
 )
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------- pictures
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not PostScript, which runs Ghostscript
 
 
 def read_picture(path: str, size: int | None = None) -> torch.Tensor:
     """A picture file of any mode -> (3, H, W) uint8; with `size`, resized and cropped to (3, size, size).
 
-    EXIF rotation is applied, transparency laid on white, 16 bits reduced to 8. The shorter side goes to `size` by box
-    halvings, then bicubic, as ADM prepared ImageNet; then the centre is cut out. Raises UserError for a file that is
-    missing, truncated or no picture.
+    EXIF rotation is applied, transparency laid on white, 16 bits reduced to 8. The shorter side goes to
+    `size` by box halvings, then bicubic, as ADM prepared ImageNet; then the centre is cut out. Raises
+    UserError for a file that is missing, truncated or no picture.
     """
+    if not os.path.isfile(path):  # nor does it wait for a named pipe
+        raise UserError(f"{path} does not exist or is no file: give the path of a JPEG or PNG picture")
     try:
-        with Image.open(path) as picture:
-            # 16-bit greyscale: Pillow's own conversion would clip it. Its older versions call such a PNG "I", not "I;16".
+        with Image.open(path, formats=_FORMATS) as picture:
+            # 16-bit grey: Pillow's own conversion clips it, and its older versions call such a PNG "I".
             deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
-            picture = ImageOps.exif_transpose(picture)
+            ImageOps.exif_transpose(picture, in_place=True)
+            if size is not None:  # a thin picture, enlarged or just converted whole, would take gigabytes
+                longest = 16 * min(picture.size)
+                picture = _centre(picture, *(min(side, longest) for side in picture.size))
             if picture.mode.startswith(("I", "F")):
                 grey = np.asarray(picture, np.float32)
                 grey = grey / (257 if deep or grey.max() > 255 else 1)  # 65535 / 257 = 255
@@ -58,19 +68,20 @@ def read_picture(path: str, size: int | None = None) -> torch.Tensor:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             picture = picture.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give the path of a JPEG or PNG picture") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as a picture ({error}): give a whole JPEG or PNG file") from None
+        raise UserError(f"{path} cannot be read as a picture ({error}): give a JPEG or PNG file") from None
     if size is not None and picture.size != (size, size):
         while min(picture.size) >= 2 * size:
             picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
         scale = size / min(picture.size)
-        width, height = (max(size, round(side * scale)) for side in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = (width - size) // 2, (height - size) // 2
-        picture = picture.crop((left, top, left + size, top + size))
+        sides = [max(size, round(side * scale)) for side in picture.size]
+        picture = _centre(picture.resize(sides, Image.Resampling.BICUBIC), size, size)
     return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
+
+
+def _centre(picture: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
 
 
 def to_signed(pictures: torch.Tensor) -> torch.Tensor:
@@ -84,13 +95,14 @@ def to_uint8(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def picture_grid(rows: dict[str, torch.Tensor], side: int = 96) -> Image.Image:
-    """Captioned rows of pictures as one image: caption -> (N, 3, H, W) uint8. Small pictures are enlarged to about
-    `side` pixels by whole factors, without smoothing."""
+    """Captioned rows of pictures as one image: caption -> (N, 3, H, W) uint8. Small pictures are enlarged to
+    about `side` pixels by whole factors, without smoothing."""
     factor = max(1, round(side / next(iter(rows.values())).shape[-1]))
-    strips = [pictures.cpu().permute(2, 0, 3, 1).flatten(1, 2).numpy() for pictures in rows.values()]  # (H, N * W, 3)
+    strips = [row.cpu().permute(2, 0, 3, 1).flatten(1, 2).numpy() for row in rows.values()]  # (H, N W, 3)
     strips = [strip.repeat(factor, 0).repeat(factor, 1) for strip in strips]
     margin = 18 if any(rows) else 0
-    sheet = Image.new("RGB", (max(s.shape[1] for s in strips), sum(s.shape[0] + margin for s in strips)), "white")
+    size = max(strip.shape[1] for strip in strips), sum(strip.shape[0] + margin for strip in strips)
+    sheet = Image.new("RGB", size, "white")
     pen, top = ImageDraw.Draw(sheet), 0
     for caption, strip in zip(rows, strips):
         pen.text((4, top + 3), caption, fill="black")
@@ -99,7 +111,7 @@ def picture_grid(rows: dict[str, torch.Tensor], side: int = 96) -> Image.Image:
     return sheet
 
 
-# ------------------------------------------------------------------------------- files that are never half, and devices
+# ------------------------------------------------------------------- files that are never half, and devices
 
 
 def write_file(path: str, write) -> None:
@@ -135,22 +147,22 @@ def write_picture(path: str, picture: Image.Image) -> None:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device asked for, by default CUDA where there is one. Raises UserError for one that is not there."""
+    """The device asked for; by default CUDA where there is one. UserError for one that is not there."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"--device {name} is unknown: use cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"--device {name} was asked for, and this machine has {torch.cuda.device_count()} CUDA devices: use --device cpu")
+    device, count = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(f"--device {name} is not there, among {count} CUDA devices: use --device cpu")
     return device
 
 
-# ------------------------------------------------------------------------------------------------- the VAE of SD3.5
+# ----------------------------------------------------------------------------------------- the VAE of SD3.5
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of the VAE: channels per level, residual blocks per encoder level (the decoder has one more), latents."""
+    """Sizes of the VAE: channels per level, residual blocks per level (the decoder has one more), latents."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
     blocks: int = 2
@@ -163,7 +175,7 @@ class VAEConfig:
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    # 32 groups in every published size; few channels in small groups could not carry a picture's own brightness
+    # Published sizes have 32 groups. Small ones have 1, or a picture's brightness would get lost.
     return nn.GroupNorm(32 if channels >= 128 else 1, channels, eps=1e-6)
 
 
@@ -176,11 +188,11 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.norm2 = _group_norm(channels_out)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+        other = channels_in != channels_out
+        self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if other else nn.Identity()
         nn.init.zeros_(self.conv2.weight)  # trained from scratch, a block starts as its shortcut
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See the class."""
         hidden = self.conv1(F.silu(self.norm1(x)))
         return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(hidden)))
 
@@ -195,134 +207,87 @@ class AttentionBlock(nn.Module):
         nn.init.zeros_(self.proj_out.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See the class."""
         hidden = self.norm(x)
         q, k, v = (layer(hidden).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
         return x + self.proj_out(attend(q, k, v).transpose(1, 2).reshape(x.shape))
 
 
-class Downsample(nn.Module):
-    """Halve each side by a convolution padded on the right and below only, as SD's autoencoders do."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, channels, H, W) -> (B, channels, H/2, W/2)."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+def _named(**layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(layers))  # one after the other, named as in SD3.5's published file
 
 
-class Upsample(nn.Module):
-    """Double each side: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, channels, H, W) -> (B, channels, 2H, 2W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def _level(channels_in: int, channels_out: int, blocks: int, **resampling: nn.Module) -> nn.Sequential:
+    widths = [channels_in] + [channels_out] * blocks
+    return _named(block=nn.Sequential(*map(ResnetBlock, widths, widths[1:])), **resampling)
 
 
-def _level(channels_in: int, channels_out: int, blocks: int) -> nn.Module:
-    level = nn.Module()
-    level.block = nn.ModuleList(ResnetBlock(channels_out if j else channels_in, channels_out) for j in range(blocks))
-    return level
+def _middle(channels: int) -> nn.Sequential:
+    first, second = ResnetBlock(channels, channels), ResnetBlock(channels, channels)
+    return _named(block_1=first, attn_1=AttentionBlock(channels), block_2=second)
 
 
-def _middle(channels: int) -> nn.Module:
-    middle = nn.Module()
-    middle.block_1, middle.attn_1, middle.block_2 = (
-        ResnetBlock(channels, channels), AttentionBlock(channels), ResnetBlock(channels, channels)
-    )
-    return middle
-
-
-class VAEEncoder(nn.Module):
+def vae_encoder(config: VAEConfig) -> nn.Sequential:
     """Pictures (B, 3, H, W) in [-1, 1] -> (B, 2 * latent_channels, H/f, W/f): means, then log-variances."""
-
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        widths = config.channels
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(_level(widths[max(i - 1, 0)], w, config.blocks) for i, w in enumerate(widths))
-        for level, width in zip(self.down[:-1], widths):
-            level.downsample = Downsample(width)
-        self.mid = _middle(widths[-1])
-        self.norm_out = _group_norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See the class."""
-        x = self.conv_in(x)
-        for i, level in enumerate(self.down):
-            for block in level.block:
-                x = block(x)
-            if i < len(self.down) - 1:
-                x = level.downsample(x)
-        x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
-        return self.conv_out(F.silu(self.norm_out(x)))
+    widths, levels = config.channels, []
+    for i, width in enumerate(widths):
+        conv = {"pad": nn.ZeroPad2d((0, 1, 0, 1)), "conv": nn.Conv2d(width, width, 3, stride=2)}
+        half = {"downsample": _named(**conv)} if i < len(widths) - 1 else {}
+        levels.append(_level(widths[max(i - 1, 0)], width, config.blocks, **half))
+    return _named(
+        conv_in=nn.Conv2d(3, widths[0], 3, padding=1), down=nn.Sequential(*levels), mid=_middle(widths[-1]),
+        norm_out=_group_norm(widths[-1]), silu=nn.SiLU(),
+        conv_out=nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1),
+    )
 
 
-class VAEDecoder(nn.Module):
+def vae_decoder(config: VAEConfig) -> nn.Sequential:
     """Latents (B, latent_channels, H/f, W/f), not normalised -> pictures (B, 3, H, W), about [-1, 1]."""
-
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        widths = config.channels
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.mid = _middle(widths[-1])
-        # up.0 is the FULL resolution: the list is built in that order and walked backwards
-        self.up = nn.ModuleList(
-            _level(widths[min(i + 1, len(widths) - 1)], w, config.blocks + 1) for i, w in enumerate(widths)
-        )
-        for level, width in zip(self.up[1:], widths[1:]):
-            level.upsample = Upsample(width)
-        self.norm_out = _group_norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See the class."""
-        x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(self.conv_in(x))))
-        for i, level in reversed(list(enumerate(self.up))):
-            for block in level.block:
-                x = block(x)
-            if i:
-                x = level.upsample(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+    widths, levels = config.channels, {}
+    for i, width in reversed(list(enumerate(widths))):  # up.0 is the FULL resolution and runs last
+        conv = {"nearest": nn.Upsample(scale_factor=2), "conv": nn.Conv2d(width, width, 3, padding=1)}
+        double = {"upsample": _named(**conv)} if i > 0 else {}
+        levels[str(i)] = _level(widths[min(i + 1, len(widths) - 1)], width, config.blocks + 1, **double)
+    return _named(
+        conv_in=nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1), mid=_middle(widths[-1]),
+        up=_named(**levels), norm_out=_group_norm(widths[0]), silu=nn.SiLU(),
+        conv_out=nn.Conv2d(widths[0], 3, 3, padding=1),
+    )
 
 
 class VAE(nn.Module):
-    """The autoencoder of Stable Diffusion 3 and 3.5 (Esser et al. 2024): factor 8, 16 channels, 34.3M + 49.5M."""
+    """The autoencoder of Stable Diffusion 3 and 3.5 (Esser et al. 2024): 34.3M + 49.5M parameters."""
 
-    SHIFT, SCALE = 0.0609, 1.5305  # published with the weights: normalised latents = (latents - SHIFT) * SCALE
+    SHIFT, SCALE = 0.0609, 1.5305  # published: normalised latents = (latents - SHIFT) * SCALE
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        self.config, self.encoder, self.decoder = config, VAEEncoder(config), VAEDecoder(config)
+        self.config, self.encoder, self.decoder = config, vae_encoder(config), vae_decoder(config)
 
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] -> normalised latents (B, latent_channels, H/f, W/f): the posterior's mean."""
-        pictures = pictures.to(self.encoder.conv_in.weight.dtype, memory_format=torch.channels_last)  # up to twice as fast
-        return (self.encoder(pictures).chunk(2, 1)[0] - self.SHIFT) * self.SCALE
+        """(B, 3, H, W) in [-1, 1] -> normalised latents (B, latent_channels, H/f, W/f): posterior means."""
+        dtype = self.encoder.conv_in.weight.dtype
+        moments = self.encoder(pictures.to(dtype, memory_format=torch.channels_last))  # up to twice as fast
+        return (moments.chunk(2, 1)[0] - self.SHIFT) * self.SCALE
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Normalised latents (B, latent_channels, h, w) -> (B, 3, f h, f w), about [-1, 1], not clamped."""
-        latents = (latents / self.SCALE + self.SHIFT).to(self.decoder.conv_in.weight.dtype, memory_format=torch.channels_last)
-        return self.decoder(latents)
+        latents, dtype = latents / self.SCALE + self.SHIFT, self.decoder.conv_in.weight.dtype
+        return self.decoder(latents.to(dtype, memory_format=torch.channels_last))
 
 
 def _vae_diffusers_name(name: str, levels: int) -> str:
-    """The single file's name of a VAE tensor -> the name in a diffusers `vae/` folder."""
+    # The single file's name of a VAE tensor -> diffusers', whose decoder starts at the lowest resolution.
     name = re.sub(r"mid\.block_(\d)", lambda m: f"mid_block.resnets.{int(m[1]) - 1}", name)
-    name = re.sub(r"down\.(\d)\.block", r"down_blocks.\1.resnets", name)
-    name = re.sub(r"down\.(\d)\.downsample", r"down_blocks.\1.downsamplers.0", name)
-    name = re.sub(r"up\.(\d)\.block", lambda m: f"up_blocks.{levels - 1 - int(m[1])}.resnets", name)
-    name = re.sub(r"up\.(\d)\.upsample", lambda m: f"up_blocks.{levels - 1 - int(m[1])}.upsamplers.0", name)
-    for ours, theirs in (("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
-        name = re.sub(rf"mid\.attn_1\.{ours}\.", f"mid_block.attentions.0.{theirs}.", name)
-    return name.replace("nin_shortcut", "conv_shortcut").replace("norm_out", "conv_norm_out")
+    name = re.sub(r"down\.(\d)", r"down_blocks.\1", name)
+    name = re.sub(r"up\.(\d)", lambda m: f"up_blocks.{levels - 1 - int(m[1])}", name)
+    for ours, theirs in (
+        (".block.", ".resnets."), (".downsample.", ".downsamplers.0."), (".upsample.", ".upsamplers.0."),
+        (".attn_1.norm.", ".attn_1.group_norm."), (".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."),
+        (".proj_out.", ".to_out.0."), ("mid.attn_1.", "mid_block.attentions.0."),
+        ("nin_shortcut", "conv_shortcut"), ("norm_out", "conv_norm_out"),
+    ):
+        name = name.replace(ours, theirs)
+    return name
 
 
 def _config_beside(path: str) -> dict:
@@ -332,46 +297,45 @@ def _config_beside(path: str) -> dict:
 
 
 def load_vae(path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> VAE:
-    """The VAE out of `sd3.5_medium.safetensors`, a diffusers `vae/` folder (or the folder above it), or a file of its own.
+    """The VAE out of sd3.5_medium.safetensors, a diffusers vae/ folder (or its parent), or its own file.
 
-    Its sizes are read off the tensors' shapes. Raises UserError for files of another kind. FLUX's VAE has the very same
-    shapes: what gives it away is its diffusers config.json; as a lone `ae.safetensors` it passes for SD3's.
+    Its sizes are read off the tensors' shapes. Raises UserError for files of another kind. FLUX's VAE has
+    the very same shapes: only a diffusers config.json beside it gives it away.
     """
     wanted = "the VAE of SD3 or SD3.5 (sd3.5_medium.safetensors, or the model's vae folder)"
     if os.path.isdir(os.path.join(path, "vae")):
         path = os.path.join(path, "vae")
-    source, constants = TensorFiles(path), _config_beside(path)
-    theirs = constants.get("shift_factor"), constants.get("scaling_factor")
-    if "scaling_factor" in constants and theirs != (VAE.SHIFT, VAE.SCALE):
-        raise UserError(
-            f"{path} is another model's VAE (its config.json has shift_factor {theirs[0]} and scaling_factor {theirs[1]}, "
-            f"SD3.5's are {VAE.SHIFT} and {VAE.SCALE}), and {wanted} is needed"
-        )
-    prefix = "first_stage_model." if any(key.startswith("first_stage_model.") for key in source.shapes) else ""
-    diffusers = "encoder.down_blocks.0.resnets.0.conv1.weight" in source.shapes
-    pattern = r"encoder\.down_blocks\.(\d)\.resnets\.(\d)" if diffusers else rf"{re.escape(prefix)}encoder\.down\.(\d)\.block\.(\d)"
-    blocks = {m.groups(): s[0] for k, s in source.shapes.items() if (m := re.fullmatch(pattern + r"\.conv1\.weight", k))}
+    source, entries = TensorFiles(path), _config_beside(path)
+    shift, scale = entries.get("shift_factor"), entries.get("scaling_factor")
+    if "scaling_factor" in entries and (shift, scale) != (VAE.SHIFT, VAE.SCALE):
+        found = f"{path} is a VAE with shift_factor {shift} and scaling_factor {scale}"
+        raise UserError(f"{found}, and {wanted} is needed, with {VAE.SHIFT} and {VAE.SCALE}")
+    prefix = "first_stage_model."
+    prefix = prefix if any(key.startswith(prefix) for key in source.shapes) else ""
+    diffusers = any("down_blocks." in key for key in source.shapes)
+    pattern = rf"{prefix}encoder\.down(?:_blocks)?\.(\d)\.(?:block|resnets)\.(\d)\.conv1\.weight"
+    blocks = {m.groups(): s[0] for key, s in source.shapes.items() if (m := re.fullmatch(pattern, key))}
+    channels = tuple(width for (_, number), width in sorted(blocks.items()) if number == "0")
     conv_in = source.shapes.get(f"{prefix}decoder.conv_in.weight")
-    if not blocks or conv_in is None:
+    if not channels or conv_in is None:
         raise UserError(f"{path} looks like {describe_keys(source.shapes)}, and {wanted} is needed")
-    channels = tuple(blocks[level, "0"] for level in sorted({level for level, _ in blocks}))
-    config = VAEConfig(channels, len({number for _, number in blocks}), conv_in[1])
-    with blank():
-        vae = VAE(config).to(dtype)
+    with torch.device("meta"):
+        vae = VAE(VAEConfig(channels, len(blocks) // len(channels), conv_in[1])).to(dtype)
 
-    def recipe(name: str, shape: torch.Size):
-        if not diffusers:
-            return only(prefix + name)
-        reshape = (lambda t: t[:, :, None, None] if t.ndim == 2 else t) if len(shape) == 4 else None
-        return only(_vae_diffusers_name(name, len(channels)), make=reshape)
+    def as_convolution(weight):  # attention's projections are Linear in diffusers, 1x1 convolutions here
+        return weight[:, :, None, None] if weight.ndim == 2 else weight
 
-    recipes = {name: recipe(name, tensor.shape) for name, tensor in vae.state_dict().items()}
+    if diffusers:
+        names = {name: _vae_diffusers_name(name, len(channels)) for name in vae.state_dict()}
+        mapping = {name: from_keys(theirs, make=as_convolution) for name, theirs in names.items()}
+    else:
+        mapping = {name: from_keys(prefix + name) for name in vae.state_dict()}
     # Not used: the rest of the single file, when the VAE is read out of it.
-    dropped = r"(model\.diffusion_model|text_encoders|model_sampling)\." if prefix else r"^$"
-    return load_recipes(vae, source, recipes, dropped, wanted, device=device)
+    unused = r"(model\.diffusion_model|text_encoders|(model\.)?model_sampling)\." if prefix else r"^$"
+    return load_tensors(vae, source, mapping, wanted, unused, device)
 
 
-# ------------------------------------------------------------------------------------------------- SigLIP's vision tower
+# ------------------------------------------------------------------------------------ SigLIP's vision tower
 
 
 @dataclass(frozen=True)
@@ -384,7 +348,7 @@ class SigLIPConfig:
     hidden: int = 3072
     patch: int = 16
     grid: int = 16
-    margin: int = 0  # pixels right and below that no patch covers: 6 in so400m-patch14-384, where 27 patches make 378
+    margin: int = 0  # pixels right and below that no patch covers: 384 - 27 * 14 = 6 in so400m-patch14-384
 
     @property
     def side(self) -> int:
@@ -401,8 +365,8 @@ class SigLIPAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See the class."""
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected)
         return self.out_proj(attend(q, k, v))
 
 
@@ -417,7 +381,6 @@ class SigLIPLayer(nn.Module):
         self.mlp = FeedForward(config.width, config.hidden)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See the class."""
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
@@ -436,11 +399,11 @@ class SigLIP(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.width, eps=1e-6)
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1], resized to the tower's own size -> patch features (B, width, grid, grid)."""
+        """(B, 3, H, W) in [-1, 1], resized if need be -> patch features (B, width, grid, grid)."""
         side = self.config.side
         if pictures.shape[-2:] != (side, side):
             pictures = F.interpolate(pictures, (side, side), mode="bilinear", antialias=True)
-        patches = self.embeddings.patch_embedding(pictures.to(self.post_layernorm.weight.dtype))  # (B, width, grid, grid)
+        patches = self.embeddings.patch_embedding(pictures.to(self.post_layernorm.weight.dtype))
         x = patches.flatten(2).transpose(1, 2)  # (B, grid^2, width)
         x = x + self.embeddings.position_embedding.weight
         for layer in self.encoder.layers:
@@ -448,41 +411,40 @@ class SigLIP(nn.Module):
         return self.post_layernorm(x).transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid))
 
 
-_SIGLIP_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 16}  # published widths; 1152 is so400m: 16 heads of 72
+_SIGLIP_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 16}  # published widths -> heads; so400m is 1152
 
 
 def load_siglip(path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> SigLIP:
-    """A vision tower out of a SigLIP or SigLIP 2 file or folder (fixed resolution), with or without its text tower.
+    """The vision tower of a SigLIP or SigLIP 2 file or folder (of fixed resolution), text tower or not.
 
-    Sizes are read off the shapes; what they do not tell (heads, and pixels that the patches leave over) from SigLIP's
-    config.json beside the file, else from the published sizes. Raises UserError for other files, NaFlex models and text
-    models among them.
+    Sizes are read off the shapes. Heads, and pixels that the patches leave over, come from SigLIP's
+    config.json beside the file, else from the published sizes. Raises UserError for other files.
     """
-    wanted = "the vision tower of a fixed-resolution SigLIP or SigLIP 2 (such as siglip2-base-patch16-256)"
+    wanted = "the vision tower of SigLIP or SigLIP 2 (such as siglip2-base-patch16-256, no NaFlex)"
     source = TensorFiles(path)
     prefix = "vision_model." if any(key.startswith("vision_model.") for key in source.shapes) else ""
-    patches = source.shapes.get(f"{prefix}embeddings.patch_embedding.weight")
+    patches = source.shapes.get(f"{prefix}embeddings.patch_embedding.weight", ())
     positions = source.shapes.get(f"{prefix}embeddings.position_embedding.weight")
-    if patches is None or positions is None or len(patches) != 4 or f"{prefix}embeddings.class_embedding" in source.shapes:
-        kind = "a NaFlex SigLIP 2 (its patches are a Linear)" if patches and len(patches) == 2 else describe_keys(source.shapes)
-        raise UserError(f"{path} looks like {kind}, and {wanted} is needed")
-    width, layers = patches[0], rf"{prefix}encoder\.layers\.(\d+)\.layer_norm1\.weight"
+    hidden = source.shapes.get(f"{prefix}encoder.layers.0.mlp.fc1.weight")
+    clip = f"{prefix}embeddings.class_embedding" in source.shapes
+    if len(patches) != 4 or positions is None or hidden is None or clip:  # NaFlex has patches of 2 dimensions
+        raise UserError(f"{path} looks like {describe_keys(source.shapes)}, and {wanted} is needed")
+    (width, _, patch, _), grid = patches, round(positions[0] ** 0.5)
+    depth = sum(key.startswith(prefix) and key.endswith(".layer_norm1.weight") for key in source.shapes)
     entries = _config_beside(path)
-    if "_class_name" in entries or not str(entries.get("model_type", "siglip")).startswith("siglip"):
-        entries = {}  # of another model that is kept in the same folder
-    entries, grid = entries.get("vision_config", entries), round(positions[0] ** 0.5)
+    model = str(entries.get("model_type", entries.get("_class_name", "siglip")))  # or another's, beside it
+    entries = entries.get("vision_config", entries) if model.startswith("siglip") else {}
     heads = entries.get("num_attention_heads", _SIGLIP_HEADS.get(width))
-    size = entries.get("image_size", 384 if (patches[2], grid) == (14, 27) else 0)
+    size = entries.get("image_size", 384 if (patch, grid) == (14, 27) else 0)
     if heads is None or width % heads:
-        raise UserError(f"{path} is {width} wide and its number of heads is unknown: put the model's config.json beside it")
-    hidden = source.shapes.get(f"{prefix}encoder.layers.0.mlp.fc1.weight", (4 * width,))[0]
-    depth = sum(bool(re.fullmatch(layers, key)) for key in source.shapes)
-    config = SigLIPConfig(width, depth, heads, hidden, patches[2], grid, size % patches[2])
-    with blank():
-        tower = SigLIP(config).to(dtype)
-    # Not used: the attention pooling head (SemTok pools by the mean), the text tower and the loss's two scalars.
-    dropped = rf"{prefix}head\.|text_model\.|logit_(scale|bias)$|{prefix}embeddings\.position_ids$"
-    return load_recipes(tower, source, {n: only(prefix + n) for n in tower.state_dict()}, dropped, wanted, device=device)
+        found = f"{path} is {width} wide and its number of heads is unknown"
+        raise UserError(f"{found}: put the model's config.json beside it")
+    with torch.device("meta"):
+        tower = SigLIP(SigLIPConfig(width, depth, heads, hidden[0], patch, grid, size % patch)).to(dtype)
+    mapping = {name: from_keys(prefix + name) for name in tower.state_dict()}
+    # Not used: the pooling head (SemTok pools by the mean), the text tower, the loss's two scalars.
+    unused = rf"{prefix}head\.|text_model\.|logit_(scale|bias)$|{prefix}embeddings\.position_ids$"
+    return load_tensors(tower, source, mapping, wanted, unused, device)
 
 
 # -------------------------------------------------------------------------------------------- SemTok: sizes and presets

@@ -63,9 +63,9 @@ from tqdm import tqdm
 import fid
 from ar import AR_PRESETS, ARConfig, MaskedAR
 from bsq import bits_to_codes, code_usage, codes_to_bits, gather, mean_over_ranks, ranks
-from mmdit import TensorFiles, UserError, blank, load_sd35
+from mmdit import TensorFiles, UserError, load_sd35
 from semtok import (
-    PICTURES, PRESETS, VAE, Decoder, LossWeights, SemTok, SemTokConfig, SigLIP, SigLIPConfig, choose_device,
+    PICTURE_SUFFIXES, PRESETS, VAE, Decoder, LossWeights, SemTok, SemTokConfig, SigLIP, SigLIPConfig, choose_device,
     flush, load_semtok, load_siglip, load_vae, picture_grid, read_picture, to_signed, to_uint8, write_file,
     write_picture, write_tensors,
 )
@@ -325,7 +325,7 @@ def find_pictures(folder: str, split: str) -> tuple[list[str], list[str], list[i
     paths, labels, digest = [], [], hashlib.sha256()
     for label, name in enumerate(classes):
         files = (os.path.join(root, file) for root, _, files in os.walk(os.path.join(folder, name)) for file in files)
-        found = sorted(path for path in files if path.lower().endswith(PICTURES) and os.path.basename(path)[0] != ".")
+        found = sorted(path for path in files if path.lower().endswith(PICTURE_SUFFIXES) and os.path.basename(path)[0] != ".")
         held_out = set(found[::50][: max(1, 1000 // len(classes))]) if len(found) > 1 else set()
         for path in found:
             if (path in held_out) == (split == "val"):
@@ -630,7 +630,7 @@ class Job:
         vae, decoder = self.network("vae"), None
         config = replace(self.config, semantic_width=siglip.config.width, vae=vae.config)
         if not self.planned and (self.args.sd35 or self.args.preset == "paper"):
-            with blank():
+            with torch.device("meta"):
                 decoder = Decoder(config)
             load_sd35(decoder, self.weights("sd35"), self.device)  # straight there: in float32 it is 9 GB
         tokenizer = SemTok(config, vae, decoder)
@@ -1303,6 +1303,8 @@ def train_stage(name: str, job: Job) -> None:
     step = 0
     if args.resume and saved_states(states):
         step = load_state(states, state, settings)
+        if step > recipe.steps:
+            raise UserError(f"{states} stands at step {step}, beyond {recipe.steps} steps: ask for more, or --overwrite")
     elif rank == 0:
         shutil.rmtree(states, ignore_errors=True)
     if rank == 0:
