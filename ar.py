@@ -27,7 +27,8 @@ from mmdit import RotaryTable, attend, load_checkpoint, modulate, normed_rotated
 class ARConfig:
     """Sizes of the transformer. The defaults are SemTok-AR-L on ImageNet with 2^18 codes.
 
-    Raises ValueError for groups of bits that do not divide a token, or that no softmax can hold.
+    Raises ValueError for heads that do not fit the width, and for groups of bits that do not divide a token, or that no
+    softmax can hold.
     """
 
     depth: int = 24
@@ -42,7 +43,12 @@ class ARConfig:
     causal: bool = False  # Table 5's "raster": next-token prediction from left to right in place of masks
 
     def __post_init__(self):
-        if self.bits % self.group_bits or self.group_bits > 12:
+        if min(self.depth, self.width, self.heads) < 1 or self.width % (2 * self.heads):
+            raise ValueError(
+                f"depth {self.depth}, width {self.width}, heads {self.heads} do not fit: each must be at least 1, "
+                "and width a multiple of 2 x heads"
+            )
+        if not 1 <= self.group_bits <= 12 or self.bits % self.group_bits:
             raise ValueError(
                 f"group_bits {self.group_bits} must divide the {self.bits} bits of a token and be at most 12, "
                 "which is a softmax over 4096 values"

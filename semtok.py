@@ -500,7 +500,7 @@ def load_siglip(path: str, dtype: torch.dtype = torch.float32, device: str | tor
 class SemTokConfig:
     """Sizes of a tokenizer. The defaults are the paper's (Table 8, 2^18 codes).
 
-    Raises ValueError for a picture size that patches of latents do not fill.
+    Raises ValueError for sizes that do not fit each other.
     """
 
     image_size: int = 256
@@ -521,8 +521,17 @@ class SemTokConfig:
     vae: VAEConfig = field(default_factory=VAEConfig)
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if type(value) is int and value < 1 and name != "decoder_dual_depth":
+                raise ValueError(f"{name} must be at least 1, not {value}")
         if self.image_size % (side := self.vae.factor * self.patch):
             raise ValueError(f"image_size {self.image_size} is no multiple of {side}, the pixels of a patch's side")
+        if self.bits % self.entropy_group:
+            raise ValueError(f"entropy_group {self.entropy_group} must divide the {self.bits} bits of a token")
+        for part in ("encoder", "decoder"):  # a head's channels are halves, for rows and columns, of pairs
+            width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
+            if width % (4 * heads):
+                raise ValueError(f"{part}_width {width} must be a multiple of 4 x {part}_heads, {4 * heads}")
 
     @property
     def grid(self) -> int:

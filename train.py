@@ -121,6 +121,12 @@ class ARRecipe(Recipe):
     class_dropout: float = 0.1
     smoothing: float = 0.01
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("least_masked", "class_dropout", "smoothing"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} is a share: it must be at most 1, not {getattr(self, name)}")
+
 
 TINY_EVERY = {"log_every": 25, "save_every": 400, "preview_every": 400}
 RECIPES = {
@@ -1640,11 +1646,11 @@ def main(arguments: list[str] | None = None) -> None:
         _ = stage in RECIPES[args.preset] and job.recipe(stage), job.ar_config(job.config)
     if args.dry_run:
         return print("\n\n".join(plan(job, stage) for stage in args.stages))
-    if args.preset != "tiny" and (missing := job.missing(args.stages[0])):
-        raise UserError("; ".join(missing))
     stages = args.stages
     if args.preset == "tiny" and (stages[0] == "1" or args.changes.get("init") == "scratch"):
         stages = ["0"] * (not all(os.path.exists(job.weights(name)) for name in STAND_INS)) + stages
+    if missing := job.missing(stages[0]):
+        raise UserError("; ".join(missing))
     job.flops = {stage: measure(stage, job, job.recipe(stage).batch_size)[1] for stage in stages}
     job.device = choose_device(args.device)
     if "WORLD_SIZE" in os.environ:  # torchrun sets it
