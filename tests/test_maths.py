@@ -365,7 +365,7 @@ def test_grouped_head_predicts_joint_values():
     values = (bits.unflatten(-1, (2, 3)) * torch.tensor([1, 2, 4])).sum(-1)
     nll = -logits.log_softmax(-1).gather(-1, values[..., None]).mean() / 3
     assert model.loss(bits, labels, masked, torch.tensor(9.0), 0.0)["nll"].item() == pytest.approx(nll.item(), rel=1e-5)
-    assert model.generate(labels, steps=3, cfg=2.0, generator=torch.Generator().manual_seed(0)).shape == (2, 9, 6)
+    assert model.generate(labels, steps=3, cfg=2.0).shape == (2, 9, 6)
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -420,10 +420,3 @@ def test_one_backward_pass_gives_each_player_its_own_gradient():
     for parameter, wanted in zip(net.parameters(), torch.autograd.grad(loss, list(net.parameters()))):
         assert torch.allclose(parameter.grad, wanted, atol=1e-5)
     assert stage.real_mean.item() == pytest.approx(-0.4 * 0.999 + 0.001 * on_real.mean().item(), rel=1e-5)
-
-
-def test_blank_modules_are_shapes_and_real_ones_in_them_are_initialised():
-    with mmdit.blank():
-        blank, real = torch.nn.Embedding(3, 8), torch.nn.Linear(8, 8, device="cpu")
-    assert blank.weight.is_meta and blank.weight.shape == (3, 8)
-    assert 0 < real.weight.abs().max() <= 8**-0.5  # PyTorch's uniform start
