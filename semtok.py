@@ -20,7 +20,6 @@ top (perceptual networks, discriminator, optimiser) is in train.py.
 import math
 import os
 import re
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -188,8 +187,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.norm2 = _group_norm(channels_out)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        other = channels_in != channels_out
-        self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if other else nn.Identity()
+        self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
         nn.init.zeros_(self.conv2.weight)  # trained from scratch, a block starts as its shortcut
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -212,46 +210,94 @@ class AttentionBlock(nn.Module):
         return x + self.proj_out(attend(q, k, v).transpose(1, 2).reshape(x.shape))
 
 
-def _named(**layers: nn.Module) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(layers))  # one after the other, named as in SD3.5's published file
+class Downsample(nn.Module):
+    """Halve each side by a convolution padded on the right and below only, as SD's autoencoders do."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, channels, H, W) -> (B, channels, H/2, W/2)."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-def _level(channels_in: int, channels_out: int, blocks: int, **resampling: nn.Module) -> nn.Sequential:
-    widths = [channels_in] + [channels_out] * blocks
-    return _named(block=nn.Sequential(*map(ResnetBlock, widths, widths[1:])), **resampling)
+class Upsample(nn.Module):
+    """Double each side: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, channels, H, W) -> (B, channels, 2H, 2W)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def _middle(channels: int) -> nn.Sequential:
-    first, second = ResnetBlock(channels, channels), ResnetBlock(channels, channels)
-    return _named(block_1=first, attn_1=AttentionBlock(channels), block_2=second)
+def _level(channels_in: int, channels_out: int, blocks: int) -> nn.Module:
+    level = nn.Module()
+    level.block = nn.ModuleList(ResnetBlock(channels_out if j else channels_in, channels_out) for j in range(blocks))
+    return level
 
 
-def vae_encoder(config: VAEConfig) -> nn.Sequential:
+def _middle(channels: int) -> nn.Module:
+    middle = nn.Module()
+    middle.block_1, middle.attn_1, middle.block_2 = (
+        ResnetBlock(channels, channels), AttentionBlock(channels), ResnetBlock(channels, channels)
+    )
+    return middle
+
+
+class VAEEncoder(nn.Module):
     """Pictures (B, 3, H, W) in [-1, 1] -> (B, 2 * latent_channels, H/f, W/f): means, then log-variances."""
-    widths, levels = config.channels, []
-    for i, width in enumerate(widths):
-        conv = {"pad": nn.ZeroPad2d((0, 1, 0, 1)), "conv": nn.Conv2d(width, width, 3, stride=2)}
-        half = {"downsample": _named(**conv)} if i < len(widths) - 1 else {}
-        levels.append(_level(widths[max(i - 1, 0)], width, config.blocks, **half))
-    return _named(
-        conv_in=nn.Conv2d(3, widths[0], 3, padding=1), down=nn.Sequential(*levels), mid=_middle(widths[-1]),
-        norm_out=_group_norm(widths[-1]), silu=nn.SiLU(),
-        conv_out=nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1),
-    )
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = config.channels
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(_level(widths[max(i - 1, 0)], w, config.blocks) for i, w in enumerate(widths))
+        for level, width in zip(self.down[:-1], widths):
+            level.downsample = Downsample(width)
+        self.mid = _middle(widths[-1])
+        self.norm_out = _group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv_in(x)
+        for i, level in enumerate(self.down):
+            for block in level.block:
+                x = block(x)
+            if i < len(self.down) - 1:
+                x = level.downsample(x)
+        x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
-def vae_decoder(config: VAEConfig) -> nn.Sequential:
+class VAEDecoder(nn.Module):
     """Latents (B, latent_channels, H/f, W/f), not normalised -> pictures (B, 3, H, W), about [-1, 1]."""
-    widths, levels = config.channels, {}
-    for i, width in reversed(list(enumerate(widths))):  # up.0 is the FULL resolution and runs last
-        conv = {"nearest": nn.Upsample(scale_factor=2), "conv": nn.Conv2d(width, width, 3, padding=1)}
-        double = {"upsample": _named(**conv)} if i > 0 else {}
-        levels[str(i)] = _level(widths[min(i + 1, len(widths) - 1)], width, config.blocks + 1, **double)
-    return _named(
-        conv_in=nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1), mid=_middle(widths[-1]),
-        up=_named(**levels), norm_out=_group_norm(widths[0]), silu=nn.SiLU(),
-        conv_out=nn.Conv2d(widths[0], 3, 3, padding=1),
-    )
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = config.channels
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.mid = _middle(widths[-1])
+        # up.0 is the FULL resolution: the list is built in that order and walked backwards
+        self.up = nn.ModuleList(
+            _level(widths[min(i + 1, len(widths) - 1)], w, config.blocks + 1) for i, w in enumerate(widths)
+        )
+        for level, width in zip(self.up[1:], widths[1:]):
+            level.upsample = Upsample(width)
+        self.norm_out = _group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(self.conv_in(x))))
+        for i, level in reversed(list(enumerate(self.up))):
+            for block in level.block:
+                x = block(x)
+            if i:
+                x = level.upsample(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class VAE(nn.Module):
@@ -261,7 +307,7 @@ class VAE(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        self.config, self.encoder, self.decoder = config, vae_encoder(config), vae_decoder(config)
+        self.config, self.encoder, self.decoder = config, VAEEncoder(config), VAEDecoder(config)
 
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> normalised latents (B, latent_channels, H/f, W/f): posterior means."""

@@ -9,7 +9,6 @@ take turns from working ones. A new section is one more function with a docstrin
 
 import argparse
 import contextlib
-import gc
 import os
 import statistics
 import sys
@@ -83,24 +82,27 @@ def metrics(options):
         torch.save(settle(fid.Inception()).state_dict(), weights)
         pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: torch.load(weights, weights_only=True)
         theirs = pytorch_fid.inception.InceptionV3([3])
-        ours = fid.load_inception(weights)[0].for_evaluation()
+        ours = fid.Inception()
+        ours.load_state_dict(torch.load(weights, weights_only=True))
+        ours = ours.for_evaluation()
         files = sorted(Path(folder).glob("*.jpg"))
-        args = argparse.Namespace(batch_size=16, workers=cores, resize="pytorch-fid", device="cpu", mark="")
         source = fid.open_source(folder)
 
         def run_theirs():
             return pytorch_fid.fid_score.get_activations(files, theirs, 50, 2048, "cpu", cores)
 
-        def run_ours():
-            return torch.cat([pool for _, pool, _ in fid.read_features(source, ours, args, None)]).numpy()
+        def run_ours(resize):
+            batches = fid.read_batches(source, 16, cores)
+            with torch.no_grad():
+                return torch.cat([ours(fid.prepare(pictures, resize=resize))[0] for pictures in batches]).numpy()
 
         print(f"Inception features of {len(files)} JPEGs of 256 x 256, decoding included, float32, {cores} cores")
         resizes = {"pytorch-fid": None, "fid.py, its resize": "pytorch-fid", "fid.py, ADM's resize": "adm"}
         clock, cpu, features = ({name: [] for name in resizes} for _ in range(3))
         for _ in range(options.runs):  # in turns, so that a neighbour on the machine disturbs all alike
-            for name, args.resize in resizes.items():
+            for name, resize in resizes.items():
                 before = cpu_seconds()
-                spent, features[name] = timed(run_ours if args.resize else run_theirs)
+                spent, features[name] = timed(partial(run_ours, resize) if resize else run_theirs)
                 clock[name].append(spent)
                 cpu[name].append(cpu_seconds() - before)
         for name, values in clock.items():
@@ -151,19 +153,25 @@ def flops(function):
     return counter.get_total_flops()
 
 
+def product_rate(dtype, shape):
+    """FLOP/s of one matrix product (m, k) x (k, n), shape (m, k, n)."""
+    m, k, n = shape
+    a, b = torch.ones(m, k, device=DEVICE, dtype=dtype), torch.ones(k, n, device=DEVICE, dtype=dtype)
+    return 2 * m * k * n / min(timed(lambda: a @ b)[0] for _ in range(6))
+
+
 def over_floor(cases, dtype, shape, runs):
     """Time `cases`, name -> (function, its FLOPs, pictures), in turns, each right after the rate of a matrix product (m, k)
     x (k, n), shape (m, k, n): on CUDA a square one of 8192, for smaller ones are over before the clock has moved.
 
     Prints seconds, pictures a second, time over the floor and share of the rate, medians over the rounds, and the share
     of the best rate that the best round reaches, which other work on the machine disturbs least."""
-    import train
     seconds, rates, shape = {name: [] for name in cases}, {name: [] for name in cases}, 3 * (8192,) if CUDA else shape
     for function, *_ in cases.values():
         function()  # compilers and caches are warm
     for _ in range(runs):
         for name, (function, *_) in cases.items():
-            rates[name].append(train.matmul_rate.__wrapped__(DEVICE, dtype, shape))  # anew, not out of the cache
+            rates[name].append(product_rate(dtype, shape))  # anew, not out of the cache
             seconds[name].append(timed(function)[0])
     every = [speed / 1e9 for speeds in rates.values() for speed in speeds]
     print(f"  matrix products {shape[:2]} x {shape[1:]}, {dtype}: {statistics.median(every):,.0f} GFLOP/s "
@@ -213,17 +221,7 @@ def ar(options):
         cases = {"eager": "force_eager", "compiled": "default"}
         over_floor({n: (partial(forward, stance), work, 8) for n, stance in cases.items()}, dtype, product, options.runs)
 
-    size, batch, dtype = (large, 64, torch.bfloat16) if CUDA else (replace(large, depth=4), 8, torch.float32)
-    print(f"AR-L training step, {size.depth} blocks, batch {batch}, float32 weights, products in {dtype}")
-    args = train.parse_arguments(["--stage", "ar", "--preset", "paper", "--compile" if CUDA else "--no-compile"])
-    stage = train.Generating.__new__(train.Generating)  # without the tokenizer's files
-    torch.nn.Module.__init__(stage)
-    stage.job, stage.ar = train.Job(args, DEVICE, None, None), ar.MaskedAR(size)
-    trainer = train.Trainer(stage.to(DEVICE), stage.job.recipe("ar"), "ar", stage.job)
-    step = partial(trainer.train_step, inputs(batch)[:2])
-    step()
-    over_floor({"step": (step, trainer.flops, batch)}, dtype, product, options.runs)
-
+    dtype = torch.bfloat16 if CUDA else torch.float32
     steps, batches = (64, (1, 8, 64)) if CUDA else (4, (1, 4))
     print(f"AR-L sampling, {steps} steps with guidance, {dtype}")
     model, cases = ar.MaskedAR(large).to(DEVICE, dtype).eval(), {}
@@ -257,67 +255,17 @@ def decode(options):
     over_floor(cases, dtype, (2048, 1536, 3 * 1536), options.runs)
 
 
-def stages(options):
-    """On a CPU, each stage of the tiny preset as train.py runs it, in one process; on CUDA, steps of stages 1 and 2 of the
-    paper's size: 32 and 8 pictures, a GPU's share among 8."""
+def stages(_):
+    """60 steps of each stage of the tiny preset by train.py itself: what its log says of speed."""
+    import json
+    import train
     with tempfile.TemporaryDirectory() as folder:
-        (paper_steps if CUDA else tiny_stages)(folder, options)
-
-
-def tiny_stages(folder, _):
-    """60 steps of each stage. The wall clock runs from the end of the first step to that of the last and includes loading
-    and logging, not previews and states; model computation is frozen networks and inputs, forward and backward passes,
-    clipping, and the optimiser."""
-    import train
-    args = train.parse_arguments(["--stage", "all", "--out", folder, "--steps", "60"])
-    pictures = [train.open_pictures(None, split, 0, 32, 0) for split in ("train", "val")]
-    job, ends, take, rate = train.Job(args, DEVICE, *pictures), [], train.Trainer.train_step, train.matmul_rate(DEVICE)
-    print(f"Tiny stages, 60 steps each; matrix products (768, 768) x (768, 768), float32: {rate / 1e9:,.0f} GFLOP/s")
-    for name in train.STAGES:
-        inside = [(train.STAGE_CLASSES[name], "inputs"), (train.Trainer, "forward_backward"), (train.Trainer, "clip")]
-        with clocks(*inside, (torch.optim.AdamW, "step")) as spent, \
-                clocks((train.Trainer, "show"), (train.Trainer, "save")) as shown:
-            def step(trainer, batch):
-                result = take(trainer, batch)
-                ends.append((time.perf_counter(), sum(spent.values()), sum(shown.values()), trainer.flops))
-                return result
-            ends.clear()
-            with mock.patch.object(train.Trainer, "train_step", step):
-                train.run_stage(name, job)
-        (start, before, idle, _), (end, after, resting, work) = ends[0], ends[-1]
-        wall = end - start - (resting - idle)
-        each, count = wall / (len(ends) - 1), job.recipe(name).batch_size
-        print(f"  stage {name:3s} {1000 * each:7.1f} ms a step, {count / each:.0f} images/s, {work / 1e9:.1f} GFLOP: "
-              f"{each * rate / work:.1f} x the floor; {(after - before) / wall:.1%} inside model computation")
-
-
-def paper_steps(folder, options):
-    """Steps of stages 1 and 2 in real sizes, compiled, from random weights in files as the real ones look."""
-    import fid
-    import semtok
-    import train
-    out, parts = Path(folder), {"vae": semtok.VAE(semtok.VAEConfig()), "siglip": semtok.SigLIP(semtok.SigLIPConfig()),
-                                "vgg": fid.VGG16Features(), "resnet": train.ResNet()}
-    heads = {f"lin{i}.model.1.weight": torch.rand(1, w, 1, 1) for i, w in enumerate((64, 128, 256, 512, 512))}
-    files = []
-    for name, state in ({name: network.state_dict() for name, network in parts.items()} | {"lpips": heads}).items():
-        semtok.write_tensors(str(out / f"{name}.safetensors"), state, {})
-        files += [f"--{name}", str(out / f"{name}.safetensors")]
-    pictures = train.InMemory(torch.randint(256, (64, 3, 256, 256), dtype=torch.uint8), [0] * 64, ["any"])
-    torch.set_float32_matmul_precision("high")  # as train.py
-    for stage, batch, flags in (("1", 32, ["--accumulate", "4"]), ("2", 8, ["--from-scratch", "--checkpoint-activations"])):
-        args = train.parse_arguments(
-            ["--stage", stage, "--preset", "paper", "--out", folder, "--compile", "--batch-size", str(batch), *flags, *files]
-        )
-        job = train.Job(args, DEVICE, pictures, pictures)
-        trainer = train.Trainer(train.STAGE_CLASSES[stage](job).to(DEVICE), job.recipe(stage), stage, job)
-        data = [pictures.pictures[:batch], torch.zeros(batch, dtype=torch.long)]
-        print(f"Stage {stage}, paper preset, {batch} pictures, {' '.join(flags)}")
-        trainer.train_step(data)
-        step = partial(trainer.train_step, data)
-        over_floor({"step": (step, trainer.flops, batch)}, torch.bfloat16, None, options.runs)
-        del trainer, step
-        gc.collect()  # the next one needs the memory
+        train.main(["--stage", "all", "--out", folder, "--steps", "60", "--set", "log_every=30"])
+        entries = [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
+    for entry in entries:
+        if entry["step"] == 60 and "loss" in entry:
+            speed, share = entry["images_per_s"], entry["mfu"]
+            print(f"  stage {entry['stage']:3s} {speed:8.1f} images/s, {share:.1%} of the rate of large matrix products")
 
 
 SECTIONS = {"metrics": metrics, "ar": ar, "stages": stages, "decode": decode}
