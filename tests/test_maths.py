@@ -365,7 +365,7 @@ def test_grouped_head_predicts_joint_values():
     values = (bits.unflatten(-1, (2, 3)) * torch.tensor([1, 2, 4])).sum(-1)
     nll = -logits.log_softmax(-1).gather(-1, values[..., None]).mean() / 3
     assert model.loss(bits, labels, masked, torch.tensor(9.0), 0.0)["nll"].item() == pytest.approx(nll.item(), rel=1e-5)
-    assert model.generate(labels, steps=3, cfg=2.0, generator=torch.Generator().manual_seed(0)).shape == (2, 9, 6)
+    assert model.generate(labels, steps=3, cfg=2.0).shape == (2, 9, 6)
 
 
 # --------------------------------------------------------------------------------------------------- training
