@@ -10,9 +10,9 @@
           +--------> VGG16 -> five maps ---------------------------------------> LPIPS
           `--------------------------------------------------------------------> PSNR, SSIM
 
-The protocol is that of ADM's TensorFlow evaluator (Dhariwal & Nichol 2021), which most tables mean. It resizes
-by TF1's legacy bilinear. The network is the Inception of 2015 in float32. Covariances divide by N - 1. sFID
-takes 7 channels of mixed_6. IS leaves out the classifier's bias and averages parts of 5000. Precision and
+The protocol is that of ADM's TensorFlow evaluator (Dhariwal & Nichol 2021), which most tables mean. It
+resizes by TF1's legacy bilinear. The network is the Inception of 2015 in float32. Covariances divide by N - 1.
+sFID takes 7 channels of mixed_6. IS leaves out the classifier's bias and averages parts of 5000. Precision and
 recall take k = 3. One difference: ADM rounds their distances to float16 where they fit.
 
     import torch, fid
@@ -633,7 +633,8 @@ def measure(source, network, args, rows=None):
     """A Source's statistics by name, its file's before those of its pictures; appends pool_3 to `rows`."""
     moments, moments_s = Moments(), Moments()
     batches = read_batches(source, args.batch_size, args.workers) if source.count else ()
-    for pictures in tqdm(batches, source.path, math.ceil(source.count / args.batch_size), leave=False):
+    total = math.ceil(source.count / args.batch_size)
+    for pictures in tqdm(batches, source.path, total, leave=False, disable=not total):
         pool, spatial = network(prepare(pictures, resize=args.resize, device=args.device))
         if not (pool.isfinite().all() and spatial.isfinite().all()):
             raise UserError(f"the network gives NaN or infinity for {source.path}: its weights are damaged")
