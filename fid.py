@@ -10,10 +10,10 @@
           +--------> VGG16 -> five maps ---------------------------------------> LPIPS
           `--------------------------------------------------------------------> PSNR, SSIM
 
-The protocol is that of ADM's TensorFlow evaluator (Dhariwal & Nichol 2021), which most tables mean: TF1's legacy
-bilinear, the Inception of 2015 in float32, mean and covariance (N - 1) of pool_3 and, for sFID, of 7 channels of
-mixed_6, IS without the classifier's bias in parts of 5000, precision and recall with k = 3. One difference: ADM
-rounds the distances of precision and recall to float16 where they fit.
+The protocol is that of ADM's TensorFlow evaluator (Dhariwal & Nichol 2021), which most tables mean. It
+resizes by TF1's legacy bilinear. The network is the Inception of 2015 in float32. Covariances divide by N - 1.
+sFID takes 7 channels of mixed_6. IS leaves out the classifier's bias and averages parts of 5000. Precision and
+recall take k = 3. One difference: ADM rounds their distances to float16 where they fit.
 
     import torch, fid
     pictures = torch.randint(0, 256, (4, 3, 64, 64))
@@ -24,7 +24,6 @@ rounds the distances of precision and recall to float16 where they fit.
 import argparse
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -32,6 +31,7 @@ import os
 import sys
 import zipfile
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ class UserError(Exception):
 
 
 def psnr(images, references, data_range=255.0):
-    """Peak signal-to-noise ratio of each picture in dB: two (B, 3, H, W) -> (B,) float64, infinite where equal.
+    """Peak signal-to-noise ratio in dB: two (B, 3, H, W) -> (B,) float64, infinite where the two are equal.
 
     Values span `data_range`, 255 for uint8, 2 for [-1, 1]. Papers average over pictures.
     Raises ValueError on shapes that differ.
@@ -66,8 +66,8 @@ def psnr(images, references, data_range=255.0):
 def ssim(images, references, data_range=255.0):
     """Structural similarity of each picture (Wang et al. 2004), in float64.
 
-    The window is Gaussian, 11 taps, sigma 1.5; covariances are biased; the mean is over channels and over positions
-    where the window fits. images, references: (B, 3, H, W), values span `data_range`. Returns (B,).
+    The window is Gaussian, 11 taps, sigma 1.5; covariances are biased. The mean is over channels and
+    positions where the window fits. Two (B, 3, H, W) whose values span `data_range` -> (B,).
     Raises ValueError on shapes that differ and on sides under 11 pixels.
     """
     if images.shape != references.shape or min(images.shape[2:]) < 11:
@@ -145,8 +145,8 @@ class Moments:
 def inception_score(features, weight, split_size=5000):
     """Inception score (Salimans et al. 2016) as ADM takes it: no bias, mean over parts of `split_size`.
 
-    features: pool_3 rows (N, D) in order; weight: (classes, D) of the classifier. A shorter last part counts as
-    much as the others. Returns exp(mean divergence between p(class | picture) and p(class)), a float.
+    features: pool_3 rows (N, D) in order; weight: (classes, D) of the classifier. A shorter last part counts
+    in full. Returns exp(mean divergence between p(class | picture) and p(class)), a float.
     """
     scores = []
     for part in features.split(split_size):
@@ -160,11 +160,11 @@ def precision_recall(reference, samples, k=3, block=512):
     """Improved precision and recall (Kynkaanniemi et al. 2019) as ADM's evaluator computes them.
 
     A feature's ball reaches to its k-th neighbour in its own set, the rim included. Precision is the share of
-    samples inside some reference ball, recall the share of references inside some sample ball. reference: (N, D),
-    samples: (M, D); memory grows with block x max(N, M). Raises ValueError with k rows or fewer on a side.
+    samples inside some reference ball, recall the share of references inside some sample ball.
+    reference: (N, D), samples: (M, D). Raises ValueError with k rows or fewer on a side.
     """
     if min(len(reference), len(samples)) <= k:
-        raise ValueError(f"expected more than {k} rows on both sides, got {len(reference)} and {len(samples)}")
+        raise ValueError(f"expected more than {k} rows, got {len(reference)} and {len(samples)}")
     reference, samples = reference.double(), samples.double()
 
     def distances(rows, columns):  # squared: (b, D) and (M, D) -> (b, M)
@@ -175,7 +175,7 @@ def precision_recall(reference, samples, k=3, block=512):
         return torch.cat([distances(part, features).topk(k + 1, largest=False).values[:, -1]
                           for part in features.split(block)])
 
-    # Equal distances are a tie, and inside. The slack is above the rounding of float64, below any real difference.
+    # Equal distances are a tie, and inside: the slack is above float64's rounding, below real differences.
     slack = 1e-11 * max(x.norm(dim=1).max().square() for x in (reference, samples))
     reference_radii, sample_radii = radii(reference) + slack, radii(samples) + slack
     covered = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
@@ -193,7 +193,7 @@ VGG_WIDTHS = (64, 128, 256, 512, 512)
 
 
 class VGG16Features(nn.Module):
-    """VGG16's convolutions (Simonyan & Zisserman 2015) under torchvision's names; widths: of its five stages."""
+    """VGG16's convolutions (Simonyan & Zisserman 2015) by torchvision's names; widths: of the five stages."""
 
     def __init__(self, widths=VGG_WIDTHS):
         super().__init__()
@@ -234,7 +234,7 @@ class LPIPS(nn.Module):
     def forward(self, images, references):
         """Twice (B, 3, H, W) in [-1, 1] -> (B,) float32; ValueError unless of one shape, sides >= 16."""
         if images.shape != references.shape or min(images.shape[2:]) < 16:
-            raise ValueError(f"expected one shape, sides >= 16, got {[*images.shape]} and {[*references.shape]}")
+            raise ValueError(f"expected one shape, sides >= 16, got {images.shape} and {references.shape}")
         distance = 0.0
         maps = [self.vgg((x - self.shift) / self.scale) for x in (images, references)]
         for i, (a, b) in enumerate(zip(*maps)):  # (B, C, h, w); float32 from here, also under autocast
@@ -245,8 +245,8 @@ class LPIPS(nn.Module):
         return distance
 
 
-# The 2015 Inception (Szegedy et al. 2016) as FID uses it, in steps. A step is a pool, a convolution (name, width,
-# kernel, stride 1, padding "same"), or a list of branches, each a list of steps, that are concatenated.
+# The 2015 Inception (Szegedy et al. 2016) as FID uses it, in steps. A step is a pool, a convolution (name,
+# width, kernel, stride 1, padding "same"), or a list of branches, each a list of steps, to concatenate.
 
 
 def _block_a(pool):
@@ -259,8 +259,9 @@ def _block_a(pool):
 def _block_c(inner):
     return [[[("branch1x1", 192, 1)],
              [("branch7x7_1", inner, 1), ("branch7x7_2", inner, (1, 7)), ("branch7x7_3", 192, (7, 1))],
-             [("branch7x7dbl_1", inner, 1), ("branch7x7dbl_2", inner, (7, 1)), ("branch7x7dbl_3", inner, (1, 7)),
-              ("branch7x7dbl_4", inner, (7, 1)), ("branch7x7dbl_5", 192, (1, 7))],
+             [("branch7x7dbl_1", inner, 1), ("branch7x7dbl_2", inner, (7, 1)),
+              ("branch7x7dbl_3", inner, (1, 7)), ("branch7x7dbl_4", inner, (7, 1)),
+              ("branch7x7dbl_5", 192, (1, 7))],
              ["average", ("branch_pool", 192, 1)]]]
 
 
@@ -279,7 +280,8 @@ BLOCKS = {
     "Mixed_6a": [[[("branch3x3", 384, 3, 2, 0)],
                   [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3, 2, 0)],
                   ["reduce"]]],
-    "Mixed_6b": _block_c(128), "Mixed_6c": _block_c(160), "Mixed_6d": _block_c(160), "Mixed_6e": _block_c(192),
+    "Mixed_6b": _block_c(128), "Mixed_6c": _block_c(160), "Mixed_6d": _block_c(160),
+    "Mixed_6e": _block_c(192),
     "Mixed_7a": [[[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2, 0)],
                   [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
                    ("branch7x7x3_4", 192, 3, 2, 0)],
@@ -375,7 +377,7 @@ HEADS = ("lpips_vgg.pth", "a78928a0",
 
 
 def read_tensors(path):
-    """The tensors by name, mapped into memory, and the metadata of a .safetensors or .pth file; else UserError."""
+    """Tensors by name (mapped into memory) and metadata of a .safetensors or .pth file, else UserError."""
     try:
         if str(path).endswith(".safetensors"):
             with safe_open(path, framework="pt") as file:
@@ -384,8 +386,8 @@ def read_tensors(path):
         if not all(isinstance(value, torch.Tensor) for value in tensors.values()):
             raise ValueError("it holds other things than tensors")
     except Exception as error:  # torch.load raises another type for each way of not being a weights file
-        raise UserError(f"{path} is no readable weights file ({type(error).__name__}): expected tensors by name "
-                        "in .pth or .safetensors") from error
+        raise UserError(f"{path} is no readable weights file ({type(error).__name__}): expected tensors by "
+                        "name in .pth or .safetensors") from error
     return tensors, {}
 
 
@@ -400,7 +402,7 @@ def check_keys(tensors, expected, path, what):
 
 
 def load_inception(path):
-    """Read FID's Inception from pytorch-fid's file: (Inception, sha256); UserError for another kind of file."""
+    """Read FID's Inception from pytorch-fid's file: (Inception, sha256); UserError for another kind."""
     with torch.device("meta"):  # no time for random weights
         network = Inception()
     tensors, wanted = ({key: value.float() for key, value in each.items() if "num_batches_tracked" not in key}
@@ -433,7 +435,7 @@ def sha256(path):
 
 
 def find_weights(given, known):
-    """(The path given, else of the known file in weights/ or torch hub's cache; what to do where it is None)."""
+    """(The path given, else of the known file in weights/ or torch hub's cache, or None; how to get it)."""
     paths = [given] if given else ["weights/" + known[0], f"{torch.hub.get_dir()}/checkpoints/{known[0]}"]
     path = next((path for path in paths if os.path.isfile(path)), None)
     if given and not path:
@@ -455,54 +457,54 @@ class Source:
     path: str
     files: list | None = None  # of a folder: paths below it, sorted
     count: int = 0  # pictures it holds
-    n: int | None = None  # pictures behind its statistics, None where the file does not say
-    size: tuple | None = None  # (H, W) that its pictures are read at
+    size: tuple | None = None  # (H, W) that they are read at
     fit: bool = False  # whether pictures of other sizes are resized and cropped; else they are refused
-    fitted: int = 0  # how many were
     statistics: dict = dataclasses.field(default_factory=dict)  # those of MOMENTS that the file holds
     made_with: dict = dataclasses.field(default_factory=dict)  # --save-stats' note: n, size, resize, sha256
 
-def open_picture(path):
+    @property
+    def n(self):
+        """Pictures behind the statistics, None where the file does not say; else pictures held."""
+        return self.made_with.get("n") if self.statistics else self.count
+
+
+def read_picture(path):
     """A picture file of any mode as RGB: turned as EXIF says, transparency on white, 16 bits reduced to 8."""
-    if not os.path.isfile(path):
-        raise ValueError("it is no regular file")
-    with Image.open(path, formats=FORMATS) as picture:
-        deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
-        picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith(("I", "F")):  # Pillow's own conversion would clip it
-        grey = np.asarray(picture, np.float32)
-        grey = grey / (257 if deep or grey.max() > 255 else 1)  # 65535 / 257 = 255
-        picture = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    if not os.path.isfile(path):  # nor wait for a named pipe
+        raise UserError(f"{path} is no regular file: replace or remove it")
+    try:
+        with Image.open(path, formats=FORMATS) as picture:
+            deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
+            picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith(("I", "F")):  # Pillow's own conversion would clip it
+            grey = np.asarray(picture, np.float32)
+            grey = grey / (257 if deep or grey.max() > 255 else 1)  # 65535 / 257 = 255
+            picture = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
+    except Exception as error:  # Pillow raises another type for each way a file can be broken
+        raise UserError(f"{path} cannot be read as a picture ({error}): replace or remove it") from error
 
 
-def fit_picture(picture, side):
-    """An Image -> (side, side) as ADM prepared ImageNet: box halvings, bicubic, the centre cut out."""
-    while min(picture.size) >= 2 * side:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    width, height = (max(side, round(x * side / min(picture.size))) for x in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - side) // 2, (height - side) // 2
-    return picture.crop((left, top, left + side, top + side))
+def fit_picture(picture, size):
+    """An Image -> uint8 (*size, 3), a square, as ADM prepared ImageNet: box halvings, bicubic, the centre."""
 
+    def centre(picture, width, height):
+        left, top = (picture.width - width) // 2, (picture.height - height) // 2
+        return picture.crop((left, top, left + width, top + height))
 
-def _decode(paths, size, fit):
-    """Picture files -> uint8 (b, H, W, 3), how many were fitted; on a fault a sentence, which leaves a worker whole."""
-    pictures, fitted = [], 0
-    for path in paths:
-        try:
-            picture = open_picture(path)
-        except Exception as error:  # Pillow raises another type for each way a file can be broken
-            return f"{path} cannot be read as a picture ({error}): replace or remove it", 0
-        if size and picture.size[::-1] != size:
-            if not fit:
-                return f"{path} has (H, W) = {picture.size[::-1]}, others {size}: --size N brings all to N x N", 0
-            picture, fitted = fit_picture(picture, size[0]), fitted + 1
-        pictures.append(np.asarray(picture))
-    return np.stack(pictures), fitted
+    side, shorter = size[0], min(picture.size)
+    if picture.size != (side, side):
+        # A thin picture, enlarged whole, would take gigabytes.
+        picture = centre(picture, *(min(x, 16 * shorter) for x in picture.size))
+        while min(picture.size) >= 2 * side:
+            picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+        scale = side / min(picture.size)
+        sides = [max(side, round(x * scale)) for x in picture.size]
+        picture = centre(picture.resize(sides, Image.Resampling.BICUBIC), side, side)
+    return np.asarray(picture)
 
 
 @contextlib.contextmanager
@@ -514,11 +516,11 @@ def _open_npz(path):
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{path} is not a whole .npz file ({error}): make or download it again") from error
+        raise UserError(f"{path} is no usable .npz file ({error}): make or download it again") from error
 
 
 def _open_array(archive, key):
-    """Open the member `key`.npy: (stream of its values, shape, dtype); ValueError where its sizes disagree."""
+    """Open `key`.npy: (stream of its values, shape, dtype); ValueError where its header is wrong."""
     info = archive.getinfo(f"{key}.npy")
     member = archive.open(info)
     version = np.lib.format.read_magic(member)
@@ -527,8 +529,8 @@ def _open_array(archive, key):
     stored = info.file_size - member.tell()
     if dtype.hasobject or min(shape, default=1) < 1 or math.prod(shape) * dtype.itemsize != stored:
         raise ValueError(f"`{key}` is {dtype} {shape} in {stored} bytes")
-    if fortran and key == "arr_0":  # a covariance is its own transpose
-        raise ValueError("`arr_0` is in Fortran order")
+    if key == "arr_0" and (fortran or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3):
+        raise ValueError(f"`arr_0` is {dtype} {shape}, expected uint8 (N, H, W, 3) in C order")
     return member, shape, dtype
 
 
@@ -544,8 +546,8 @@ def open_source(path):
             for name in names if name.lower().endswith(PICTURES) and not name.startswith("."))
         if not source.files:
             raise UserError(f"no pictures under {path}: expected files ending in {', '.join(PICTURES)}")
-        source.count = source.n = len(source.files)
-        source.size = next(read_batches(source, 1)).shape[1:3]
+        source.count = len(source.files)
+        source.size = read_picture(os.path.join(path, source.files[0])).size[::-1]
         return source
     if not os.path.isfile(path):
         raise UserError(f"nothing at {path}: expected a folder of pictures or an .npz file")
@@ -554,66 +556,65 @@ def open_source(path):
         names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
         for key in sorted({"arr_0", "made_with", *MOMENTS} & set(names)):
             member, shape, dtype = _open_array(archive, key)
-            if key != "arr_0":
-                arrays[key] = np.frombuffer(member.read(), dtype).reshape(shape)
-            elif dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
-                raise UserError(f"{path} has an `arr_0` of {dtype} {shape}: expected uint8 (N, H, W, 3)")
+            if key == "arr_0":
+                source.count, source.size = shape[0], shape[1:3]
             else:
-                source.count, source.n, source.size = shape[0], shape[0], shape[1:3]
+                arrays[key] = np.frombuffer(member.read(), dtype).reshape(shape)
         if "made_with" in arrays:
             source.made_with = note = json.loads(str(arrays.pop("made_with")))
-            if [type(note[key]) for key in ("n", "size", "resize", "sha256")] != [int, list, str, str]:
+            source.size = tuple(note["size"])
+            kinds = [type(x) for x in (note["n"], *source.size, note["resize"], note["sha256"])]
+            if kinds != 3 * [int] + 2 * [str]:
                 raise ValueError(f"`made_with` is {note}")
-            source.size, source.n = source.size or tuple(note["size"]), note["n"]
-    for mu, sigma in (MOMENTS[:2], MOMENTS[2:]):
-        found = [arrays[key] for key in (mu, sigma) if key in arrays]
-        shapes = [array.shape for array in found]
-        if found and (len(found) < 2 or len(shapes[0]) != 1 or shapes[1] != 2 * shapes[0] or not all(
-                array.dtype.kind == "f" and np.isfinite(array).all() for array in found)):
-            raise UserError(f"{path} has `{mu}`, `{sigma}` of {shapes}, of NaN or of other kinds: expected finite "
-                            "floats (D,), (D, D)")
-        source.n = source.n if not arrays or source.made_with else None
+        for mu, sigma in (MOMENTS[:2], MOMENTS[2:]):
+            found = [arrays[key] for key in (mu, sigma) if key in arrays]
+            shapes = [array.shape for array in found]
+            if found and (len(found) < 2 or len(shapes[0]) != 1 or shapes[1] != 2 * shapes[0] or not all(
+                    array.dtype.kind == "f" and np.isfinite(array).all() for array in found)):
+                raise ValueError(f"`{mu}`, `{sigma}` are {shapes}, expected floats (D,), (D, D), none NaN")
     if not source.count and "mu" not in arrays:
-        raise UserError(f"{path} holds {', '.join(names[:5]) or 'nothing'}: expected `arr_0` or `mu` and `sigma`")
+        raise UserError(f"{path} holds {names[:5]}: expected `arr_0` or `mu` and `sigma`")
     return source
 
 
-def read_batches(source, batch_size=64, workers=0, step=1):
-    """Yield every step-th picture of a Source in order, uint8 (b, H, W, 3), a few batches in memory at most.
+def read_batches(source, batch_size=64, workers=1, step=1):
+    """Yield every step-th picture of a Source in order, uint8 (b, H, W, 3), two batches in memory at most.
 
-    Folders are decoded in `workers` processes (0: in this one), npz files streamed out of the zip.
+    `workers` threads decode the next batch of a folder meanwhile; an npz is streamed out of the zip.
     Raises UserError for a picture that cannot be decoded or has another size, and for a broken zip.
     """
-    fitted = 0
     if source.files is None:
         with _open_npz(source.path) as archive:
             member, (count, *sides), _ = _open_array(archive, "arr_0")
             for first in range(0, count, batch_size):
                 shape = (min(batch_size, count - first), *sides)
                 pictures = np.frombuffer(bytearray(member.read(math.prod(shape))), np.uint8).reshape(shape)
-                pictures = pictures[-first % step :: step]
-                if pictures.shape[1:3] != source.size:
-                    fitted += len(pictures)
-                    pictures = np.stack([fit_picture(Image.fromarray(x), source.size[0]) for x in pictures])
-                yield pictures
-    else:
-        paths = [os.path.join(source.path, name) for name in source.files[::step]]
-        # The batches are arrays, which cross by pipe: containers often lack shared memory for tensors.
-        for pictures, changed in torch.utils.data.DataLoader(
-                paths, batch_size, num_workers=min(workers, math.ceil(len(paths) / batch_size)),
-                collate_fn=functools.partial(_decode, size=source.size, fit=source.fit)):
-            if isinstance(pictures, str):
-                raise UserError(pictures)
-            fitted += changed
-            yield pictures
-    source.fitted = max(source.fitted, fitted)
+                if source.fit:
+                    pictures = np.stack([fit_picture(Image.fromarray(x), source.size) for x in pictures])
+                yield pictures[-first % step :: step]
+        return
+
+    def read(name):
+        picture = read_picture(os.path.join(source.path, name))
+        if not source.fit and picture.size[::-1] != source.size:
+            raise UserError(f"{name} in {source.path} has (H, W) = {picture.size[::-1]}, others "
+                            f"{source.size}: --size N brings all to N x N")
+        return fit_picture(picture, source.size) if source.fit else np.asarray(picture)
+
+    files = source.files[::step]
+    with ThreadPoolExecutor(workers) as pool:
+        ahead = pool.map(read, files[:batch_size])
+        for first in range(batch_size, len(files) + batch_size, batch_size):
+            batch, ahead = ahead, pool.map(read, files[first : first + batch_size])
+            yield np.stack(list(batch))
 
 
 def match_sizes(sources, side):
-    """Set what the pictures are fitted to: side x side, or without `side` the size of the other Source.
+    """Set the size that pictures are fitted to: side x side, or without `side` that of the other Source.
 
-    Of two Sources, one with statistics keeps its size, else an npz, else the second."""
-    keeper, *others = sorted(reversed(sources), key=lambda source: (not source.statistics, source.files is not None))
+    Of two Sources, one with statistics keeps its size, else an npz, else the second.
+    """
+    keeper, *others = sorted(reversed(sources), key=lambda x: (not x.statistics, x.files is not None))
     size = (side, side) if side else keeper.size
     for source in sources if side else others:
         if size and size[0] == size[1] and not source.statistics:
@@ -632,7 +633,8 @@ def measure(source, network, args, rows=None):
     """A Source's statistics by name, its file's before those of its pictures; appends pool_3 to `rows`."""
     moments, moments_s = Moments(), Moments()
     batches = read_batches(source, args.batch_size, args.workers) if source.count else ()
-    for pictures in tqdm(batches, source.path, math.ceil(source.count / args.batch_size), leave=False):
+    total = math.ceil(source.count / args.batch_size)
+    for pictures in tqdm(batches, source.path, total, leave=False, disable=not total):
         pool, spatial = network(prepare(pictures, resize=args.resize, device=args.device))
         if not (pool.isfinite().all() and spatial.isfinite().all()):
             raise UserError(f"the network gives NaN or infinity for {source.path}: its weights are damaged")
@@ -654,8 +656,8 @@ def compare(reference, samples, network, args):
         metrics[name] = f"not available: a side has neither `{mu}` nor two pictures"
         if mu in a and mu in b:
             if a[mu].shape != b[mu].shape:
-                raise UserError(f"{reference.path} has a `{mu}` of {len(a[mu])} numbers, {samples.path} one of "
-                                f"{len(b[mu])}: make them anew with one network")
+                raise UserError(f"{reference.path} has a `{mu}` of {len(a[mu])} numbers, {samples.path} one "
+                                f"of {len(b[mu])}: make them anew with one network")
             metrics[name] = frechet_distance(a[mu], a[sigma], b[mu], b[sigma])
     metrics["Precision"] = metrics["Recall"] = "not available: a side has fewer than 4 pictures"
     if min(reference.count, samples.count) > 3:
@@ -673,53 +675,51 @@ def match_pairs(originals, recons):
         stems = [{os.path.splitext(name)[0]: name for name in source.files} for source in (originals, recons)]
         both = sorted(stems[0].keys() & stems[1].keys())
         if not both:
-            raise UserError(f"no path below {recons.path}, such as {recons.files[0]}, is one below "
-                            f"{originals.path}, such as {originals.files[0]}: --pairs matches without extension")
+            raise UserError(f"{recons.path} and {originals.path} share no path, extensions aside, such as "
+                            f"{recons.files[0]}: --pairs needs equal names")
         for source, stem in zip((originals, recons), stems):
             if twice := sorted(set(source.files) - set(stem.values())):
-                raise UserError(f"{source.path} holds {twice[0]} with another extension too: keep one of them")
+                raise UserError(f"{source.path} holds {twice[0]} with another extension too: keep one")
             if alone := [stem[key] for key in sorted(stem.keys() - set(both))]:
                 left_out.append(f"{len(alone)} unmatched in {source.path} left out: {', '.join(alone[:5])}")
-            source.files, source.count, source.n = [stem[key] for key in both], len(both), len(both)
+            source.files, source.count = [stem[key] for key in both], len(both)
     elif originals.count != recons.count or not recons.count:
-        raise UserError(f"{originals.path} holds {originals.count} pictures and {recons.path} {recons.count}: "
+        raise UserError(f"{originals.path} holds {originals.count} pictures, {recons.path} {recons.count}: "
                         "an npz matches by position and needs as many on both sides")
     if originals.size != recons.size:
-        raise UserError(f"{originals.path} has (H, W) = {originals.size}, {recons.path} {recons.size}: give --size")
+        raise UserError(f"the pairs have (H, W) = {originals.size} and {recons.size}: give --size N")
     return left_out
 
 
 @torch.no_grad()
 def compare_pairs(originals, recons, network, lpips, args):
-    """rFID, PSNR, SSIM, LPIPS of matched Sources, as from `compare`; nothing of a network that is None."""
-    metrics, functions = {}, {"PSNR": psnr, "SSIM": ssim}
-    if network is not None:
-        metrics["rFID"] = "not available: needs two pairs or more"
-        a, b = measure(originals, network, args), measure(recons, network, args)
-        if originals.count > 1:
-            metrics["rFID"] = frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])
-    if lpips is not None:
+    """rFID, PSNR, SSIM, LPIPS of matched Sources by name, without those that the networks or sizes forbid."""
+    metrics, functions = {}, {"PSNR": psnr}
+    if min(originals.size) >= 11:
+        functions["SSIM"] = ssim
+    if min(originals.size) >= 16 and lpips:
         functions["LPIPS"] = lambda recon, original: lpips(recon / 127.5 - 1, original / 127.5 - 1)
+    if originals.count > 1 and network:
+        a, b = measure(originals, network, args), measure(recons, network, args)
+        metrics["rFID"] = frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])
     values = {name: [] for name in functions}
     batches = (read_batches(source, args.batch_size, args.workers) for source in (originals, recons))
     for pictures in zip(*batches):
         original, recon = (torch.as_tensor(x).to(args.device).permute(0, 3, 1, 2) for x in pictures)
-        for name, least in (("PSNR", 1), ("SSIM", 11), ("LPIPS", 16)):
-            if name in functions and min(originals.size) >= least:
-                values[name].append(functions[name](recon, original))
-            elif name in functions:
-                metrics[name] = f"not available: needs {least} x {least} pixels or more"
-    metrics |= {name: torch.cat(parts).double().mean().item() for name, parts in values.items() if parts}
+        for name, function in functions.items():
+            values[name].append(function(recon, original))
+    metrics |= {name: torch.cat(parts).double().mean().item() for name, parts in values.items()}
     if math.isinf(metrics["PSNR"]):
-        metrics["PSNR"] = f"infinite: {torch.cat(values['PSNR']).isinf().sum()} pictures equal their originals"
+        equal = torch.cat(values["PSNR"]).isinf().sum()
+        metrics["PSNR"] = f"infinite: {equal} pictures equal their originals"
     return metrics
 
 
 def save_statistics(out, source, network, digest, args):
     """Write mu, sigma, mu_s, sigma_s of a Source's pictures to `out`, whole or not at all.
 
-    Up to 10,000 of them, evenly spaced, go along as `arr_0`: ADM's evaluator insists on pictures in a reference
-    batch, and precision and recall need them. pytorch-fid reads mu and sigma and ignores the rest.
+    Up to 10,000 pictures, evenly spaced, go along as `arr_0`: ADM's evaluator insists on them, and precision
+    and recall need them. pytorch-fid reads mu and sigma and ignores the rest.
     """
     made_with = {"n": source.count, "size": source.size, "resize": args.resize, "sha256": digest}
     step = math.ceil(source.count / FEW)
@@ -743,10 +743,10 @@ def save_statistics(out, source, network, digest, args):
 
 
 def load_networks(args, needed):
-    """(Inception or None, LPIPS or None, sha256s by name, metrics that are missing: why) for the command line."""
+    """(Inception or None, LPIPS or None, sha256s by name, why --pairs may lack a metric by name)."""
     (inception, order), (vgg, vgg_order), (heads, heads_order) = (
         find_weights(getattr(args, name), known) for name, known in KNOWN.items())
-    network, lpips, hashes, missing = None, None, {}, {"rFID": f"not available: {order}"}
+    network, lpips, hashes = None, None, {}
     if needed and inception:
         network, hashes["inception"] = load_inception(inception)
         network.for_evaluation().to(args.device)
@@ -755,24 +755,26 @@ def load_networks(args, needed):
     if args.pairs and vgg and heads:
         lpips = load_lpips(vgg, heads).to(args.device)
         hashes |= {"vgg": sha256(vgg), "heads": sha256(heads)}
-    missing["LPIPS"] = f"not available: {heads_order if vgg else vgg_order}"
-    return network, lpips, hashes, missing
+    missing = {"rFID": "needs two pairs or more" if inception else order,
+               "SSIM": "needs 11 x 11 pixels or more",
+               "LPIPS": "needs 16 x 16 pixels or more" if lpips else heads_order if vgg else vgg_order}
+    return network, lpips, hashes, {name: f"not available: {reason}" for name, reason in missing.items()}
 
 
 def evaluate(args):
     """Run the command that the parsed `args` hold. Returns what is printed, by name. Raises UserError."""
     sources = [open_source(path) for path in args.inputs]
     for source in sources if args.pairs else ():
-        source.statistics, source.made_with, source.n = {}, {}, source.count  # pairs are of pictures alone
+        source.statistics, source.made_with = {}, {}  # pairs are of pictures alone
     match_sizes(sources, args.size)
     warnings = match_pairs(*sources) if args.pairs else []
     if args.save_stats and (sources[0].statistics or sources[0].count < 2):
-        raise UserError(f"{args.inputs[0]} holds one picture or has statistics already: --save-stats needs pictures")
+        raise UserError(f"{args.inputs[0]} holds one picture, or statistics already: nothing to save")
     network, lpips, hashes, missing = load_networks(args, any(source.count for source in sources))
     for note in filter(None, (source.made_with for source in sources)):
         if (hashes.setdefault("inception", note["sha256"]), args.resize) != (note["sha256"], note["resize"]):
-            raise UserError(f"statistics of Inception {note['sha256'][:8]} with --resize {note['resize']} do not "
-                            f"go with Inception {hashes['inception'][:8]} and --resize {args.resize}: make them anew")
+            raise UserError(f"statistics of Inception {note['sha256'][:8]} with --resize {note['resize']} do "
+                            f"not go with Inception {hashes['inception'][:8]} and --resize {args.resize}")
     metrics, other = {}, [name for name, digest in hashes.items() if not digest.startswith(KNOWN[name][1])]
     if args.save_stats:
         protocol = "statistics for FID and sFID"
@@ -784,7 +786,8 @@ def evaluate(args):
     else:
         # The name that papers use is kept for the one protocol that they mean by it.
         published = "inception" in hashes and not other and args.resize == "adm" and sources[1].n == 50_000
-        protocol = f"{'FID-50k' if published else 'FID'} of ADM; gFID where REFERENCE is ADM's reference batch"
+        name = "FID-50k" if published else "FID"
+        protocol = f"{name} as ADM's evaluator; gFID where REFERENCE is ADM's reference batch"
         metrics = compare(*sources, network, args)
     if other:
         warnings.append(f"not the standard weights ({', '.join(other)}): compares with no published number")
@@ -794,10 +797,9 @@ def evaluate(args):
         warnings.append("the two sides have pictures of different sizes")
     report = {"protocol": protocol, "resize": RESIZES[args.resize]}
     for name, source in zip(("reference", "samples"), sources):
-        parts = [source.path, f"N = {source.n or 'unknown'}"]
-        parts += ["{1} x {0} pixels".format(*source.size)] if source.size else []
-        parts += [f"{source.fitted} resized and cropped to them as ADM's data"] if source.fitted else []
-        report[name] = ", ".join(parts)
+        report[name] = f"{source.path}, N = {source.n or 'unknown'}"
+        report[name] += ", {1} x {0} pixels".format(*source.size) if source.size else ""
+        report[name] += ", others resized and cropped to it" if source.fit else ""
     report |= {f"{name} weights": f"sha256 {digest}" for name, digest in hashes.items()}
     return report | metrics | {f"warning {i}": warning for i, warning in enumerate(warnings, 1)}
 
@@ -820,19 +822,18 @@ def parse(argv):
     add("--pairs", action="store_true", help="compare reconstructions with their originals, matched by path")
     add("--save-stats", metavar="OUT.npz", help="write one input's statistics")
     add("--resize", choices=list(RESIZES), default="adm", help="how pictures become 299 x 299 (%(default)s)")
-    add("--size", type=int, metavar="N", help="fit all pictures to N x N (default: to the size of the other side)")
+    add("--size", type=int, metavar="N", help="fit pictures to N x N (default: to the other side's)")
     add("--json", action="store_true", help="print one line of JSON instead of a table")
     for name, known in KNOWN.items():
         add(f"--{name}", metavar="PATH", help=f"default: {known[0]} in weights/ or torch hub's cache")
     add("--device", default=device, help="cpu, cuda or cuda:N (default: %(default)s)")
     add("--batch-size", type=int, default=128 if device == "cuda" else 16, metavar="B")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="W",
-        help="processes that decode, 0: none")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="W", help="threads that decode")
     args = parser.parse_args(argv)
     if len(args.inputs) != (1 if args.save_stats else 2) or (args.pairs and args.save_stats):
         parser.error("give REFERENCE SAMPLES, or --pairs ORIGINALS RECONS, or --save-stats OUT.npz FOLDER")
-    if args.batch_size < 1 or args.workers < 0 or (args.size is not None and args.size < 1):
-        parser.error("--batch-size and --size start at 1, --workers at 0")
+    if min(args.batch_size, args.workers, args.size or 1) < 1 or args.size == 0:
+        parser.error("--batch-size, --size and --workers start at 1")
     if out := args.save_stats:
         if not out.endswith(".npz") or os.path.isdir(out) or not os.path.isdir(os.path.dirname(out) or "."):
             parser.error(f"cannot write {out}: expected a name ending in .npz in a folder that exists")
@@ -862,8 +863,8 @@ def main(argv=None):
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise  # a bug, not a lack of memory
-        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".splitlines()[0]
-        print(said, file=sys.stderr)
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        print(kind + str(error).split("\n")[0], file=sys.stderr)
         return 2
 
 

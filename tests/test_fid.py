@@ -1,4 +1,4 @@
-"""fid.py against independent formulations and the reference libraries, on random weights and drawn pictures."""
+"""fid.py against independent formulations and the reference libraries, on random weights, drawn pictures."""
 
 import json
 import math
@@ -105,7 +105,7 @@ def no_weights(tmp_path_factory, monkeypatch):
 
 def call(capsys, *argv):
     """Run the command in this process; returns its report from --json."""
-    code = fid.main([*map(str, argv), "--json", "--workers", "0", "--device", "cpu"])
+    code = fid.main([*map(str, argv), "--json", "--workers", "1", "--device", "cpu"])
     captured = capsys.readouterr()
     assert code == 0, captured.err
     return json.loads(captured.out)
@@ -121,54 +121,42 @@ def test_psnr_and_ssim_equal_scikit_image(height, width, data_range):
     b = (0.7 * a + 0.3 * b).astype(np.uint8)
     if data_range == 2.0:
         a, b = a / 127.5 - 1, b / 127.5 - 1
+    options = {"channel_axis": 2, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     psnr = [peak_signal_noise_ratio(x, y, data_range=data_range) for x, y in zip(a, b)]
-    ssim = [structural_similarity(x, y, data_range=data_range, channel_axis=2, gaussian_weights=True, sigma=1.5,
-                                  use_sample_covariance=False) for x, y in zip(a.astype(float), b.astype(float))]
+    ssim = [structural_similarity(x, y, data_range=data_range, **options) for x, y in zip(a * 1.0, b * 1.0)]
     images, references = (torch.tensor(x).permute(0, 3, 1, 2) for x in (b, a))
     np.testing.assert_allclose(fid.psnr(images, references, data_range), psnr, rtol=1e-9)
     np.testing.assert_allclose(fid.ssim(images, references, data_range), ssim, rtol=1e-9)
 
 
-def test_psnr_and_ssim_refuse_what_does_not_fit():
+def test_shapes_that_do_not_fit_are_refused():
     x = torch.zeros(1, 3, 10, 32)
     assert fid.psnr(x, x).isinf().all()
-    with pytest.raises(ValueError, match="sides >= 11"):
-        fid.ssim(x, x)
-    for function in (fid.psnr, fid.ssim):
+    lpips = fid.LPIPS(fid.VGG16Features((1, 1, 1, 1, 1)), [torch.ones(1, 1, 1, 1)] * 5)
+    for function, others in ((fid.psnr, x[..., 1:]), (fid.ssim, x), (lpips, x)):
         with pytest.raises(ValueError, match="one shape"):
-            function(torch.zeros(1, 3, 32, 32), torch.zeros(2, 3, 32, 32))
+            function(x, others)
 
 
-@pytest.fixture(scope="module")
-def reference_lpips():
-    """The lpips package: random VGG16 (torchvision's initialisation), the official heads that come with it."""
+def test_lpips_equals_the_package_in_value_and_gradient(tmp_path):
+    """With random VGG16 weights and the official heads, which come with the package."""
     import_torchvision()
     import lpips
     torch.manual_seed(0)
-    return lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-
-
-def torchvision_names(reference):
-    """The package's VGG16 weights under torchvision's names, which its slices keep as numbers."""
-    return {f"features.{name.split('.', 1)[1]}": value for name, value in reference.net.state_dict().items()}
-
-
-def test_lpips_equals_the_package_in_value_and_gradient(reference_lpips, tmp_path):
-    import lpips
-    vgg = torchvision_names(reference_lpips)
-    assert set(vgg) == set(fid.VGG16Features().state_dict())
-    classifier = {"classifier.0.weight": torch.zeros(4, 4), "classifier.0.bias": torch.zeros(4)}
-    torch.save(vgg | classifier, tmp_path / "vgg16.pth")
+    theirs = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
     heads = Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
+    theirs.load_state_dict(torch.load(heads, map_location="cpu", weights_only=True), strict=False)
+    vgg = {f"features.{name.split('.', 1)[1]}": value for name, value in theirs.net.state_dict().items()}
+    assert set(vgg) == set(fid.VGG16Features().state_dict())
+    torch.save(vgg | {"classifier.0.weight": torch.zeros(4, 4)}, tmp_path / "vgg16.pth")
     ours = fid.load_lpips(tmp_path / "vgg16.pth", heads)
     a, b = (torch.tensor(drawn(2, 64, 48, seed=s)).permute(0, 3, 1, 2) / 127.5 - 1 for s in (3, 4))
     gradients, values = [], []
-    for function in (ours, reference_lpips):
+    for function in (ours, theirs.eval()):
         x = a.clone().requires_grad_()
         values.append(function(x, b).flatten())
         values[-1].sum().backward()
         gradients.append(x.grad)
-    assert values[0].shape == (2,)
     torch.testing.assert_close(*values, rtol=1e-5, atol=0)
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5 * gradients[1].abs().max().item())
     assert not any(p.requires_grad for p in ours.parameters())
@@ -183,7 +171,7 @@ def test_lpips_gradient_is_finite_where_features_vanish():
         parameter.data.fill_(-0.1)  # every ReLU closes on white pictures
     distance = fid.LPIPS(vgg, [torch.ones(1, 4, 1, 1)] * 5)
     x = torch.ones(1, 3, 32, 32, requires_grad=True)
-    with pytest.warns(UserWarning, match="Anomaly"), torch.autograd.detect_anomaly():  # raises at the first NaN
+    with pytest.warns(UserWarning, match="Anomaly"), torch.autograd.detect_anomaly():  # raises at a NaN
         distance(x, torch.zeros(1, 3, 32, 32)).sum().backward()
     assert x.grad.isfinite().all()
 
@@ -207,7 +195,7 @@ def test_lpips_loader_reads_sizes_and_names_faults(tmp_path):
     torch.save(state, tmp_path / "bad.pth")
     with pytest.raises(fid.UserError) as error:
         fid.load_lpips(tmp_path / "bad.pth", heads_path)
-    for fault in ("missing features.5.weight", "unexpected extra.weight", "misshapen features.0.bias (3,) for (4,)"):
+    for fault in ("missing features.5.weight", "unexpected extra.weight", "misshapen features.0.bias (3,)"):
         assert fault in str(error.value)
     torch.save(heads | {"lin2.model.1.weight": torch.rand(1, 9, 1, 1)}, tmp_path / "heads2.pth")
     with pytest.raises(fid.UserError, match="lin2.model.1.weight"):
@@ -248,7 +236,7 @@ def weights(tmp_path_factory):
 
 
 def largest_relative(got, expected, floor=0.1):
-    """The largest difference relative to each expected value, values under floor x mean relative to floor x mean."""
+    """The largest difference relative to the expected value, or to floor x their mean if that is larger."""
     return ((got - expected).abs() / expected.abs().clamp_min(floor * expected.abs().mean())).max().item()
 
 
@@ -268,7 +256,7 @@ def test_features_equal_pytorch_fid(weights, monkeypatch):
         theirs.resize_input = theirs.normalize_input = True
         got = [ours(fid.prepare(pictures, resize=resize)) for resize in ("pytorch-fid", "adm")]
     hook.remove()
-    assert expected[0].std(0).mean() > 0.01 * expected[0].mean()  # the comparison sees pictures, not constants
+    assert expected[0].std(0).mean() > 0.01 * expected[0].mean()  # it sees pictures
     for (pool, spatial), reference, branch in zip(got, expected, maps):
         assert largest_relative(pool, reference) < 1e-4
         assert branch.shape[2:] == (17, 17)
@@ -279,25 +267,14 @@ def test_features_equal_pytorch_fid(weights, monkeypatch):
     assert largest_relative(expected[0], expected[1]) > 1e-3  # and the two resizes do differ
 
 
-def test_inception_loader_names_faults(tmp_path, weights):
-    state = dict(fid.read_tensors(weights)[0])
-    state["surprise"] = torch.zeros(1)
-    del state["Mixed_6a.branch3x3.bn.bias"]
-    state["Mixed_7b.branch1x1.bn.bias"] = torch.zeros(5)
-    torch.save(state, tmp_path / "bad.pth")
-    with pytest.raises(fid.UserError) as error:
-        fid.load_inception(tmp_path / "bad.pth")
-    for fault in ("missing Mixed_6a.branch3x3.bn.bias", "unexpected surprise",
-                  "misshapen Mixed_7b.branch1x1.bn.bias (5,)"):
-        assert fault in str(error.value)
+def test_files_that_are_no_inception_are_named(tmp_path):
     (tmp_path / "junk.pth").write_bytes(b"no weights")
     torch.save([1, 2], tmp_path / "list.pth")
-    for name in ("junk.pth", "list.pth", "missing.safetensors"):
-        with pytest.raises(fid.UserError, match=name):
+    torch.save({"layer": torch.zeros(1)}, tmp_path / "other.pth")
+    for name, fault in (("junk.pth", "tensors by name"), ("list.pth", "tensors by name"),
+                        ("missing.safetensors", "tensors by name"), ("other.pth", r"missing .*, \.\.\.")):
+        with pytest.raises(fid.UserError, match=f"{name}.*{fault}"):
             fid.load_inception(tmp_path / name)
-    torch.save({f"layer{i}": torch.zeros(1) for i in range(12)}, tmp_path / "many.pth")
-    with pytest.raises(fid.UserError, match="missing Conv2d_1a_3x3.conv.weight, .*, \\.\\.\\."):
-        fid.load_inception(tmp_path / "many.pth")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
@@ -337,15 +314,14 @@ def test_inception_score_has_no_bias_and_adm_parts(count, parts):
 
 
 def test_inception_score_of_certain_predictions_is_finite():
-    score = fid.inception_score(torch.eye(4).repeat(3, 1), torch.eye(4) * 1e4)  # float32 probabilities of exactly 0
-    assert score == pytest.approx(4.0)
+    # float32 probabilities of exactly 0
+    assert fid.inception_score(torch.eye(4).repeat(3, 1), torch.eye(4) * 1e4) == pytest.approx(4.0)
 
 
 def test_precision_and_recall_equal_brute_force():
     generator = np.random.default_rng(0)
     reference = generator.normal(size=(37, 6)) + 100  # a common offset that the distances must not feel
     samples = generator.normal(size=(29, 6)) * 0.7 + 100.9
-    reference, samples = reference.astype(np.float32).astype(float), samples.astype(np.float32).astype(float)
 
     def inside(points, centres):
         hits = 0
@@ -360,7 +336,7 @@ def test_precision_and_recall_equal_brute_force():
     expected = inside(samples, reference), inside(reference, samples)
     assert 0.2 < min(expected) and max(expected) < 0.98 and expected[0] != expected[1]
     for block in (7, 1024):
-        got = fid.precision_recall(torch.tensor(reference).float(), torch.tensor(samples).float(), block=block)
+        got = fid.precision_recall(torch.tensor(reference), torch.tensor(samples), block=block)
         assert got == pytest.approx(expected, abs=1e-12)
     with pytest.raises(ValueError, match="more than 3"):
         fid.precision_recall(torch.rand(3, 6), torch.rand(9, 6))
@@ -384,7 +360,8 @@ def test_frechet_equals_sqrtm():
     generator = np.random.default_rng(1)
     mix = generator.normal(size=(96, 96)) * np.logspace(0, -3, 96)
     one = statistics(generator.normal(size=(400, 96)) @ mix.T)
-    two = statistics(generator.normal(size=(500, 96)) @ (mix + 0.1 * generator.normal(size=mix.shape)).T + 0.2)
+    mix += 0.1 * generator.normal(size=mix.shape)
+    two = statistics(generator.normal(size=(500, 96)) @ mix.T + 0.2)
     root = scipy.linalg.sqrtm(one[1] @ two[1])
     expected = np.sum((one[0] - two[0]) ** 2) + np.trace(one[1]) + np.trace(two[1]) - 2 * np.trace(root).real
     assert fid.frechet_distance(*one, *two) == pytest.approx(expected, rel=1e-6)
@@ -396,7 +373,7 @@ def test_frechet_of_rank_deficient_statistics(counts):
     generator = np.random.default_rng(2)
     rows = [generator.normal(size=(count, 64)) * np.logspace(0, -2, 64) for count in counts]
     one, two = map(statistics, rows)
-    # With centred rows A, B: tr (S1 S2)^(1/2) is the sum of the singular values of A B^T, up to the two counts.
+    # For centred rows A, B the trace is the sum of the singular values of A B^T, up to the two counts.
     product = (rows[0] - one[0]) @ (rows[1] - two[0]).T / math.sqrt((counts[0] - 1) * (counts[1] - 1))
     root = np.linalg.svd(product, compute_uv=False).sum()
     expected = np.sum((one[0] - two[0]) ** 2) + np.trace(one[1]) + np.trace(two[1]) - 2 * root
@@ -495,7 +472,7 @@ def test_all_metrics_against_numpy(kinds, small, capsys):
     expected["Precision"], expected["Recall"] = fid.precision_recall(torch.tensor(pool), torch.tensor(pool2))
     for name, value in expected.items():
         assert report[name] == pytest.approx(value, rel=2e-3), name
-    assert expected["IS"] > 1.001 and "N = 12, 32 x 32" in report["reference"] and "N = 9" in report["samples"]
+    assert expected["IS"] > 1.001 and "N = 12, 32 x 32" in report["reference"]
     assert report["inception weights"] == f"sha256 {fid.sha256(small[1])}" and "TF1" in report["resize"]
     assert "not the standard weights (inception)" in report["warning 1"] and "10,000" in report["warning 2"]
     other = call(capsys, *small, paths["folder"], paths["others"], "--resize", "pytorch-fid")
@@ -560,15 +537,15 @@ def test_pictures_of_other_sizes_are_prepared_as_semtok_reads_them(pairs, tmp_pa
     report = call(capsys, *small, *mode, tmp_path / "all", tmp_path / "same.npz")
     assert report["PSNR" if pairs else "FID"] == ("infinite: 7 pictures equal their originals" if pairs
                                                   else pytest.approx(0, abs=1e-6))
-    assert "32 x 32 pixels, 6 resized and cropped" in report["reference"] and "resized" not in report["samples"]
+    assert "32 x 32 pixels, others resized" in report["reference"] and "resized" not in report["samples"]
     smaller = call(capsys, *small, *mode, tmp_path / "all", tmp_path / "same.npz", "--size", 24)
-    assert "24 x 24 pixels, 7 resized" in smaller["reference"] and "24 x 24 pixels, 7 " in smaller["samples"]
+    assert all("24 x 24 pixels, others resized" in smaller[side] for side in ("reference", "samples"))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_weights_of_the_real_widths_and_their_hash(kinds, weights, capsys, monkeypatch, tmp_path):
     np.savez(tmp_path / "two.npz", kinds[1][:2])
-    argv = [str(tmp_path / "two.npz"), str(tmp_path / "two.npz"), "--workers", "0", "--device", "cpu"]
+    argv = [str(tmp_path / "two.npz"), str(tmp_path / "two.npz"), "--workers", "1", "--device", "cpu"]
     assert fid.main([*argv, "--inception", str(weights)]) == 0
     out = capsys.readouterr().out
     assert fid.sha256(weights) in out and "not the standard weights" in out and "FID-50k" not in out
@@ -608,10 +585,10 @@ def test_pairs_match_by_path_and_equal_the_functions(tmp_path, small, capsys):
     a, b = (torch.tensor(x[:5]).permute(0, 3, 1, 2) for x in (originals, recons))
     lpips = fid.load_lpips(vgg, heads)
     one, two = (statistics(small_features(x[:5])[0]) for x in (originals, recons))
-    expected = {"rFID": fid.frechet_distance(*one, *two), "PSNR": fid.psnr(b, a).mean().item(),
-                "SSIM": fid.ssim(b, a).mean().item(), "LPIPS": lpips(b / 127.5 - 1, a / 127.5 - 1).mean().item()}
+    expected = {"rFID": fid.frechet_distance(*one, *two), "PSNR": fid.psnr(b, a).mean(),
+                "SSIM": fid.ssim(b, a).mean(), "LPIPS": lpips(b / 127.5 - 1, a / 127.5 - 1).mean()}
     for name, value in expected.items():
-        assert report[name] == pytest.approx(value, rel=1e-4), name
+        assert report[name] == pytest.approx(float(value), rel=1e-4), name
     assert "00005.bmp" in report["warning 1"] and "lonely.png" in report["warning 2"]
     assert "(inception, vgg, heads)" in report["warning 3"] and "N = 5" in report["reference"]
 
@@ -624,7 +601,7 @@ def test_pairs_without_weights_still_measure(tmp_path, capsys):
     out = capsys.readouterr().out
     assert re.search(r"^PSNR +\d\d\.\d+", out, re.M) and re.search(r"^SSIM +0\.9\d+", out, re.M)
     for name, known in (("rFID", fid.INCEPTION), ("LPIPS", fid.VGG)):
-        assert re.search(rf"^{name} +not available: .*curl .*weights/{known[0]} {re.escape(known[2])}", out, re.M)
+        assert re.search(rf"^{name} +not available: .*curl .*weights/{known[0]} {known[2]}", out, re.M)
 
 
 def test_pairs_of_tiny_pictures_say_what_is_missing(tmp_path, capsys):
@@ -671,55 +648,43 @@ def command(*argv):
     """The real command in its own process group, one thread, with no weights to be found."""
     environment = os.environ | {"TORCH_HOME": "/nonexistent", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "fid.py"), *map(str, argv)], env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, start_new_session=True,
+        [sys.executable, str(ROOT / "fid.py"), *map(str, argv)], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         # A shell starts what it runs in the background with SIGINT ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
-@pytest.mark.parametrize("kind", ["npz", "folder"])
-def test_interrupt_leaves_no_partial_file(kind, weights, tmp_path):
-    many = tmp_path / "many.npz"
-    if kind == "npz":
-        np.savez(many, np.zeros((40_000, 8, 8, 3), np.uint8))
-    else:
-        many = write_folder(tmp_path / "many", np.zeros((3000, 8, 8, 3), np.uint8), ".bmp")
-        (tmp_path / "out.npz").write_bytes(b"kept")
-    before = sorted(os.listdir(tmp_path))
-    process = command("--inception", weights, "--save-stats", tmp_path / "out.npz", many, "--batch-size", 2,
-                      "--workers", 2)
+def test_interrupt_leaves_no_partial_file(weights, tmp_path):
+    many = write_folder(tmp_path / "many", np.zeros((3000, 8, 8, 3), np.uint8), ".bmp")
+    (tmp_path / "out.npz").write_bytes(b"kept")
+    process = command("--inception", weights, "--save-stats", tmp_path / "out.npz", many, "--batch-size", 2)
     deadline = time.time() + 60
     while not list(tmp_path.glob(".*.part")) and time.time() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)
     assert process.poll() is None and list(tmp_path.glob(".*.part"))
-    os.killpg(process.pid, signal.SIGINT)  # as the terminal does: the workers get it too
+    os.killpg(process.pid, signal.SIGINT)  # as the terminal does
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err and "interrupted" in err
-    assert sorted(os.listdir(tmp_path)) == before
-    assert kind == "npz" or (tmp_path / "out.npz").read_bytes() == b"kept"
+    assert sorted(os.listdir(tmp_path)) == ["many", "out.npz"]
+    assert (tmp_path / "out.npz").read_bytes() == b"kept"
 
 
-# ------------------------------------------------------------------------------------- the command: bad input
-
-def rewrite_npz(path, key, header=None, data=b"", **marks):
-    """An .npz of one member whose header and zip record claim what the arguments say."""
+def forge_npz(path, key, header, mark=None):
+    """An .npz of one member of 96 bytes; header: what numpy's claims, or bytes; mark: a byte of the zip's."""
     with zipfile.ZipFile(path, "w") as archive, archive.open(f"{key}.npy", "w") as member:
         if isinstance(header, dict):
             np.lib.format.write_array_header_1_0(member, {"fortran_order": False} | header)
-        else:
-            member.write(header)
-        member.write(data)
+        member.write(bytes(96) if isinstance(header, dict) else header)
     raw = bytearray(path.read_bytes())
-    central = raw.index(b"PK\x01\x02")
-    for offset, value in marks.get("bytes", {}).items():  # in the local and in the central record
-        raw[offset - 2], raw[central + offset] = value, value
+    if mark:  # in the local and in the central record
+        raw[mark[0] - 2] = raw[raw.index(b"PK\x01\x02") + mark[0]] = mark[1]
     path.write_bytes(raw)
     return path
 
 
 def bad_inputs(folder, weights):
-    """Name -> (arguments, what the sentence must contain), with the files that they need written to `folder`."""
+    """Name -> (arguments, what the sentence must contain); writes the files that they need to `folder`."""
     good = write_folder(folder / "good", drawn(5, 20))
     (folder / "empty").mkdir()
     write_folder(folder / "one", drawn(1, 20))
@@ -728,39 +693,40 @@ def bad_inputs(folder, weights):
     (folder / "corrupt/z.jpg").write_bytes(b"\xff\xd8\xff\xe0 broken")
     for name in ("script", "pipe"):
         write_folder(folder / name, drawn(2, 20))
-    (folder / "script/z.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n")
+    (folder / "script/z.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n")
     os.mkfifo(folder / "pipe/z.png")
-    npz = {name: folder / f"{name}.npz" for name in (
-        "junk", "whole", "damaged", "cut", "keys", "float", "shape", "nan", "four", "nine", "half", "note", "text")}
+    arrays = {
+        "whole": {"arr_0": np.random.default_rng(0).integers(0, 256, (8, 40, 40, 3), dtype=np.uint8)},
+        "keys": {"images": np.zeros((4, 8, 8, 3), "u1")}, "float": {"arr_0": np.zeros((4, 8, 8, 3), "f4")},
+        "shape": {"arr_0": np.zeros((4, 3, 8, 8), np.uint8)}, "half": {"mu": np.zeros(9)},
+        "four": {"mu": np.zeros(4), "sigma": np.eye(4)}, "nine": {"mu": np.zeros(9), "sigma": np.eye(9)},
+        "nan": {"mu": np.full(4, np.nan), "sigma": np.eye(4)},
+        "text": {"mu": np.array(["a"]), "sigma": np.eye(1)},
+        "note": {"mu": np.zeros(4), "sigma": np.eye(4), "made_with": np.array('{"n": "many"}')},
+    }
+    npz = {name: folder / f"{name}.npz" for name in (*arrays, "junk", "damaged", "cut")}
+    for name, members in arrays.items():
+        np.savez(npz[name], **members)
+    whole = npz["whole"].read_bytes()
     npz["junk"].write_bytes(b"not a zip")
-    np.savez(npz["whole"], np.random.default_rng(0).integers(0, 256, (8, 40, 40, 3), dtype=np.uint8))
-    damaged = bytearray(npz["whole"].read_bytes())
-    damaged[9000] ^= 255  # inside the pictures: the zip's checksum notices at the end
-    npz["damaged"].write_bytes(damaged)
-    npz["cut"].write_bytes(npz["whole"].read_bytes()[:9000])
-    np.savez(npz["keys"], images=np.zeros((4, 8, 8, 3), np.uint8))
-    np.savez(npz["float"], np.zeros((4, 8, 8, 3), np.float32))
-    np.savez(npz["shape"], np.zeros((4, 3, 8, 8), np.uint8))
-    np.savez(npz["nan"], mu=np.full(4, np.nan), sigma=np.eye(4))
-    np.savez(npz["four"], mu=np.zeros(4), sigma=np.eye(4))
-    np.savez(npz["nine"], mu=np.zeros(9), sigma=np.eye(9))
-    np.savez(npz["half"], mu=np.zeros(9))
-    np.savez(npz["text"], mu=np.array(["a", "b"]), sigma=np.eye(2))
-    np.savez(npz["note"], mu=np.zeros(4), sigma=np.eye(4), made_with=np.array('{"n": "many"}'))
+    npz["cut"].write_bytes(whole[:9000])
+    # Inside the pictures: the zip's checksum notices at the end.
+    npz["damaged"].write_bytes(whole[:9000] + bytes([whole[9000] ^ 255]) + whole[9001:])
     pictures = {"descr": "|u1", "shape": (2, 4, 4, 3)}
     forged = {
-        "no such compression": rewrite_npz(folder / "method.npz", "arr_0", pictures, bytes(96), bytes={10: 77}),
-        "encrypted": rewrite_npz(folder / "secret.npz", "arr_0", pictures, bytes(96), bytes={8: 1}),
-        "header of garbage": rewrite_npz(folder / "garbage.npz", "arr_0", b"\x93NUMPY\x01\x00\x10\x00((((((((((((((((")
-    }
-    for name, key, descr, shape in (("no height", "arr_0", "|u1", (2, 0, 4, 3)), ("below zero", "arr_0", "|u1", (-2, -4, 4, 3)),
-                                    ("many pictures", "arr_0", "|u1", (10**12, 4, 4, 3)),
-                                    ("terabytes", "mu", "<f8", (10**12,)), ("objects", "mu", "|O", (4,))):
-        forged[name] = rewrite_npz(folder / f"{name}.npz", key, {"descr": descr, "shape": shape}, bytes(96))
+        name: forge_npz(folder / f"{name}.npz", *claims) for name, claims in {
+            "no such compression": ("arr_0", pictures, (10, 77)), "encrypted": ("arr_0", pictures, (8, 1)),
+            "header of garbage": ("arr_0", b"\x93NUMPY\x01\x00\x10\x00" + 16 * b"("),
+            "no height": ("arr_0", pictures | {"shape": (2, 0, 4, 3)}),
+            "below zero": ("arr_0", pictures | {"shape": (-2, -4, 4, 3)}),
+            "many pictures": ("arr_0", pictures | {"shape": (10**12, 4, 4, 3)}),
+            "terabytes": ("mu", {"descr": "<f8", "shape": (10**12,)}),
+            "objects": ("mu", {"descr": "|O", "shape": (4,)}),
+        }.items()}
     state = dict(fid.read_tensors(weights)[0])
     state["Mixed_7c.branch1x1.bn.weight"] = state["Mixed_7c.branch1x1.bn.weight"] * np.nan
     torch.save(state, folder / "nan.pth")
-    save_file({"conv.weight": torch.zeros(3)}, folder / "other.safetensors")
+    save_file({"conv.weight": torch.zeros(3)}, folder / "o.safetensors")
     four, out = npz["four"], folder / "out.npz"
     return {name: ([path, good], path.name) for name, path in forged.items()} | {
         "no arguments": ([], "required"),
@@ -781,19 +747,19 @@ def bad_inputs(folder, weights):
         "floats": ([good, npz["float"]], "float32"),
         "channels first": ([good, npz["shape"]], "(4, 3, 8, 8)"),
         "NaN statistics": ([npz["nan"], four], "NaN"),
-        "text": ([npz["text"], four], "finite floats"),
+        "text": ([npz["text"], four], "expected floats"),
         "a note of another kind": ([npz["note"], four], "note.npz"),
         "NaN features": (["--inception", folder / "nan.pth", folder / "one", folder / "one"], "NaN"),
         "another dimension": ([npz["nine"], four], "9 numbers"),
         "mu alone": ([npz["half"], four], "sigma"),
         "statistics to save": (["--save-stats", out, four], "statistics already"),
         "no such folder": (["--save-stats", folder / "no/out.npz", good], "cannot write"),
-        "a folder as output": (["--save-stats", write_folder(folder / "f.npz", drawn(1, 20)), good], "cannot write"),
-        "output over input": (["--save-stats", npz["whole"], folder / "good/.." / "whole.npz"], "is the input"),
-        "weights of another kind": (["--inception", folder / "other.safetensors", good, good], "missing Conv2d_1a"),
+        "a folder as output": (["--save-stats", write_folder(folder / "f.npz", drawn(1, 9)), good], "cannot"),
+        "output over input": (["--save-stats", npz["whole"], folder / "good/../whole.npz"], "is the input"),
+        "weights of another kind": (["--inception", folder / "o.safetensors", good, good], "missing Conv2d"),
         "no weights": ([good, good], "curl -fL"),
         "weights not there": (["--inception", folder / "absent.pth", good, good], "absent.pth"),
-        "pairs of nothing": (["--pairs", good, folder / "corrupt/b"], "no path below"),
+        "pairs of nothing": (["--pairs", good, folder / "corrupt/b"], "share no path"),
         "unlike pairs": (["--pairs", good, npz["whole"]], "by position"),
         "no such device": ([good, good, "--device", "abacus"], "--device abacus"),
         "no device": ([good, good, "--device", "meta"], "--device meta"),
@@ -803,7 +769,7 @@ def bad_inputs(folder, weights):
 
 def check_sentence(name, code, out, err, expected):
     """Exit code 2, nothing on stdout, one sentence with the expected text besides progress bars."""
-    said = [line for line in re.split(r"[\r\n]", err) if line.strip(" \x1b[A") and "it/s" not in line and "|" not in line]
+    said = [line for line in re.split(r"[\r\n]", err) if line.strip(" \x1b[A") and "|" not in line]
     assert code == 2 and out == "" and len(said) == 1, (name, out, err)
     assert expected in said[0] and "Traceback" not in err, (name, err)
 
@@ -811,7 +777,7 @@ def check_sentence(name, code, out, err, expected):
 def test_bad_input_is_one_sentence(tmp_path, weights, capsys):
     cases = bad_inputs(tmp_path, weights)
     for name, (arguments, expected) in cases.items():
-        code = fid.main(["--device", "cpu", "--workers", "0", *map(str, arguments)])
+        code = fid.main(["--device", "cpu", "--workers", "1", *map(str, arguments)])
         check_sentence(name, code, *capsys.readouterr(), expected)
     # The real command, with worker processes, whose errors must not come out as tracebacks.
     for name in ("corrupt picture", "no weights"):
@@ -827,7 +793,7 @@ def test_a_full_disk_or_memory_is_one_sentence(error, kinds, small, capsys, monk
     def full(*_, **__):
         raise error
     monkeypatch.setattr(np.lib.format, "write_array", full)
-    argv = ["--save-stats", str(tmp_path / "out.npz"), kinds[0]["stored"], *map(str, small), "--workers", "0"]
+    argv = ["--save-stats", str(tmp_path / "out.npz"), kinds[0]["stored"], *map(str, small), "--workers", "1"]
     check_sentence(error, fid.main(argv), *capsys.readouterr(), str(error))
     assert not os.listdir(tmp_path)
     monkeypatch.setattr(np.lib.format, "write_array", lambda *_, **__: 1 / 0)  # a bug keeps its traceback
