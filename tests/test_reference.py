@@ -587,7 +587,7 @@ def test_bsq_entropies_equal_a_softmax_over_all_corners(group_size, spherical):
             p = q.mean(0)[(group == torch.tensor(values)).all(-1)].sum()
             code_entropy -= p * p.log()
     ours = quantizer.entropy_loss(u)
-    found = torch.stack([ours["token_entropy"], ours["code_entropy"], ours["quant"]])
+    found = torch.stack([ours["token_entropy"], ours["code_entropy"], ours["entropy_loss"]])
     agree(found, torch.stack([token_entropy, code_entropy, token_entropy - code_entropy]), SUMS, "entropies")
 
 
@@ -597,7 +597,7 @@ def two_ranks(rank, port, folder):
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     half, weight = random(2, 8, 6)[rank], random(6, 6, seed=3).requires_grad_()
     quantizer = bsq.BSQ(6, 3)
-    loss = quantizer.entropy_loss(quantizer(half @ weight)[1])["quant"]
+    loss = quantizer.entropy_loss(quantizer(half @ weight)[1])["entropy_loss"]
     loss.backward()
     torch.distributed.all_reduce(weight.grad)
     with torch.no_grad():
@@ -615,7 +615,7 @@ def test_the_entropy_loss_of_two_ranks_is_that_of_the_whole_batch(tmp_path):
     torch.multiprocessing.spawn(two_ranks, (port, tmp_path), nprocs=2)
     with torch.enable_grad():
         weight, quantizer = random(6, 6, seed=3).requires_grad_(), bsq.BSQ(6, 3)
-        loss = quantizer.entropy_loss(quantizer(random(2, 8, 6).flatten(0, 1) @ weight)[1])["quant"]
+        loss = quantizer.entropy_loss(quantizer(random(2, 8, 6).flatten(0, 1) @ weight)[1])["entropy_loss"]
         loss.backward()
     for rank in (0, 1):
         found = load_file(tmp_path / f"{rank}.safetensors")
