@@ -1676,7 +1676,8 @@ def lock(folder: str) -> Iterator[None]:
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, ".lock"), "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) if ranks()[0] == 0 else None
+            # Not flock: the loader's processes would inherit that lock, and outlive a killed run by seconds.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) if ranks()[0] == 0 else None
         except BlockingIOError:
             raise UserError(f"another run is at work in {folder}: wait for it, or choose another --out") from None
         yield
