@@ -1593,7 +1593,8 @@ settings, for --set NAME=VALUE ...
     add("--preset", default="tiny", choices=list(RECIPES), help="sizes and recipe (default: tiny, the system in small)")
     add("--data", metavar="FOLDER", help="pictures in class subfolders; the tiny preset draws shapes when there is none")
     add("--out", metavar="FOLDER", help="the run's folder (default: runs/PRESET)")
-    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="change settings, see below")
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
+        help="change settings, see below")
     add("--steps", help="short for --set steps=N; warm-up and GAN start keep their share")
     add("--batch-size", help="pictures a step over all ranks; short for --set batch_size=N")
     add("--lr", help="peak learning rate; short for --set lr=X")
