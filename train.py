@@ -650,7 +650,8 @@ class Job:
     def command(self, stage: str) -> str:
         """The command line that runs another stage of the same run."""
         args, parts = self.args, [f"python train.py --stage {stage}"]
-        sizes = [f"{name}={text}" for name, text in args.changes.items() if name in TOKENIZER_FIELDS]
+        has = {*TOKENIZER_FIELDS} & {*setting_names(stage)}
+        sizes = [f"{name}={text}" for name, text in args.changes.items() if name in has]
         parts += [f"--preset {args.preset}"] * (args.preset != "tiny") + [f"--data {args.data}"] * bool(args.data)
         parts += [f"--out {args.out}"] * (args.out != os.path.join("runs", args.preset))
         return " ".join(parts + ["--set", *sizes] * bool(sizes))
