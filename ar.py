@@ -1,13 +1,13 @@
 """The masked autoregressive transformer on SemTok's tokens: class -> bits, in a few bidirectional steps.
 
-SemTok section 3.3, Eq. 8, appendix A.2, Table 9. LlamaGen blocks (RMSNorm, SwiGLU, 1D RoPE; Sun et al. 2024) without
-the causal mask, qk-norm, a class token in front and the class through one shared AdaLN, and the infinite-vocabulary
-classifier (Han et al. 2025): a two-way choice per bit. It needs `bsq.py` and `mmdit.py` beside it.
+SemTok section 3.3, Eq. 8, appendix A.2, Table 9. LlamaGen blocks (RMSNorm, SwiGLU, 1D RoPE; Sun et al. 2024)
+without the causal mask, with qk-norm, a class token in front and the class through one shared AdaLN. The
+infinite-vocabulary classifier (Han et al. 2025) makes a two-way choice per bit. It needs bsq.py, mmdit.py.
 
     import torch
     from ar import AR_PRESETS, MaskedAR
     model = MaskedAR(AR_PRESETS["tiny"])
-    bits = model.generate(torch.tensor([1, 1, 7]), steps=8, cfg=3.0)   # (3, tokens, bits) bool, random weights
+    bits = model.generate(torch.tensor([1, 1, 7]), steps=8, cfg=3.0)   # (3, tokens, bits) bool
 """
 
 import math
@@ -27,8 +27,8 @@ from mmdit import RotaryTable, attend, load_checkpoint, modulate, normed_rotated
 class ARConfig:
     """Sizes of the transformer. The defaults are SemTok-AR-L on ImageNet with 2^18 codes.
 
-    Raises ValueError for heads that do not fit the width, and for groups of bits that do not divide a token, or that no
-    softmax can hold.
+    Raises ValueError for heads that do not fit the width, and for groups of bits that do not divide a
+    token, or that no softmax can hold.
     """
 
     depth: int = 24
@@ -45,18 +45,18 @@ class ARConfig:
     def __post_init__(self):
         if min(self.depth, self.width, self.heads) < 1 or self.width % (2 * self.heads):
             raise ValueError(
-                f"depth {self.depth}, width {self.width}, heads {self.heads} do not fit: each must be at least 1, "
-                "and width a multiple of 2 x heads"
+                f"depth {self.depth}, width {self.width}, heads {self.heads} do not fit: each must be at "
+                "least 1, and width a multiple of 2 x heads"
             )
         if not 1 <= self.group_bits <= 12 or self.bits % self.group_bits:
             raise ValueError(
-                f"group_bits {self.group_bits} must divide the {self.bits} bits of a token and be at most 12, "
-                "which is a softmax over 4096 values"
+                f"group_bits {self.group_bits} must divide the {self.bits} bits of a token and be at most "
+                "12: a softmax over 4096 values"
             )
 
     @property
     def steps(self) -> int:
-        """Sampling steps by default: 64, but no more than there are tokens. Next-token prediction takes one a token."""
+        """Sampling steps by default: 64, at most one a token. Next-token prediction takes one a token."""
         return self.tokens if self.causal else min(64, self.tokens)
 
 
@@ -64,12 +64,13 @@ AR_PRESETS = {
     "L": ARConfig(),
     "XL": ARConfig(depth=36, width=1280, heads=20, guidance=5.3),
     "XXL": ARConfig(depth=24, width=2048, heads=32, guidance=4.9),
-    "tiny": ARConfig(depth=4, width=128, heads=2, tokens=16, bits=24, classes=10, guidance=9.0),  # best of four scales
+    # guidance: best of four scales
+    "tiny": ARConfig(depth=4, width=128, heads=2, tokens=16, bits=24, classes=10, guidance=9.0),
 }
 
 
 class Attention(nn.Module):
-    """Self-attention with RMS qk-norm and RoPE, no biases, bidirectional or causal: (B, L, width) -> (B, L, width)."""
+    """Self-attention with RMS qk-norm and RoPE, no biases, causal or not: (B, L, width) -> (B, L, width)."""
 
     def __init__(self, width: int, heads: int, causal: bool = False):
         super().__init__()
@@ -81,12 +82,14 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         """rope: (2, L, head_dim)."""
-        return self.wo(attend(*normed_rotated(self.wqkv(x), self.heads, self.q_norm, self.k_norm, rope), causal=self.causal))
+        q, k, v = normed_rotated(self.wqkv(x), self.heads, self.q_norm, self.k_norm, rope)
+        return self.wo(attend(q, k, v, causal=self.causal))
 
 
 class SwiGLU(nn.Module):
-    """LlamaGen's feed-forward: w2(silu(w1 x) * w3 x), hidden width 2/3 of 4 widths rounded up to a multiple of 256
-    (at small widths of 32). (B, L, width) -> (B, L, width)."""
+    """LlamaGen's feed-forward: w2(silu(w1 x) * w3 x), (B, L, width) -> (B, L, width).
+
+    The hidden width is 8/3 widths, rounded up to a multiple of 256 (at small widths of 32)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -114,7 +117,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, modulation: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         """x (B, L, width), modulation (B, 6, width), rope (2, L, head_dim) -> (B, L, width)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.table)[:, :, None].unbind(1)  # (B, 1, width)
+        modulation = (modulation + self.table)[:, :, None]  # (B, 6, 1, width)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)
         x = torch.addcmul(x, self.attention(modulate(self.attention_norm(x), shift1, scale1), rope), gate1)
         return torch.addcmul(x, self.feed_forward(modulate(self.ffn_norm(x), shift2, scale2)), gate2)
 
@@ -122,8 +126,8 @@ class Block(nn.Module):
 class MaskedAR(nn.Module):
     """theta of Eq. 8: known tokens and a mask -> the distribution of every bit of every token.
 
-    With config.causal it is Table 5's other row, a next-token transformer: the place of the class predicts the first
-    token, the place of token i token i + 1, and each sees only what is before it. It reads no mask.
+    With config.causal it is Table 5's other row, a next-token transformer. The place of the class predicts
+    the first token, the place of token i token i + 1. Each sees only what is before it. It reads no mask.
     """
 
     def __init__(self, config: ARConfig):
@@ -133,7 +137,7 @@ class MaskedAR(nn.Module):
         self.token_embedding = nn.Linear(config.bits, width)
         if not config.causal:
             self.mask_embedding = nn.Parameter(torch.randn(width, device="cpu") * 0.02)
-        self.class_embedding = nn.Embedding(config.classes + 1, width)  # the last is the null class of guidance
+        self.class_embedding = nn.Embedding(config.classes + 1, width)  # the last is guidance's null class
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))  # shared by all blocks
         self.blocks = nn.ModuleList(Block(width, config.heads, config.causal) for _ in range(config.depth))
         self.norm = nn.RMSNorm(width, eps=1e-6)
@@ -144,20 +148,22 @@ class MaskedAR(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2 and name.endswith("weight"):
                 nn.init.normal_(parameter, std=0.02)
-        for layer in (self.modulation[1], self.final_modulation[1], self.head):  # AdaLN-zero; even odds for every bit
+        for layer in (self.modulation[1], self.final_modulation[1], self.head):  # AdaLN-zero; even odds
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     # ---- the network
 
     def hidden(self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        """bits (B, K, d), labels (B,) with `classes` for none, masked (B, K) bool -> features (B, K, width). A causal model
-        takes fewer than K tokens too."""
+        """bits (B, K, d), labels (B,) with `classes` for none, masked (B, K) bool -> features (B, K, width).
+
+        A causal model takes fewer than K tokens too."""
         codes = bits_to_codes(bits, self.config.spherical).to(self.token_embedding.weight.dtype)
         if self.config.causal:
             x = self.token_embedding(codes[:, :-1])  # nothing is left for the last to predict
         else:
-            x = torch.where(masked[..., None], self.mask_embedding.to(codes.dtype), self.token_embedding(codes))
+            tokens, mask = self.token_embedding(codes), self.mask_embedding.to(codes.dtype)
+            x = torch.where(masked[..., None], mask, tokens)
         class_token = self.class_embedding(labels)  # (B, width)
         x = torch.cat([class_token[:, None].to(x.dtype), x], 1)  # (B, 1 + K, width), causal (B, K, width)
         rope = self.rope.table[:, : x.shape[1]]
@@ -171,7 +177,7 @@ class MaskedAR(nn.Module):
         return modulate(self.norm(x if self.config.causal else x[:, 1:]), shift, scale)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Features (..., width) -> float32 logits (..., d / g, 2^g): two per bit when g, `group_bits`, is 1."""
+        """Features (..., width) -> float32 logits (..., d / g, 2^g), two per bit when `group_bits` g is 1."""
         return self.head(hidden).float().unflatten(-1, (-1, 2**self.config.group_bits))
 
     def forward(self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
@@ -187,9 +193,9 @@ class MaskedAR(nn.Module):
     ) -> tuple[dict, dict]:
         """Section 3.3 and 4.1: which tokens a training step hides, and which pictures lose their class.
 
-        bits (B, K, d), labels (B,): this rank's. Returns what has a row for each picture, the arguments of `loss`, and
-        what they share: `masked_per_picture` (), the mean over the global batch. All is drawn for the global batch and
-        cut to this rank's rows, so the number of ranks changes nothing.
+        bits (B, K, d), labels (B,): this rank's. Returns what has a row for each picture, the arguments of
+        `loss`, and what they share: `masked_per_picture` (), the mean over the global batch. All is drawn for
+        the global batch and cut to this rank's rows, so the number of ranks changes nothing.
         """
         rank, world = ranks()
         dropped = torch.rand(world * len(bits), generator=rng, device=bits.device) < class_dropout
@@ -199,24 +205,24 @@ class MaskedAR(nn.Module):
         return rows, {"masked_per_picture": masked.sum(1).float().mean()}
 
     def draw_masks(self, count: int, least: float, rng: torch.Generator) -> torch.Tensor:
-        """Masks (count, K) bool, each hiding a share of the tokens that is uniform in [least, 1], at least one token.
+        """Masks (count, K) bool, each hiding a share of the tokens uniform in [least, 1], at least one.
 
         Next-token prediction predicts all of them."""
         if self.config.causal:
             return torch.ones(count, self.config.tokens, dtype=torch.bool, device=rng.device)
         share = least + (1 - least) * torch.rand(count, 1, generator=rng, device=rng.device)
-        order = torch.rand(count, self.config.tokens, generator=rng, device=rng.device).argsort(-1).argsort(-1)
-        return order < (share * self.config.tokens).ceil().clamp_min(1)
+        order = torch.rand(count, self.config.tokens, generator=rng, device=rng.device).argsort(-1)
+        return order.argsort(-1) < (share * self.config.tokens).ceil().clamp_min(1)
 
     def loss(
-        self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor, masked_per_picture: torch.Tensor,
-        smoothing: float = 0.01,
+        self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor,
+        masked_per_picture: torch.Tensor, smoothing: float = 0.01,
     ) -> dict[str, torch.Tensor]:
         """Eq. 8's likelihood: cross-entropy of the bits of MASKED tokens, in nats a bit.
 
-        Arguments as in `forward` and from `prepare`. Returns `loss` with label smoothing, `nll` without it, and
-        `accuracy`, the share of masked groups (bits) guessed right. The mean of the losses of equal micro-batches is the
-        loss of the batch, because they share the divisor.
+        Arguments as in `forward` and from `prepare`. Returns `loss` with label smoothing, `nll` without it,
+        and `accuracy`, the share of masked groups (bits) guessed right. The mean of the losses of equal
+        micro-batches is the loss of the batch, because they share the divisor.
         """
         logits = self(bits, labels, masked)
         targets = bits_to_index(bits.unflatten(-1, (-1, self.config.group_bits)))  # (B, K, d / g)
@@ -227,9 +233,10 @@ class MaskedAR(nn.Module):
             return (values.view_as(targets) * weight).sum() / divisor
 
         flat = logits.flatten(0, -2), targets.flatten()
-        smooth = mean(F.cross_entropy(*flat, reduction="none", label_smoothing=smoothing)) / self.config.group_bits
-        plain = mean(F.cross_entropy(*flat, reduction="none").detach()) / self.config.group_bits
-        return {"loss": smooth, "nll": plain, "accuracy": mean((logits.argmax(-1) == targets).float())}
+        smooth = F.cross_entropy(*flat, reduction="none", label_smoothing=smoothing)
+        plain = F.cross_entropy(*flat, reduction="none").detach()
+        loss, nll = (mean(values) / self.config.group_bits for values in (smooth, plain))
+        return {"loss": loss, "nll": nll, "accuracy": mean((logits.argmax(-1) == targets).float())}
 
     # ---- generation
 
@@ -238,12 +245,13 @@ class MaskedAR(nn.Module):
         self, labels: torch.Tensor, steps: int | None = None, cfg: float = 1.0, cfg_schedule: str = "linear",
         top_p: float = 0.75, order: str = "random", generator: torch.Generator | None = None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Eq. 8: fill K masked tokens in `steps` steps; after each, yields bits (B, K, d) bool and masked (B, K) bool.
+        """Eq. 8: fill K masked tokens in steps; after each, yields bits (B, K, d), masked (B, K), both bool.
 
-        labels (B,) int64. steps: by default config.steps. cfg: the guidance scale at its maximum. cfg_schedule: "linear" in
-        the share predicted so far, or "constant". top_p: see `sample_groups`. order: "random" per picture, or "confidence"
-        (Table 14): the tokens whose drawn bits are surest. generator: on the labels' device. A causal model fills one token
-        a step from left to right. Raises ValueError for another order, and in a causal model for other steps or "confidence".
+        labels (B,) int64. steps: by default config.steps. cfg: the guidance scale at its maximum. cfg_schedule:
+        "linear" in the share predicted so far, or "constant". top_p: see `sample_groups`. order: "random" per
+        picture, or "confidence" (Table 14), the tokens whose drawn bits are surest. A causal model fills one
+        token a step from left to right. generator: on the labels' device. Raises ValueError for another order,
+        and in a causal model for other steps or "confidence".
         """
         if order not in ("random", "confidence"):
             raise ValueError(f"order {order!r} is neither random nor confidence")
@@ -255,7 +263,7 @@ class MaskedAR(nn.Module):
         steps = config.steps if steps is None else steps
         if config.causal:
             if steps != config.tokens or order == "confidence":
-                raise ValueError(f"a next-token model takes {config.tokens} steps from left to right, not {steps}, {order}")
+                raise ValueError(f"a next-token model takes {config.tokens} steps, not {steps}, {order}")
             ranks, counts = torch.arange(config.tokens, device=device).expand(batch, -1), [1] * config.tokens
         else:
             ranks = torch.rand(batch, config.tokens, generator=generator, device=device).argsort(-1)
@@ -292,8 +300,9 @@ class MaskedAR(nn.Module):
 
 
 def fill_counts(tokens: int, steps: int) -> list[int]:
-    """How many tokens each step fills. After step n of N, floor(K cos(pi/2 n/N)) stay masked (MaskGIT's cosine), but
-    every step fills at least one, so that there are never more than K steps. Raises ValueError below one step."""
+    """How many tokens each step fills: after step n of N, floor(K cos(pi/2 n/N)) stay masked (MaskGIT).
+
+    Every step fills at least one, so there are never more than K steps. Raises ValueError below one step."""
     if steps < 1:
         raise ValueError(f"{steps} sampling steps: at least 1 is needed")
     counts, left = [], tokens
@@ -307,18 +316,19 @@ def fill_counts(tokens: int, steps: int) -> list[int]:
 
 
 def guidance(scale: float, share: float, schedule: str) -> float:
-    """The guidance scale when `share` of the tokens, this step's counted, is predicted: "linear" 1 + (s-1) share, or
-    "constant" s. Raises KeyError for another schedule."""
+    """The guidance scale when `share` of the tokens, this step's counted, is predicted.
+
+    "linear" is 1 + (s-1) share, "constant" s. Raises KeyError for another schedule."""
     return {"linear": 1 + (scale - 1) * share, "constant": scale}[schedule]
 
 
 def sample_groups(
     logits: torch.Tensor, top_p: float, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one value per group of bits from logits (..., groups, V), each from its own smallest set of values whose
-    probability reaches top_p: a bit that is surer than top_p is taken outright.
+    """Draw one value per group of bits from logits (..., groups, V), each from its own smallest set of values
+    whose probability reaches top_p: a bit that is surer than top_p is taken outright.
 
-    Returns values (..., groups) int64 and the log probability (...) that the unfiltered distribution gives them.
+    Returns values (..., groups) int64 and the log probability (...) that the unfiltered distribution gives.
     """
     probabilities, values = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = probabilities.cumsum(-1) - probabilities  # the mass of all likelier values
@@ -332,5 +342,5 @@ def sample_groups(
 
 
 def load_ar(path: str, device: str | torch.device = "cpu") -> tuple[MaskedAR, dict[str, str]]:
-    """A transformer from train.py's `ar.safetensors`, in eval mode, and the file's metadata. Raises UserError."""
+    """A transformer from train.py's `ar.safetensors`, in eval mode, and its metadata. Raises UserError."""
     return load_checkpoint(path, "semtok-ar", ARConfig, MaskedAR, device)

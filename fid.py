@@ -11,9 +11,9 @@
           `--------------------------------------------------------------------> PSNR, SSIM
 
 The protocol is that of ADM's TensorFlow evaluator (Dhariwal & Nichol 2021), which most tables mean. It
-resizes by TF1's legacy bilinear. The network is the Inception of 2015 in float32. Covariances divide by N - 1.
-sFID takes 7 channels of mixed_6. IS leaves out the classifier's bias and averages parts of 5000. Precision and
-recall take k = 3. One difference: ADM rounds their distances to float16 where they fit.
+resizes by TF1's legacy bilinear. The network is the Inception of 2015 in float32. Covariances divide by
+N - 1. sFID takes 7 channels of mixed_6. IS leaves out the classifier's bias and averages parts of 5000.
+Precision and recall take k = 3. One difference: ADM rounds their distances to float16 where they fit.
 
     import torch, fid
     pictures = torch.randint(0, 256, (4, 3, 64, 64))

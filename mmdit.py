@@ -516,11 +516,11 @@ def load_sd35(decoder: nn.Module, path: str, device: str | torch.device = "cpu")
     return load_tensors(decoder, source, mapping, wanted, unused, device)
 
 
-# ----------------------------------------------------------------------- our own checkpoints, which describe themselves
+# ------------------------------------------------------------- our own checkpoints, which describe themselves
 
 
 def config_from(config_class: type, entries, path: str):
-    """A dataclass of sizes out of a file's JSON table. Raises UserError unless names, types and values fit."""
+    """A dataclass of sizes out of a file's JSON table. UserError unless names, types and values fit."""
     hints = typing.get_type_hints(config_class)
     try:
         if not isinstance(entries, dict) or entries.keys() != hints.keys():

@@ -32,7 +32,8 @@ from ar import load_ar
 from bsq import bits_to_codes
 from mmdit import UserError
 from semtok import (
-    PICTURE_SUFFIXES, choose_device, load_semtok, picture_grid, read_picture, to_uint8, write_file, write_picture,
+    PICTURE_SUFFIXES, choose_device, load_semtok, picture_grid, read_picture, to_uint8, write_file,
+    write_picture,
 )
 
 # torchrun's variables. The processes share a folder and need no other exchange, hence no group.
@@ -262,7 +263,8 @@ def number(kind: type, least: float, most: float):
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line of this file. Exits with code 2 and one sentence for anything it does not know."""
     parser = argparse.ArgumentParser(
-        prog="sample.py", description="Draw pictures from a trained SemTok, or put pictures through its tokens. "
+        prog="sample.py",
+        description="Draw pictures from a trained SemTok, or put pictures through its tokens. "
         "The result's path is printed. Without --out it lies in the run's folder.",
     )
     parser.error = lambda message: parser.exit(2, f"sample.py: {message}; --help explains every option\n")

@@ -187,7 +187,8 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.norm2 = _group_norm(channels_out)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+        same = channels_in == channels_out
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
         nn.init.zeros_(self.conv2.weight)  # trained from scratch, a block starts as its shortcut
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -236,7 +237,8 @@ class Upsample(nn.Module):
 
 def _level(channels_in: int, channels_out: int, blocks: int) -> nn.Module:
     level = nn.Module()
-    level.block = nn.ModuleList(ResnetBlock(channels_out if j else channels_in, channels_out) for j in range(blocks))
+    widths = [channels_in] + [channels_out] * blocks
+    level.block = nn.ModuleList(map(ResnetBlock, widths, widths[1:]))
     return level
 
 
@@ -255,7 +257,8 @@ class VAEEncoder(nn.Module):
         super().__init__()
         widths = config.channels
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(_level(widths[max(i - 1, 0)], w, config.blocks) for i, w in enumerate(widths))
+        levels = (_level(widths[max(i - 1, 0)], width, config.blocks) for i, width in enumerate(widths))
+        self.down = nn.ModuleList(levels)
         for level, width in zip(self.down[:-1], widths):
             level.downsample = Downsample(width)
         self.mid = _middle(widths[-1])
@@ -493,7 +496,7 @@ def load_siglip(path: str, dtype: torch.dtype = torch.float32, device: str | tor
     return load_tensors(tower, source, mapping, wanted, unused, device)
 
 
-# -------------------------------------------------------------------------------------------- SemTok: sizes and presets
+# ---------------------------------------------------------------------------------- SemTok: sizes and presets
 
 
 @dataclass(frozen=True)
@@ -525,9 +528,9 @@ class SemTokConfig:
             if type(value) is int and value < 1 and name != "decoder_dual_depth":
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if self.image_size % (side := self.vae.factor * self.patch):
-            raise ValueError(f"image_size {self.image_size} is no multiple of {side}, the pixels of a patch's side")
+            raise ValueError(f"image_size {self.image_size} is no multiple of {side}, a patch's pixels")
         if self.bits % self.entropy_group:
-            raise ValueError(f"entropy_group {self.entropy_group} must divide the {self.bits} bits of a token")
+            raise ValueError(f"entropy_group {self.entropy_group} must divide the {self.bits} bits")
         for part in ("encoder", "decoder"):  # a head's channels are halves, for rows and columns, of pairs
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
             if width % (4 * heads):
@@ -568,9 +571,9 @@ class LossWeights:
 class Encoder(MMDiT):
     """Eq. 1: latents and K learnable mask tokens through an MMDiT without timestep -> x and z.
 
-    With config.causal the token stream is sequential, as in SelfTok (Wang et al. 2025; Table 5). A token attends
-    to the image, to itself and to the tokens before it. The image attends to no token: it would pass later tokens
-    on to earlier ones.
+    With config.causal the token stream is sequential, as in SelfTok (Wang et al. 2025; Table 5). A token
+    attends to the image, to itself and to the tokens before it. The image attends to no token: it would pass
+    later tokens on to earlier ones.
     """
 
     def __init__(self, config: SemTokConfig):
@@ -588,7 +591,8 @@ class Encoder(MMDiT):
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised latents (B, channels, h, w) -> x (B, h w / p^2, width), z (B, K, d)."""
         tokens = self.mask_tokens.expand(len(latents), -1, -1)
-        x, z = super().forward(self.x_embedder(latents), tokens, self.x_rope.table, self.z_rope.table, mask=self.mask)
+        ropes = self.x_rope.table, self.z_rope.table
+        x, z = super().forward(self.x_embedder(latents), tokens, *ropes, mask=self.mask)
         return x, self.to_bits(self.norm_out(z))
 
 
@@ -601,9 +605,9 @@ def causal_mask(tokens: int, patches: int) -> torch.Tensor:
 
 
 class Decoder(MMDiT):
-    """The MMDiT-X of SD3.5-Medium on SemTok's tokens: the velocity of Eq. 5, or in one step the latents of Eq. 7.
+    """The MMDiT-X of SD3.5-Medium on SemTok's tokens: Eq. 5's velocity, or in one step Eq. 7's latents.
 
-    2231M parameters at the paper's sizes; 2237M with SD3.5's pooled-text embedder, which `load_sd35` folds away.
+    2231M parameters at the paper's sizes; 2237M with SD3.5's pooled-text embedder, folded by `load_sd35`.
     """
 
     def __init__(self, config: SemTokConfig):
@@ -626,7 +630,7 @@ class Decoder(MMDiT):
         """codes (B, K, d) -> (B, channels, h, w).
 
         Stage I gives noisy latents x_t (B, channels, h, w) and times t (B,), and gets the velocity x_v - eps.
-        Stage II gives neither: mask tokens take the place of x_t, t is 1, and the output is the latent itself.
+        Stage II gives neither: mask tokens take the place of x_t, t is 1, and the output is the latent.
         """
         if noisy is None:
             x, t = self.mask_tokens.expand(len(codes), -1, -1), codes.new_ones(len(codes))
@@ -638,11 +642,11 @@ class Decoder(MMDiT):
         return self.final_layer(x, conditioning, self.grid)
 
 
-# --------------------------------------------------------------------------------------------------------------- SemTok
+# ----------------------------------------------------------------------------------------------------- SemTok
 
 
 class SemTok(nn.Module):
-    """The tokenizer: VAE (frozen), encoder, quantiser, decoder, and the two projections of the semantic alignment."""
+    """The tokenizer: VAE (frozen), encoder, quantiser, decoder, and the alignment's two projections."""
 
     def __init__(self, config: SemTokConfig, vae: VAE | None = None, decoder: Decoder | None = None):
         """vae and decoder: loaded ones, in place of new ones of the config's sizes."""
@@ -653,32 +657,34 @@ class SemTok(nn.Module):
         self.quantizer = BSQ(config.bits, config.entropy_group, spherical=config.quantizer == "bsq")
         self.decoder = decoder or Decoder(config)
         self.w_x = nn.Linear(config.encoder_width, config.semantic_width)
-        # w_z reads the flattened tokens: each has its own identity, and their mean would leave only d numbers.
+        # w_z reads the flattened tokens: each has its own identity, and a mean would leave only d numbers.
         self.w_z = nn.Linear(config.tokens * config.bits, config.semantic_width)
-        self.log_t = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))  # one number, not (): FSDP shards no scalars
+        self.log_t = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))  # not (): FSDP shards no scalars
 
     # ---- training
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, siglip: SigLIP) -> tuple[dict, dict]:
-        """What a training step needs and no gradient reaches, from this rank's pictures (B, 3, H, W) in [-1, 1].
+        """What a training step needs and no gradient reaches, from this rank's pictures (B, 3, H, W).
 
         Returns what has a row for each picture: `latents` (B, channels, h, w), `features` (B, C, g, g) and
-        `positive` (B,), its place among the candidates; and what every picture shares: `candidates` (ranks * B, C),
-        the pooled features of the global batch, among which the contrast finds the right one.
+        `positive` (B,), its place among the candidates; and what all share: `candidates` (ranks * B, C), the
+        pooled features of the global batch, among which the contrast finds the right one. Pictures are in
+        [-1, 1].
         """
         # CLIP clamps the temperature in place. A clamp in `forward` would have no gradient beyond it.
         self.log_t.clamp_(max=math.log(100))
         latents, features = self.vae.encode(pictures), siglip(pictures)
         pooled = F.normalize(features.float().mean((2, 3)), dim=-1)  # P of Eq. 2 is the mean
         positive = torch.arange(len(pictures), device=pictures.device) + ranks()[0] * len(pictures)
-        return {"latents": latents, "features": features, "positive": positive}, {"candidates": gather(pooled)}
+        rows = {"latents": latents, "features": features, "positive": positive}
+        return rows, {"candidates": gather(pooled)}
 
     @staticmethod
     def draw_noise(latents: torch.Tensor, rng: torch.Generator) -> dict[str, torch.Tensor]:
         """Eq. 5: `noise` like the latents and times `t` (B,), uniform in [0, 1].
 
-        They are drawn for the global batch and cut to this rank's rows, so the number of ranks changes nothing.
+        They are drawn for the global batch and cut to this rank's rows: the number of ranks changes nothing.
         """
         rank, world = ranks()
         total = world * len(latents)
@@ -686,11 +692,13 @@ class SemTok(nn.Module):
         t = torch.rand(total, generator=rng, device=latents.device)
         return {"noise": noise.chunk(world)[rank], "t": t.chunk(world)[rank]}
 
-    def pretraining_losses(self, latents, noise, t, features, positive, candidates, weights: LossWeights) -> dict:
+    def pretraining_losses(
+        self, latents, noise, t, features, positive, candidates, weights: LossWeights
+    ) -> dict[str, torch.Tensor]:
         """Stage I, Eq. 6, on the results of `prepare` and `draw_noise`.
 
-        Returns scalars: `loss`, and its terms `flow_loss`, `entropy_loss`, `distill_loss`, `contrast_loss` with the two
-        entropies; and `codes` (B, K, d).
+        Returns scalars: `loss`, its terms `flow_loss`, `entropy_loss`, `distill_loss`, `contrast_loss`, and
+        the two entropies; and `codes` (B, K, d).
         """
         x, codes, u = self.quantise(latents)
         times = t[:, None, None, None]
@@ -703,7 +711,7 @@ class SemTok(nn.Module):
     def refiner_losses(
         self, latents, features, positive, candidates, weights: LossWeights
     ) -> tuple[torch.Tensor, dict]:
-        """Stage II, Eq. 7 but for its judges: the latents (B, channels, h, w) of one decoder step, and the terms.
+        """Stage II, Eq. 7 but for its judges: latents (B, channels, h, w) of one decoder step, and the terms.
 
         The terms are those of `pretraining_losses`; the one named `regulariser` is their weighted sum.
         """
@@ -719,7 +727,8 @@ class SemTok(nn.Module):
         """The terms that both stages share, and their weighted sum `regulariser`."""
         out = self.quantizer.entropy_loss(u) | self.alignment_losses(x, codes, features, positive, candidates)
         semantic_loss = weights.distill * out["distill_loss"] + weights.contrast * out["contrast_loss"]
-        out["regulariser"] = weights.lambda_q * out["entropy_loss"] + weights.lambda_s * semantic_loss  # Eq. 6
+        entropy_loss = weights.lambda_q * out["entropy_loss"]
+        out["regulariser"] = entropy_loss + weights.lambda_s * semantic_loss  # Eq. 6
         return out | {"codes": codes}
 
     def alignment_losses(self, x, codes, features, positive, candidates) -> dict[str, torch.Tensor]:
@@ -731,12 +740,12 @@ class SemTok(nn.Module):
 
         v = F.normalize(self.w_z(codes.flatten(1).to(self.w_z.weight.dtype)).float(), dim=-1)
         similarity = self.log_t.exp() * v @ candidates.T  # (B, ranks * B)
-        # Eq. 2 is printed without its minus sign: to maximise the log ratio is to minimise this cross-entropy (InfoNCE).
+        # Eq. 2 is printed without its minus sign. To maximise the log ratio is to minimise this (InfoNCE).
         return {"distill_loss": distill_loss, "contrast_loss": F.cross_entropy(similarity, positive)}
 
     def start_refiner(self) -> None:
-        """Stage II's mask tokens start as the embedding of nearly zero noise, so its first output is stage I's mean
-        prediction at t = 1. A tenth of a noise sample stays: it makes the places differ."""
+        """Stage II's mask tokens start as the embedding of nearly zero noise. Its first output is stage I's
+        mean prediction at t = 1. A tenth of a noise sample stays: it makes the places differ."""
         side = self.config.grid * self.config.patch
         with torch.no_grad():
             noise = 0.1 * torch.randn(1, self.config.vae.latent_channels, side, side)
@@ -747,7 +756,7 @@ class SemTok(nn.Module):
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> codes (B, K, d), +-1/sqrt(d) (LFQ: +-1); `codes_to_bits` gives bits."""
+        """Pictures (B, 3, H, W) in [-1, 1] -> codes (B, K, d): +-1/sqrt(d) (LFQ: +-1)."""
         return self.quantise(self.vae.encode(pictures))[1]
 
     @torch.no_grad()
@@ -762,7 +771,8 @@ class SemTok(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, codes: torch.Tensor, steps: int = 25, shift: float = 1.0, generator: torch.Generator | None = None
+        self, codes: torch.Tensor, steps: int = 25, shift: float = 1.0,
+        generator: torch.Generator | None = None,
     ) -> torch.Tensor:
         """Stage I: codes (B, K, d) -> latents, by `steps` Euler steps of the flow from t = 1 (noise) to 0.
 
@@ -778,14 +788,14 @@ class SemTok(nn.Module):
     def reconstruct(
         self, pictures: torch.Tensor, generator: torch.Generator | None = None, steps: int = 25
     ) -> torch.Tensor:
-        """uint8 (B, 3, H, W) -> uint8, through the tokens: stage I's sampler with a generator, else the refiner."""
+        """uint8 (B, 3, H, W) -> uint8, through the tokens: stage I with a generator, else the refiner."""
         codes = self.encode(to_signed(pictures))
         latents = self.refine(codes) if generator is None else self.sample(codes, steps, generator=generator)
         return to_uint8(self.decode(latents))
 
 
 def euler(velocity, noise: torch.Tensor, steps: int, shift: float = 1.0) -> torch.Tensor:
-    """Follow dx/dt = -velocity(x, t) from noise (B, ...) at t = 1 to t = 0. velocity estimates x_v - eps, Eq. 5."""
+    """Follow dx/dt = -velocity(x, t), which estimates x_v - eps (Eq. 5), from noise (B, ...) to t = 0."""
     times = torch.linspace(1, 0, steps + 1, device=noise.device)
     times = shift * times / (1 + (shift - 1) * times)
     x = noise
@@ -795,7 +805,7 @@ def euler(velocity, noise: torch.Tensor, steps: int, shift: float = 1.0) -> torc
 
 
 def load_semtok(path: str, device: str | torch.device = "cpu") -> tuple[SemTok, dict[str, str]]:
-    """A tokenizer from train.py's `stage1.safetensors` or `stage2.safetensors`, in eval mode, and the file's metadata.
+    """A tokenizer from train.py's `stage1` or `stage2.safetensors`, in eval mode, and its metadata.
 
     Raises UserError for another file, a damaged one, and one whose sizes make no tokenizer."""
     return load_checkpoint(path, "semtok-tokenizer", SemTokConfig, SemTok, device)

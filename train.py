@@ -16,8 +16,9 @@ The models and the method are in semtok.py and ar.py. This file is the engineeri
     plan        --dry-run
     command
 
-A stage is a module with `prepare(pictures, labels, rng, step) -> rows, shared`, all that needs no gradient, and
-`forward(rows, shared) -> losses`. `rows` has a row for each picture of this rank: a micro-batch is a slice of it.
+A stage is a module with `prepare(pictures, labels, rng, step) -> rows, shared`, all that needs no gradient,
+and `forward(rows, shared) -> losses`. `rows` has a row for each picture of this rank. A micro-batch is a
+slice of it.
 """
 
 import argparse
@@ -65,12 +66,12 @@ from ar import AR_PRESETS, ARConfig, MaskedAR
 from bsq import bits_to_codes, code_usage, codes_to_bits, gather, mean_over_ranks, ranks
 from mmdit import TensorFiles, UserError, load_sd35
 from semtok import (
-    PICTURE_SUFFIXES, PRESETS, VAE, Decoder, LossWeights, SemTok, SemTokConfig, SigLIP, SigLIPConfig, choose_device,
-    flush, load_semtok, load_siglip, load_vae, picture_grid, read_picture, to_signed, to_uint8, write_file,
-    write_picture, write_tensors,
+    PICTURE_SUFFIXES, PRESETS, VAE, Decoder, LossWeights, SemTok, SemTokConfig, SigLIP, SigLIPConfig,
+    choose_device, flush, load_semtok, load_siglip, load_vae, picture_grid, read_picture, to_signed, to_uint8,
+    write_file, write_picture, write_tensors,
 )
 
-# -------------------------------------------------------------------------------------------------------------- recipes
+# ---------------------------------------------------------------------------------------------------- recipes
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class TokenizerRecipe(LossWeights, Recipe):
 class RefinerRecipe(TokenizerRecipe):
     """Stage II: with those of Eq. 7 as well."""
 
-    init: Literal["stage1", "scratch"] = "stage1"  # Table 12; from scratch, the decoder still starts from --sd35
+    init: Literal["stage1", "scratch"] = "stage1"  # Table 12; scratch still takes the decoder of --sd35
     perceptual: Literal["both", "lpips", "resnet"] = "both"  # Table 11
     freeze_encoder: bool = False
     lambda_p: float = 0.1
@@ -139,8 +140,10 @@ RECIPES = {
         "0": Recipe(800, 24, 1e-3, warmup=30, ema=0.0, **TINY_EVERY),
         "1": TokenizerRecipe(400, 16, 3e-3, warmup=50, **TINY_EVERY),
         # In batches of 16 the paper's lambda_s 0.05 or lambda_p 0.1 drown the pixels: 2.3 dB after 400 steps.
-        "2": RefinerRecipe(700, 16, 5e-3, warmup=50, gan_start=630, lambda_s=0.003, lambda_p=0.01, **TINY_EVERY),
-        # Of 16 tokens, a share of 0.7 masked leaves at most 4 known: sampling would end where training never was.
+        "2": RefinerRecipe(
+            700, 16, 5e-3, warmup=50, gan_start=630, lambda_s=0.003, lambda_p=0.01, **TINY_EVERY
+        ),
+        # Of 16 tokens, a share of 0.7 masked leaves at most 4 known: sampling would end beyond all training.
         # The longer warm-up bears the higher rate; after 50 steps of it 6e-3 costs 0.06 nats a bit.
         "ar": ARRecipe(
             3000, 32, 5e-3, weight_decay=0.03, warmup=200, least_masked=0.0,
@@ -158,8 +161,10 @@ RESULTS = {
 # Settings that only say how often something is written, and those that may change when a run goes on.
 CADENCE = ("log_every", "save_every", "preview_every")
 ON_RESUME = (*CADENCE, "steps", "lr", "warmup", "gan_start", "discriminator_lr")
-TOKENIZER_FIELDS = [f.name for f in dataclasses.fields(SemTokConfig) if f.name not in ("vae", "semantic_width")]
-AR_FIELDS = ["depth", "width", "heads", "group_bits", "guidance"]  # the others follow from the tokenizer and the data
+TOKENIZER_FIELDS = [
+    field.name for field in dataclasses.fields(SemTokConfig) if field.name not in ("vae", "semantic_width")
+]
+AR_FIELDS = ["depth", "width", "heads", "group_bits", "guidance"]  # tokenizer and data decide the others
 
 
 def setting_names(stage: str) -> list[str]:
@@ -180,7 +185,8 @@ def changed(settings, changes: dict[str, str]):
                 except ValueError:
                     values[name] = -1
                 if not 0 <= values[name] < 2**53:
-                    raise UserError(f"{name}={text} cannot be set: a {kind.__name__} of 0 or more is needed")
+                    wanted = {int: "a whole number", float: "a number"}[kind]
+                    raise UserError(f"{name}={text} cannot be set: {wanted} of 0 or more is needed")
             elif text not in choices:
                 raise UserError(f"{name}={text} cannot be set: choose {' or '.join(choices)}")
             else:
@@ -191,7 +197,7 @@ def changed(settings, changes: dict[str, str]):
         raise UserError(str(error)) from None
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------- pictures
 
 SHAPES = ("circle", "ring", "square", "triangle", "star", "cross", "heart", "crescent", "arrow", "bar")
 DRAWN = {"train": 8_192, "val": 500}  # pictures of the built-in world
@@ -215,7 +221,9 @@ def outline(name: str) -> np.ndarray:
         y = (13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 16
         return np.stack([np.sin(t) ** 3, -y - 0.1], 1)
     if name == "arrow":
-        return np.array([(0, -1.1), (0.85, -0.1), (0.3, -0.1), (0.3, 1), (-0.3, 1), (-0.3, -0.1), (-0.85, -0.1)])
+        tip, barb, shaft = (0, -1.1), (0.85, -0.1), (0.3, -0.1)
+        right = np.array([tip, barb, shaft, (0.3, 1)])
+        return np.concatenate([right, right[:0:-1] * (-1, 1)])
     if name == "bar":
         return np.array([(-1.1, -0.33), (1.1, -0.33), (1.1, 0.33), (-1.1, 0.33)])
     return {"square": polygon(4, 1, 45), "triangle": polygon(3, 1.1)}.get(name, polygon(48, 0.92))
@@ -227,8 +235,8 @@ OUTLINES = {name: outline(name) for name in SHAPES}
 def draw_shape(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray, int]:
     """Picture `index` of the built-in world: (size, size, 3) uint8 and its class, index % 10 of SHAPES.
 
-    A function of (split, seed, index) alone; "train" and "val" are disjoint. One shape of random colour, size, place
-    and rotation (within 17 degrees) on a gradient, stripes or a woven texture, of moderate contrast.
+    A function of (split, seed, index) alone; "train" and "val" are disjoint. A shape of random colour, size,
+    place and rotation (within 17 degrees) on a gradient, stripes or a woven texture, of moderate contrast.
     """
     rng = np.random.default_rng([list(DRAWN).index(split), seed, index])
     label, kind, direction = index % len(SHAPES), rng.integers(3), rng.uniform(0, 2 * np.pi)
@@ -264,9 +272,9 @@ def draw_shape(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray
 class Pictures(Dataset):
     """The pictures of a split, "train" or "val": item (index, flip) -> ((3, size, size) uint8, label).
 
-    They come from FOLDER/CLASS/**/picture, with classes in alphabetical order, or without a folder from the built-in
-    world. Every 50th picture of a class (at most 1000 in all) is held out as "val". A damaged picture is named and
-    replaced by the next. Raises UserError for a folder of another layout, and after 50 damaged ones in a row.
+    They come from FOLDER/CLASS/**/picture, with classes in alphabetical order, or without a folder from the
+    built-in world. Every 50th picture of a class (at most 1000 in all) is held out as "val". A damaged one is
+    named and replaced by the next. Raises UserError for a folder of another layout, or 50 damaged in a row.
     """
 
     def __init__(self, folder: str | None, split: str, seed: int, size: int, workers: int = 0):
@@ -275,7 +283,8 @@ class Pictures(Dataset):
         if folder:
             self.classes, self.paths, self.labels, self.fingerprint = find_pictures(folder, split)
         else:
-            self.classes, self.paths, self.fingerprint = list(SHAPES), None, f"{DRAWN[split]} drawn, seed {seed}"
+            self.classes, self.paths = list(SHAPES), None
+            self.fingerprint = f"{DRAWN[split]} drawn, seed {seed}"
             self.labels = [index % len(SHAPES) for index in range(DRAWN[split])]
         if len(self) * 3 * size**2 <= IN_MEMORY:
             every = [(index, False) for index in range(len(self))]
@@ -308,7 +317,7 @@ class Pictures(Dataset):
         return torch.from_numpy(draw_shape(self.split, self.seed, index, self.size)[0]).permute(2, 0, 1)
 
     def spread(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same `count` pictures every time, spread over the classes: (N, 3, H, W) uint8 and labels (N,)."""
+        """The same `count` pictures every time, over all classes: (N, 3, H, W) uint8 and labels (N,)."""
         places = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)
         pictures, labels = zip(*(self[int(place), False] for place in places))
         return torch.stack(pictures), torch.tensor(labels)
@@ -324,25 +333,27 @@ def find_pictures(folder: str, split: str) -> tuple[list[str], list[str], list[i
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     paths, labels, digest = [], [], hashlib.sha256()
     for label, name in enumerate(classes):
-        files = (os.path.join(root, file) for root, _, files in os.walk(os.path.join(folder, name)) for file in files)
-        found = sorted(path for path in files if path.lower().endswith(PICTURE_SUFFIXES) and os.path.basename(path)[0] != ".")
+        walk = os.walk(os.path.join(folder, name))
+        files = [os.path.join(root, file) for root, _, found in walk for file in found if file[0] != "."]
+        found = sorted(path for path in files if path.lower().endswith(PICTURE_SUFFIXES))
         held_out = set(found[::50][: max(1, 1000 // len(classes))]) if len(found) > 1 else set()
         for path in found:
             if (path in held_out) == (split == "val"):
-                about = os.stat(path) if os.path.exists(path) else None  # a dangling link is skipped when it is read
+                about = os.stat(path) if os.path.exists(path) else None  # a dangling link is skipped later
                 stamp = about and (about.st_size, about.st_mtime_ns)
                 digest.update(f"{os.path.relpath(path, folder)} {stamp}\n".encode(errors="surrogateescape"))
                 paths.append(path)
                 labels.append(label)
     if not paths:
-        raise UserError(f"--data {folder} has no {split} pictures in {len(classes)} subfolders: it must be {layout}")
+        where = f"{len(classes)} subfolders"
+        raise UserError(f"--data {folder} has no {split} pictures in {where}: it must be {layout}")
     return classes, paths, labels, f"{len(paths)} files, {digest.hexdigest()[:16]}"
 
 
 class Schedule:
-    """Which pictures each step sees, a function of (seed, step) alone: batches of (index, flip) from step `first` on.
+    """Which pictures each step sees, by (seed, step) alone: batches of (index, flip) from step `first` on.
 
-    Every epoch is a new permutation. Batches run across the end of an epoch. Each rank gets its slice of a batch.
+    Every epoch is a new permutation. Batches run across an epoch's end. Each rank gets a slice of a batch.
     """
 
     def __init__(self, count: int, recipe: Recipe, seed: int, first: int):
@@ -368,9 +379,9 @@ class Schedule:
 class Tokens(Dataset):
     """The tokenised training pictures: item (index, flip) -> (bits (K, d) bool, label).
 
-    They are a table in a .npy file that is mapped, not read, with the mirror images too if the recipe flips: 1.5 GB for
-    ImageNet. A .json beside it says what they were made of and how far, so an interruption costs one part. A table of
-    another tokenizer or of other pictures is made again.
+    They are a table in a .npy file that is mapped, not read, with the mirror images too if the recipe flips:
+    1.5 GB for ImageNet. A .json beside it says what they were made of and how far: an interruption costs one
+    part. A table of another tokenizer or of other pictures is made again.
     """
 
     PART = 256  # pictures between two notes of progress
@@ -389,7 +400,8 @@ class Tokens(Dataset):
         table, parts = np.load(path, mmap_mode="r+"), range(done, count, self.PART)
         shares = [range(first, min(first + self.PART, count))[rank::world] for first in parts]
         batches = [[(index, False) for index in share] for share in shares if share]
-        loader = iter(DataLoader(job.train, batch_sampler=batches, num_workers=self.workers, generator=torch.Generator()))
+        own = torch.Generator()  # not the global one, which initialises networks
+        loader = iter(DataLoader(job.train, batch_sampler=batches, num_workers=self.workers, generator=own))
         for share in tqdm(shares, "tokenising", unit=f"x{self.PART}", leave=False, disable=rank > 0):
             if share:
                 pictures, labels = next(loader)
@@ -413,7 +425,8 @@ class Tokens(Dataset):
         try:
             with open(path + ".json", encoding="utf-8") as file:
                 found = json.load(file)
-            whole = found == about | {"done": found["done"]} and len(np.load(path, mmap_mode="r")) == about["count"]
+            wanted = about | {"done": found["done"]}
+            whole = found == wanted and len(np.load(path, mmap_mode="r")) == about["count"]
             return found["done"] if whole else 0
         except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
             return 0
@@ -432,11 +445,11 @@ def in_batches(function, tensor: torch.Tensor, size: int = 64) -> torch.Tensor:
     return torch.cat([function(part) for part in tensor.split(size)])
 
 
-# --------------------------------------------------------------------------------------------------- judges of stage II
+# ----------------------------------------------------------------------------------------- judges of stage II
 
 
 class Bottleneck(nn.Module):
-    """ResNet's 1x1, 3x3, 1x1 block, stride in the 3x3 as torchvision has it: (B, c, H, W) -> (B, 4 width, ...)."""
+    """ResNet's 1x1, 3x3, 1x1 block, stride in the 3x3 (torchvision): (B, c, H, W) -> (B, 4 width, ...)."""
 
     def __init__(self, channels_in: int, width: int, stride: int):
         super().__init__()
@@ -456,12 +469,14 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-50 (He et al. 2016) under torchvision's names: pictures (B, 3, H, W) in [-1, 1] -> logits (B, classes).
+    """ResNet-50 (He et al. 2016), torchvision's names: (B, 3, H, W) in [-1, 1] -> logits (B, classes).
 
     size: the side that pictures are resized to (224 for ImageNet's weights).
     """
 
-    def __init__(self, width: int = 64, layers: tuple[int, ...] = (3, 4, 6, 3), classes: int = 1000, size: int = 224):
+    def __init__(
+        self, width: int = 64, layers: tuple[int, ...] = (3, 4, 6, 3), classes: int = 1000, size: int = 224
+    ):
         super().__init__()
         self.size = size
         self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
@@ -505,7 +520,7 @@ def load_resnet(path: str) -> ResNet:
 
 
 class Discriminator(nn.Module):
-    """MaskBiT's "VQGAN+" discriminator (Weber et al. 2024): pictures (B, 3, H, W) -> logits (B, 1, map, map)."""
+    """MaskBiT's "VQGAN+" discriminator (Weber et al. 2024): (B, 3, H, W) -> logits (B, 1, map, map)."""
 
     def __init__(self, base: int = 128, stages: int = 4, map_size: int = 16):
         super().__init__()
@@ -531,14 +546,14 @@ class Discriminator(nn.Module):
 
 
 def lecam_loss(real: torch.Tensor, fake: torch.Tensor, real_mean: torch.Tensor, fake_mean: torch.Tensor):
-    """LeCAM (Tseng et al. 2021) as MaskBiT has it: each side's mean logit () stays near the other's running mean."""
+    """LeCAM (Tseng et al. 2021) as in MaskBiT: a side's mean logit () stays near the other's running mean."""
     return F.relu(real - fake_mean).square() + F.relu(real_mean - fake).square()
 
 
-# ------------------------------------------------------------------------------------------- job: what a command asks for
+# ------------------------------------------------------------------------------- job: what a command asks for
 
-WEIGHTS = {  # other people's networks, by flag: file name, what it is, size. README has the commands that get them.
-    "sd35": ("sd3.5_medium.safetensors", "SD3.5-Medium, single file or diffusers folder: starts the decoder", "5.11 GB"),
+WEIGHTS = {  # other people's networks, by flag: file name, what it is, size. README says how to get them.
+    "sd35": ("sd3.5_medium.safetensors", "SD3.5-Medium, file or diffusers folder: the decoder", "5.11 GB"),
     "vae": ("sd3.5_vae.safetensors", "the VAE alone, when it is not in --sd35", "168 MB"),
     "siglip": ("siglip2-base-patch16-256.safetensors", "SigLIP or SigLIP 2, file or folder", "1.50 GB"),
     "vgg": (fid.VGG[0], "torchvision's VGG16, for LPIPS", "528 MiB"),
@@ -553,7 +568,7 @@ STAND_INS = {  # stage 0's twins of them
 
 @dataclass
 class Job:
-    """One command: its arguments, where it runs, what it reads. `planned`: networks have sizes and no values."""
+    """One command: its arguments, its device, what it reads. `planned`: networks have sizes and no values."""
 
     args: argparse.Namespace
     device: torch.device
@@ -567,7 +582,7 @@ class Job:
         return os.path.join(self.args.out, name)
 
     def recipe(self, stage: str) -> Recipe:
-        """The preset's recipe for a stage, changed by --set. Warm-up and GAN start keep their share of the steps."""
+        """The preset's recipe, changed by --set. Warm-up and GAN start keep their share of the steps."""
         preset, changes = RECIPES[self.args.preset][stage], dict(self.args.changes)
         share = changed(preset, changes).steps / preset.steps
         for name in {"warmup", "gan_start"} & asdict(preset).keys() - changes.keys():
@@ -585,7 +600,7 @@ class Job:
         return "tiny" if self.args.preset == "tiny" else self.args.ar_size or "L"
 
     def ar_config(self, tokens: SemTokConfig) -> ARConfig:
-        """The transformer's sizes, changed by --set, for a tokenizer's tokens and the classes of the pictures."""
+        """The transformer's sizes, changed by --set, for a tokenizer's tokens and the pictures' classes."""
         classes = len(self.train.classes) if self.train else AR_PRESETS[self.ar_size].classes
         base = replace(
             AR_PRESETS[self.ar_size], tokens=tokens.tokens, bits=tokens.bits, classes=classes,
@@ -605,16 +620,17 @@ class Job:
         if name == "vae" and not given and os.path.exists(self.weights("sd35")):
             return self.weights("sd35")
         stand_in = self.args.preset == "tiny" and name in STAND_INS
-        return given or (self.path(STAND_INS[name]) if stand_in else os.path.join("weights", WEIGHTS[name][0]))
+        default = self.path(STAND_INS[name]) if stand_in else os.path.join("weights", WEIGHTS[name][0])
+        return given or default
 
     def network(self, name: str) -> nn.Module:
-        """A frozen network, "vae", "siglip", "lpips" or "resnet", out of its file; planned, of the same sizes."""
+        """A frozen network, "vae", "siglip", "lpips" or "resnet", out of its file; planned, of its sizes."""
         tiny, config, file = self.args.preset == "tiny", self.config, self.weights
         widths = TINY_VGG if tiny else fid.VGG_WIDTHS
         network = {
             "vae": lambda: VAE(config.vae),
             "siglip": lambda: SigLIP(TINY_SIGLIP if tiny else SigLIPConfig()),
-            "lpips": lambda: fid.LPIPS(fid.VGG16Features(widths), [torch.zeros(1, width, 1, 1) for width in widths]),
+            "lpips": lambda: fid.LPIPS(fid.VGG16Features(widths), [torch.zeros(1, w, 1, 1) for w in widths]),
             "resnet": lambda: ResNet(*TINY_RESNET, len(SHAPES), config.image_size) if tiny else ResNet(),
         } if self.planned else {
             "vae": lambda: load_vae(file("vae"), device=self.device),
@@ -644,7 +660,8 @@ class Job:
         if not os.path.isfile(path):
             raise UserError(f"{path} is missing: make it first with {self.command(stage)}")
         model, metadata = load_semtok(path, self.device)
-        check_settings(path, asdict(model.config), {name: getattr(self.config, name) for name in TOKENIZER_FIELDS})
+        sizes = {name: getattr(self.config, name) for name in TOKENIZER_FIELDS}
+        check_settings(path, asdict(model.config), sizes)
         return model, metadata
 
     def command(self, stage: str) -> str:
@@ -652,7 +669,8 @@ class Job:
         args, parts = self.args, [f"python train.py --stage {stage}"]
         has = {*TOKENIZER_FIELDS} & {*setting_names(stage)}
         sizes = [f"{name}={text}" for name, text in args.changes.items() if name in has]
-        parts += [f"--preset {args.preset}"] * (args.preset != "tiny") + [f"--data {args.data}"] * bool(args.data)
+        parts += [f"--preset {args.preset}"] * (args.preset != "tiny")
+        parts += [f"--data {args.data}"] * bool(args.data)
         parts += [f"--out {args.out}"] * (args.out != os.path.join("runs", args.preset))
         return " ".join(parts + ["--set", *sizes] * bool(sizes))
 
@@ -661,8 +679,9 @@ class Job:
         recipe, tiny = self.recipe(stage), self.args.preset == "tiny"
         scratch, terms = getattr(recipe, "init", "") == "scratch", getattr(recipe, "perceptual", "")
         needed = {
-            "sd35": (stage == "1" or scratch) and not tiny, "vae": (stage == "1" or scratch) and tiny, "siglip": stage in "12",
-            "vgg": terms in ("both", "lpips"), "lpips": terms in ("both", "lpips"), "resnet": terms in ("both", "resnet"),
+            "sd35": (stage == "1" or scratch) and not tiny, "vae": (stage == "1" or scratch) and tiny,
+            "siglip": stage in "12", "resnet": terms in ("both", "resnet"),
+            "vgg": terms in ("both", "lpips"), "lpips": terms in ("both", "lpips"),
         }
         sentences = [
             f"{self.weights(name)} is missing ({WEIGHTS[name][1]}, {WEIGHTS[name][2]}): "
@@ -672,23 +691,24 @@ class Job:
         ]
         earlier = {"2": "" if scratch else "1", "ar": "2"}.get(stage)
         if earlier and not os.path.isfile(self.path(RESULTS[earlier])):
-            sentences.append(f"{self.path(RESULTS[earlier])} is missing: make it first with {self.command(earlier)}")
+            made = f"make it first with {self.command(earlier)}"
+            sentences.append(f"{self.path(RESULTS[earlier])} is missing: {made}")
         if not tiny and not os.path.isdir(self.args.data or ""):
-            sentences.append("--data needs a folder, FOLDER/CLASS/picture.jpg: README says how to get ImageNet's")
+            sentences.append("--data needs a folder, FOLDER/CLASS/picture.jpg: README says how to get one")
         return sentences
 
 
 def check_settings(path: str, found: dict, asked: dict, free: tuple[str, ...] = ()) -> None:
-    """Raises UserError that names the first setting, but for the free ones, in which a file differs from this run."""
+    """Raises UserError naming the first setting, but for free ones, in which a file is of another run."""
     for name, value in asked.items():
         if name not in free and found.get(name) != value:
             raise UserError(
-                f"{path} was made with {name} {found.get(name)}, and this run has {name} {value}: ask for the same "
-                "(--set changes settings), or take another --out, or start again with --overwrite"
+                f"{path} was made with {name} {found.get(name)}, this run has {name} {value}: ask for the "
+                "same (--set changes settings), or take another --out, or start again with --overwrite"
             )
 
 
-# ----------------------------------------------------------------------- the stages: what each one feeds, loses and shows
+# ----------------------------------------------------------- the stages: what each one feeds, loses and shows
 
 
 class Pretraining(nn.Module):
@@ -699,7 +719,7 @@ class Pretraining(nn.Module):
     def __init__(self, job: Job):
         super().__init__()
         self.job, self.recipe = job, job.recipe(self.stage)
-        # Frozen networks stand in a dict, not among the submodules: never trained, averaged, saved or in train mode.
+        # Frozen networks stand in a dict, not among the submodules: never trained, averaged or saved.
         self.frozen = {"siglip": job.network("siglip")}
         self.semtok = self.open_tokenizer()
         self.semtok.decoder.mask_tokens.requires_grad_(False)  # they join in stage II
@@ -743,7 +763,7 @@ class Pretraining(nn.Module):
 
 
 class Refining(Pretraining):
-    """Stage II, Eq. 7: one step from mask tokens to the latent, judged in pixels; Eq. 6's other terms stay."""
+    """Stage II, Eq. 7: from mask tokens to latents in one step, judged by pixels, and Eq. 6's other terms."""
 
     stage = "2"
 
@@ -794,10 +814,10 @@ class Refining(Pretraining):
         return out | {"loss": loss}
 
     def adversarial_losses(self, real: torch.Tensor, output: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Hinge losses of both players in one graph, on pictures (B, 3, H, W) in [-1, 1], and the mean logits.
+        """Hinge losses of both players in one graph, on pictures (B, 3, H, W) in [-1, 1], and mean logits.
 
-        The generator is judged by detached weights, and the discriminator sees detached pictures. So one backward
-        pass gives each player its own gradient.
+        The generator is judged by detached weights, and the discriminator sees detached pictures. So one
+        backward pass gives each player its own gradient.
         """
         detached = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         gan_loss = -torch.func.functional_call(self.discriminator, detached, (output,)).float().mean()
@@ -809,7 +829,8 @@ class Refining(Pretraining):
         self.real_mean.lerp_(d_real.detach(), 1 - decay)
         self.fake_mean.lerp_(d_fake.detach(), 1 - decay)
         discriminator_loss = hinge_loss + self.recipe.lambda_lecam * penalty
-        return {"gan_loss": gan_loss, "discriminator_loss": discriminator_loss, "d_real": d_real, "d_fake": d_fake}
+        losses = {"gan_loss": gan_loss, "discriminator_loss": discriminator_loss}
+        return losses | {"d_real": d_real, "d_fake": d_fake}
 
     @torch.no_grad()
     def reconstruct(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -832,7 +853,8 @@ class Generating(nn.Module):
         super().__init__()
         self.job, self.recipe = job, job.recipe("ar")
         tokenizer, metadata = job.tokenizer("2")
-        self.frozen, self.fingerprint = {"tokenizer": tokenizer.requires_grad_(False)}, metadata["fingerprint"]
+        self.fingerprint = metadata["fingerprint"]
+        self.frozen = {"tokenizer": tokenizer.requires_grad_(False)}
         self.ar = MaskedAR(job.ar_config(tokenizer.config))
 
     def prepare(self, bits: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
@@ -848,7 +870,8 @@ class Generating(nn.Module):
         """One sample of each class (of the first 20)."""
         tokenizer, config = self.frozen["tokenizer"], self.ar.config
         labels = torch.arange(min(20, config.classes), device=self.job.device)
-        bits = self.ar.generate(labels, cfg=config.guidance, generator=torch.Generator(labels.device).manual_seed(0))
+        rng = torch.Generator(labels.device).manual_seed(0)
+        bits = self.ar.generate(labels, cfg=config.guidance, generator=rng)
         latents = tokenizer.refine(bits_to_codes(bits, config.spherical))
         return picture_grid({"one sample of each class": to_uint8(tokenizer.decode(latents))})
 
@@ -857,30 +880,33 @@ class Generating(nn.Module):
         """Held-out pictures' masked tokens: nats a bit, share of bits guessed right."""
         pictures, labels = (tensor.to(self.job.device) for tensor in self.job.val.spread(500))
         bits = codes_to_bits(in_batches(self.frozen["tokenizer"].encode, to_signed(pictures)))
-        masked = self.ar.draw_masks(len(bits), self.recipe.least_masked, step_generator(0, "validation", 0, bits.device))
+        rng = step_generator(0, "validation", 0, bits.device)
+        masked = self.ar.draw_masks(len(bits), self.recipe.least_masked, rng)
         losses = self.ar.loss(bits, labels, masked, masked.sum(1).float().mean())
         return {"val_nll_per_bit": losses["nll"].item(), "val_bit_accuracy": losses["accuracy"].item()}
 
     def export(self, metadata: dict[str, str]) -> str:
         """Write `ar.safetensors`; returns its path."""
         path, config = self.job.path(RESULTS["ar"]), json.dumps(asdict(self.ar.config))
-        write_model(path, self.ar, metadata | {"format": "semtok-ar", "config": config, "tokenizer": self.fingerprint})
+        metadata = metadata | {"format": "semtok-ar", "config": config, "tokenizer": self.fingerprint}
+        write_model(path, self.ar, metadata)
         return path
 
 
 def fidelity(outputs: torch.Tensor, pictures: torch.Tensor) -> dict[str, float]:
     """Mean PSNR (dB) and SSIM of uint8 pictures (N, 3, H, W) against the originals."""
-    return {"psnr": fid.psnr(outputs, pictures).mean().item(), "ssim": fid.ssim(outputs, pictures).mean().item()}
+    psnr, ssim = (metric(outputs, pictures).mean().item() for metric in (fid.psnr, fid.ssim))
+    return {"psnr": psnr, "ssim": ssim}
 
 
-# ---------------------------------------------------------------------------------------------------- stage 0: stand-ins
+# ----------------------------------------------------------------------------------------- stage 0: stand-ins
 
 
 class StandIns(nn.Module):
     """Stage 0: small twins of the networks that cannot be had offline, trained side by side on the pictures.
 
-    A VAE (reconstruction + KL), a SigLIP tower (sigmoid loss against class-name embeddings), a VGG16 and a ResNet
-    (classification). They are saved under the real files' key names and read back by the real loaders.
+    A VAE (reconstruction + KL), a SigLIP tower (sigmoid loss against class-name embeddings), a VGG16 and a
+    ResNet (classification). They are saved under the real files' key names and read by the real loaders.
     """
 
     stage = "0"
@@ -892,20 +918,23 @@ class StandIns(nn.Module):
         self.vae = VAE(config.vae)
         self.siglip = SigLIP(TINY_SIGLIP)
         self.class_names = nn.Embedding(classes, config.semantic_width)
-        self.siglip_scale, self.siglip_bias = (nn.Parameter(torch.tensor([x])) for x in (math.log(10.0), -2.0))
+        self.siglip_scale = nn.Parameter(torch.tensor([math.log(10.0)]))
+        self.siglip_bias = nn.Parameter(torch.tensor([-2.0]))
         self.vgg, self.vgg_head = fid.VGG16Features(TINY_VGG), nn.Linear(TINY_VGG[-1], classes)
         self.resnet = ResNet(*TINY_RESNET, classes, job.config.image_size)
-        nn.init.constant_(self.vae.encoder.conv_out.bias[config.vae.latent_channels :], -6)  # start with little noise
-        nn.init.normal_(self.siglip.embeddings.position_embedding.weight, std=0.02)  # 1.0 would drown the patches
+        log_variances = self.vae.encoder.conv_out.bias[config.vae.latent_channels :]
+        nn.init.constant_(log_variances, -6)  # start with little noise
+        positions = self.siglip.embeddings.position_embedding.weight
+        nn.init.normal_(positions, std=0.02)  # 1.0 would drown the patches
         for layer in self.vgg.features:
-            if isinstance(layer, nn.Conv2d):  # no batch norm: thirteen layers deep, it starts only with He's gain
+            if isinstance(layer, nn.Conv2d):  # no batch norm: so deep, it starts only with He's gain
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
         """pictures (B, 3, H, W) uint8, labels (B,) -> no rows; shared, the global batch.
 
-        The ResNet's batch norm needs the whole batch at once, so each rank and micro-batch goes through all of it.
+        The ResNet's batch norm needs the whole batch, so each rank and micro-batch goes through all of it.
         """
         pictures, labels, config = to_signed(gather(pictures)), gather(labels), self.vae.config
         # The VAE is convolutional. It learns from windows of every third picture, then from whole ones.
@@ -915,20 +944,22 @@ class StandIns(nn.Module):
             top, left = np.random.default_rng(step).integers(0, side + 1, 2)
             windows = windows[..., top : top + side, left : left + side]
         places = [side // config.factor for side in windows.shape[2:]]
-        noise = torch.randn(len(windows), config.latent_channels, *places, generator=rng, device=windows.device)
+        shape = len(windows), config.latent_channels, *places
+        noise = torch.randn(shape, generator=rng, device=windows.device)
         return {}, {"pictures": pictures, "labels": labels, "windows": windows, "noise": noise}
 
     def forward(self, rows: dict, shared: dict) -> dict[str, torch.Tensor]:
         """The global batch of `prepare` -> losses."""
         pictures, labels, windows = shared["pictures"], shared["labels"], shared["windows"]
-        mean, log_variance = self.vae.encoder(windows.contiguous(memory_format=torch.channels_last)).chunk(2, 1)
+        moments = self.vae.encoder(windows.contiguous(memory_format=torch.channels_last))
+        mean, log_variance = moments.chunk(2, 1)
         log_variance = log_variance.clamp(-12, 4)
         reconstruction = self.vae.decoder(mean + (0.5 * log_variance).exp() * shared["noise"])
         kl_loss = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         image = F.normalize(self.siglip(pictures).mean((2, 3)), dim=-1)
         pairs = image @ F.normalize(self.class_names.weight, dim=-1).T
         pairs = self.siglip_scale.exp() * pairs + self.siglip_bias
-        matches = F.one_hot(labels, pairs.shape[1]) * 2.0 - 1  # SigLIP: every (picture, text) pair is a yes or a no
+        matches = F.one_hot(labels, pairs.shape[1]) * 2.0 - 1  # SigLIP: each pair is a yes or a no
         half = slice(max(8, len(pictures) // 2))
         losses = {
             "vae_loss": F.mse_loss(reconstruction, windows),
@@ -957,13 +988,14 @@ class StandIns(nn.Module):
         signed = to_signed(pictures)
         figures = fidelity(to_uint8(self.vae.decode(self.vae.encode(signed))), pictures)
         guesses = {"resnet": self.resnet(signed), "vgg": self.vgg_logits(signed)}
-        return figures | {f"{k}_accuracy": (v.argmax(1) == labels).float().mean().item() for k, v in guesses.items()}
+        right = {f"{k}_accuracy": (v.argmax(1) == labels).float().mean().item() for k, v in guesses.items()}
+        return figures | right
 
     @torch.no_grad()
     def export(self, metadata: dict[str, str]) -> str:
         """Write the networks as the real files look; returns the folder."""
         signed = to_signed(self.job.val.spread(200)[0].to(self.job.device))
-        # SD3.5's published shift and scale must whiten these latents too: fold a scale into both ends of the VAE.
+        # SD3.5's published shift and scale must whiten these latents too: both ends of the VAE are scaled.
         std = self.vae.encoder(signed).chunk(2, 1)[0].std((0, 2, 3)) * VAE.SCALE  # (channels,)
         for tensor in (self.vae.encoder.conv_out.weight, self.vae.encoder.conv_out.bias):
             tensor[: len(std)] /= std.view(-1, *[1] * (tensor.ndim - 1))
@@ -973,7 +1005,7 @@ class StandIns(nn.Module):
         for layer, factor in ((self.resnet.fc, gain), (self.siglip.post_layernorm, 0.25)):
             layer.weight *= factor
             layer.bias *= factor
-        heads = {f"lin{i}.model.1.weight": torch.full((1, w, 1, 1), 1.0 / w**0.5) for i, w in enumerate(TINY_VGG)}
+        heads = {f"lin{i}.model.1.weight": torch.full((1, w, 1, 1), w**-0.5) for i, w in enumerate(TINY_VGG)}
         folder = self.job.path("standins")
         if ranks()[0] == 0:
             write_text(os.path.join(folder, "siglip", "config.json"), json.dumps({"num_attention_heads": 2}))
@@ -982,14 +1014,15 @@ class StandIns(nn.Module):
             write_tensors(os.path.join(folder, "vgg16.safetensors"), self.vgg.state_dict(), metadata)
             write_tensors(os.path.join(folder, "lpips.safetensors"), heads, metadata)
             size = {"input_size": str(self.resnet.size)}
-            write_tensors(os.path.join(folder, "resnet50.safetensors"), self.resnet.state_dict(), metadata | size)
-            write_tensors(self.job.path(RESULTS["0"]), self.vae.state_dict(), metadata)  # last: it says that all is there
+            resnet = self.resnet.state_dict()
+            write_tensors(os.path.join(folder, "resnet50.safetensors"), resnet, metadata | size)
+            write_tensors(self.job.path(RESULTS["0"]), self.vae.state_dict(), metadata)  # last: all is there
         return folder
 
 
 STAGES = {stage.stage: stage for stage in (StandIns, Pretraining, Refining, Generating)}
 
-# --------------------------------------------------------------------------------------------------------------- engine
+# ----------------------------------------------------------------------------------------------------- engine
 
 PATIENCE = datetime.timedelta(hours=2)  # how long ranks wait for one that validates or writes
 
@@ -1001,18 +1034,20 @@ def wait_for_all() -> None:
 
 
 def step_generator(seed: int, stage: str, step: int, device: torch.device) -> torch.Generator:
-    """A step's random numbers are a function of (seed, stage, step) alone, so a resumed run has none to restore."""
+    """A step's random numbers, by (seed, stage, step) alone, so that a resumed run has none to restore."""
     key = int.from_bytes(hashlib.sha256(f"{seed} {stage} {step}".encode()).digest()[:7], "big")
     return torch.Generator(device).manual_seed(key)
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
     """The transformer blocks in a network: what is sharded, and compiled, one by one."""
-    return [block for part in network.modules() for block in getattr(part, "joint_blocks", getattr(part, "blocks", ()))]
+    found = (getattr(part, "joint_blocks", getattr(part, "blocks", ())) for part in network.modules())
+    return [block for blocks in found for block in blocks]
 
 
 def shard(stage: nn.Module, device: torch.device) -> None:
-    """FSDP2 (Zhao et al. 2023) in place: each rank keeps its rows of all that is trained, and gathers a block to run it.
+    """FSDP2 (Zhao et al. 2023) in place: each rank keeps its rows of what is trained, and gathers a block to
+    run it.
 
     Weights and moments stay float32; on CUDA what is gathered is bfloat16."""
     half = torch.bfloat16 if device.type == "cuda" else None
@@ -1036,7 +1071,7 @@ def set_checkpointing(stage: nn.Module, on: bool) -> None:
 
 
 def compile_blocks(stage: nn.Module) -> None:
-    """torch.compile in place, under the old names: every transformer block and every frozen network of a step."""
+    """torch.compile in place, under the old names: transformer blocks, and the frozen networks of a step."""
     frozen = [network for name, network in getattr(stage, "frozen", {}).items() if name != "tokenizer"]
     vae = [stage.semtok.vae.encoder, stage.semtok.vae.decoder] if hasattr(stage, "semtok") else []
     for network in (*blocks_of(stage), *frozen, *vae):
@@ -1055,7 +1090,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def averaged(stage: nn.Module, average: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Inside `with`, a stage has its averaged weights and is in eval mode. They change places with the live ones."""
+    """Inside `with`, a stage is in eval mode and has its averaged weights, swapped with the live ones."""
     def swap():
         for name, parameter in stage.named_parameters():
             if name in average:
@@ -1085,7 +1120,7 @@ def write_text(path: str, text: str) -> None:
 
 @torch.no_grad()
 def write_model(path: str, model: nn.Module, metadata: dict[str, str]) -> None:
-    """A model's checkpoint, written by rank 0; all ranks call this to gather it. Adds a fingerprint of the weights."""
+    """A checkpoint, written by rank 0; all ranks call this to gather it. Adds the weights' fingerprint."""
     tensors, digest = {}, hashlib.sha256()
     for name, tensor in model.state_dict().items():
         tensor = full(tensor)
@@ -1111,18 +1146,20 @@ def checksums(folder: str) -> dict[str, str]:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    return {n: digest(os.path.join(folder, n)) for n in sorted(os.listdir(folder)) if n.endswith(".safetensors")}
+    shards = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    return {name: digest(os.path.join(folder, name)) for name in shards}
 
 
 def save_state(folder: str, step: int, tensors: dict[str, torch.Tensor], settings: dict) -> None:
-    """Write a training state, whole or not at all: every rank its shards, then rank 0 what they are. Two are kept."""
+    """Write a training state, whole or not at all: each rank its shards, rank 0 a table. Two are kept."""
     (rank, world), path = ranks(), os.path.join(folder, f"step-{step:07d}")
     part = path + ".part"
     if rank == 0:
         shutil.rmtree(part, ignore_errors=True)
         os.makedirs(part)
     wait_for_all()
-    dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(part, save_distributed=True), no_dist=world == 1)
+    writer = HuggingFaceStorageWriter(part, save_distributed=True)
+    dcp.save(tensors, storage_writer=writer, no_dist=world == 1)
     if rank == 0:
         about = {"step": step, "settings": settings, "sha256": checksums(part)}
         write_text(os.path.join(part, "state.json"), json.dumps(about))
@@ -1155,7 +1192,7 @@ def load_state(folder: str, tensors: dict[str, torch.Tensor], settings: dict) ->
     if ranks()[1] > 1:
         dist.broadcast_object_list(chosen)
     if chosen[0] is None:
-        raise UserError(f"{folder} holds no whole training state to resume: start without --resume, or with --overwrite")
+        raise UserError(f"{folder} holds no whole training state to resume: start again with --overwrite")
     path, step, found = chosen[0]
     check_settings(path, found, settings, ON_RESUME)
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(path), no_dist=ranks()[1] == 1)
@@ -1163,7 +1200,7 @@ def load_state(folder: str, tensors: dict[str, torch.Tensor], settings: dict) ->
 
 
 def prune_log(path: str, stage: str, step: int) -> None:
-    """Drop from log.jsonl what a stage logged after the step that it goes on from, and lines that are damaged."""
+    """Drop from log.jsonl what a stage logged after the step that it goes on from, and damaged lines."""
     kept = []
     if os.path.isfile(path):
         with open(path, "rb") as file:
@@ -1206,7 +1243,7 @@ def matmul_rate(device: torch.device) -> float:
     return 2 * side**3 / timer.timeit(6).mean
 
 
-# ------------------------------------------------------------------------------------------------------------- the loop
+# --------------------------------------------------------------------------------------------------- the loop
 
 BAD_STEPS = 5  # steps in a row that are not finite, after which a run stops
 SHOWN = {  # the terms that fit beside the progress bar
@@ -1218,19 +1255,20 @@ SHOWN = {  # the terms that fit beside the progress bar
 
 
 def is_finished(name: str, job: Job) -> bool:
-    """Whether a stage has its result, by the very settings of this run. Raises UserError when one must decide."""
+    """Whether a stage has its result, by the settings of this run. UserError when a person must decide."""
     args, result, states = job.args, job.path(RESULTS[name]), saved_states(job.path(f"state-{name}"))
     if args.overwrite or not (states or os.path.exists(result)):
         return False
     if os.path.exists(result):
         found, asked = json.loads(TensorFiles(result).metadata.get("settings", "{}")), job.settings(name)
         check_settings(result, found, asked, ON_RESUME if args.resume else CADENCE)
-        if all(found[key] == asked[key] for key in asked.keys() - set(CADENCE)):
+        if all(found.get(key) == asked[key] for key in asked.keys() - set(CADENCE)):
             return True
         if not states:
-            raise UserError(f"{result} has no training state beside it to go on from: --overwrite starts again")
+            raise UserError(f"{result} has no training state beside it to go on from: use --overwrite")
     if not args.resume:
-        raise UserError(f"stage {name} stopped before its end: --resume goes on from {states[-1]}, --overwrite starts again")
+        how = f"--resume goes on from {states[-1]}, --overwrite starts again"
+        raise UserError(f"stage {name} stopped before its end: {how}")
     return False
 
 
@@ -1238,15 +1276,16 @@ def micro_batch(recipe: Recipe, world: int, accumulate: int) -> int:
     """The pictures that a rank has at once. Raises UserError for a batch that does not divide."""
     if recipe.batch_size % (world * accumulate):
         raise UserError(
-            f"a batch of {recipe.batch_size} does not divide by {world} processes with --accumulate {accumulate}: "
-            "change --batch-size"
+            f"a batch of {recipe.batch_size} does not divide by {world} processes with --accumulate "
+            f"{accumulate}: change --batch-size"
         )
     return recipe.batch_size // world // accumulate
 
 
 def parameter_groups(stage: nn.Module, recipe: Recipe) -> list[dict]:
-    """AdamW's groups: the weights of linear layers and convolutions decay, all else does not (norms, biases, embeddings);
-    the discriminator has its own learning rate."""
+    """AdamW's groups. Weights of linear layers and convolutions decay; norms, biases and embeddings do not.
+
+    The discriminator has its own learning rate."""
     matrices = {id(layer.weight) for layer in stage.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
     groups = {}
     for name, parameter in stage.named_parameters():
@@ -1262,8 +1301,7 @@ def train_stage(name: str, job: Job) -> None:
     args, recipe, (rank, world), started = job.args, job.recipe(name), ranks(), time.time()
     say = print if rank == 0 else (lambda *_: None)
     if is_finished(name, job):
-        return say(f"stage {name} ({NAMES[name]}) is finished: {job.path(RESULTS[name])}. --overwrite starts it again")
-    micro_batch(recipe, world, args.accumulate)
+        return say(f"stage {name} is finished: {job.path(RESULTS[name])}. --overwrite starts it again")
     device, states, settings = job.device, job.path(f"state-{name}"), job.settings(name)
     wait_for_all()  # whoever changes files below has been seen by all to find them as they were
     say(f"stage {name}: {NAMES[name]}, {recipe.steps} steps of {recipe.batch_size} on {world} x {device}")
@@ -1285,7 +1323,7 @@ def train_stage(name: str, job: Job) -> None:
     for n, parameter in parameters.items():
         players.setdefault(n.split(".")[0], []).append(parameter)
     optimizer = torch.optim.AdamW(parameter_groups(stage, recipe), recipe.lr, betas=(0.9, 0.95), fused=True)
-    for parameter in parameters.values():  # now, so that a state has the same names before and after a player joins
+    for parameter in parameters.values():  # now: a state has the same names before and after a player joins
         zeros = {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=device)} | zeros
     average = {}
@@ -1293,7 +1331,7 @@ def train_stage(name: str, job: Job) -> None:
         average = {n: p.detach().clone() for n, p in parameters.items() if not n.startswith("discriminator.")}
     persistent = stage.state_dict().keys()
     buffers = {n: b for n, b in stage.named_buffers() if n in persistent}
-    # Bad steps are counted where the gradients are: asking for them each step would make the host wait for the GPU.
+    # Bad steps are counted where the gradients are: asking for them would make the host wait for the GPU.
     skipped, bad_in_a_row = (torch.zeros((), dtype=torch.long, device=device) for _ in range(2))
     state = {f"weights/{n}": p for n, p in parameters.items()} | {f"ema/{n}": p for n, p in average.items()}
     state |= {f"buffers/{n}": b for n, b in buffers.items()} | {"skipped": skipped}
@@ -1305,14 +1343,14 @@ def train_stage(name: str, job: Job) -> None:
     if args.resume and saved_states(states):
         step = load_state(states, state, settings)
         if step > recipe.steps:
-            raise UserError(f"{states} stands at step {step}, beyond {recipe.steps} steps: ask for more, or --overwrite")
+            raise UserError(f"{states} stands at step {step} of {recipe.steps}: ask for more, or --overwrite")
     elif rank == 0:
         shutil.rmtree(states, ignore_errors=True)
     if rank == 0:
         prune_log(job.path("log.jsonl"), name, step)
     batches = DataLoader(
         dataset, num_workers=dataset.workers, persistent_workers=dataset.workers > 0,
-        pin_memory=device.type == "cuda",  # else every batch's copy would wait for the steps that are under way
+        pin_memory=device.type == "cuda",  # else each copy waits for the steps that are under way
         batch_sampler=Schedule(len(dataset), recipe, args.seed, step),
     )
     flops, rate = job.flops[name] / world, matmul_rate(device)
@@ -1323,7 +1361,8 @@ def train_stage(name: str, job: Job) -> None:
     since, collapsed = (time.time(), step), 0
     with bar, stop_signals() as noted, open(job.path("log.jsonl"), "a", buffering=1, encoding="utf-8") as log:
         for batch in bar:
-            factor = min(1.0, (step + 1) / recipe.warmup) * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+            warm = min(1.0, (step + 1) / recipe.warmup)
+            factor = warm * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
             before = [buffer.clone() for buffer in buffers.values()]
@@ -1340,19 +1379,21 @@ def train_stage(name: str, job: Job) -> None:
                     out = stage({n: tensor.chunk(args.accumulate)[i] for n, tensor in rows.items()}, shared)
                 (out["loss"] / args.accumulate).backward()
                 outs.append({n: value.detach() for n, value in out.items()})
-            losses = {n: torch.stack([out[n].float() for out in outs]).mean() for n in outs[0] if n != "codes"}
+            names = [n for n in outs[0] if n != "codes"]
+            losses = {n: torch.stack([out[n].float() for out in outs]).mean() for n in names}
             for player, members in players.items():
                 if gradients := [p.grad for p in members if p.grad is not None]:
                     norm = full(nn.utils.get_total_norm(gradients, foreach=True))
                     nn.utils.clip_grads_with_norm_(members, 1.0, norm, foreach=True)
                     losses[f"grad_norm_{player}"] = norm
             with torch.no_grad():
-                values = mean_over_ranks(torch.stack(list(losses.values())))  # so all ranks see what broke on one
+                values = mean_over_ranks(torch.stack(list(losses.values())))  # all ranks see what one broke
             losses = dict(zip(losses, values.unbind()))
 
             # the step, which a loss or gradient that is not finite makes a step of nothing
-            bad = ~torch.stack([v for n, v in losses.items() if n == "loss" or "grad_norm" in n]).isfinite().all()
-            optimizer.found_inf = bad.to(torch.float32)  # the fused optimiser's way to skip without asking the device
+            decisive = [value for n, value in losses.items() if n == "loss" or "grad_norm" in n]
+            bad = ~torch.stack(decisive).isfinite().all()
+            optimizer.found_inf = bad.to(torch.float32)  # the fused AdamW skips without asking the device
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             for buffer, old in zip(buffers.values(), before):
@@ -1360,7 +1401,8 @@ def train_stage(name: str, job: Job) -> None:
             skipped += bad
             bad_in_a_row.add_(1).mul_(bad)
             if average:
-                decay = min(recipe.ema, (1 + step) / (10 + step))  # warmed up, or a short run keeps its initial weights
+                # warmed up: a short run would keep its initial weights
+                decay = min(recipe.ema, (1 + step) / (10 + step))
                 live = [local(parameters[n]) for n in average]
                 torch._foreach_lerp_([local(mean) for mean in average.values()], live, 1 - decay)
             step += 1
@@ -1371,12 +1413,13 @@ def train_stage(name: str, job: Job) -> None:
                 broken = ", ".join(n for n, value in losses.items() if not value.isfinite())
                 good = saved_states(states)
                 raise UserError(
-                    f"step {step}: {broken} not finite, and the {int(bad_in_a_row)} last steps were skipped for it; "
-                    + (f"the last good training state is {good[-1]}: " if good else "no training state has been saved: ")
+                    f"step {step}: {broken} not finite, and the {int(bad_in_a_row)} last steps were skipped; "
+                    + (f"the last good training state is {good[-1]}: " if good else "none is saved: ")
                     + "go on from there with --resume and a lower --lr"
                 )
             if step % recipe.log_every == 0 or last:
-                entry = {n: value.item() for n, value in losses.items()} | {"lr": optimizer.param_groups[0]["lr"]}
+                entry = {n: value.item() for n, value in losses.items()}
+                entry["lr"] = optimizer.param_groups[0]["lr"]
                 entry |= {"skipped": int(skipped)}
                 if "codes" in outs[0]:
                     bits = codes_to_bits(torch.cat([out["codes"] for out in outs]))
@@ -1391,7 +1434,7 @@ def train_stage(name: str, job: Job) -> None:
                     collapsed = collapsed + 1 if dead and step > recipe.warmup else 0
                     if collapsed == 3:  # readings in a row
                         share = f"{entry['used']:.1%} of codes used, {entry['dead_bits']} dead bits"
-                        bar.write(f"step {step}: the codebook is collapsing ({share}): try a larger lambda_q or a lower lr")
+                        bar.write(f"step {step}: codes collapse ({share}): raise lambda_q or lower lr")
             if step % recipe.preview_every == 0 or last:
                 with averaged(stage, average), autocast():
                     picture = stage.preview()
@@ -1402,7 +1445,8 @@ def train_stage(name: str, job: Job) -> None:
             if stopped and not last:
                 if rank > 0:
                     sys.exit(2)
-                raise UserError(f"stopped at step {step} with its state saved: go on with {job.command(name)} --resume")
+                again = f"{job.command(name)} --resume"
+                raise UserError(f"stopped at step {step} with its state saved: go on with {again}")
 
     # ---- the result
     with averaged(stage, average):
@@ -1417,21 +1461,23 @@ def train_stage(name: str, job: Job) -> None:
     following = dict(zip(STAGES, list(STAGES)[1:])).get(name)
     run = "" if args.out == os.path.join("runs", "tiny") else f" --run {args.out}"
     after = job.command(following) if following else f"python sample.py --class 1{run}"
-    say(f"stage {name} done in {time.time() - started:.0f} s: {shown} on held-out pictures -> {path}; next: {after}")
+    took = time.time() - started
+    say(f"stage {name} done in {took:.0f} s: {shown} on held-out pictures -> {path}; next: {after}")
     wait_for_all()
 
 
-# ------------------------------------------------------------------------------------------------------------- the plan
+# --------------------------------------------------------------------------------------------------- the plan
 
 PUBLISHED = {  # parameters in millions, by the paper, and of the VAE by SD3.5's file
-    "encoder": 113, "decoder": 2236, "AR L": 318, "AR XL": 746, "AR XXL": 1200, "VAE encoder": 34.3, "VAE decoder": 49.5,
+    "encoder": 113, "decoder": 2236, "AR L": 318, "AR XL": 746, "AR XXL": 1200,
+    "VAE encoder": 34.3, "VAE decoder": 49.5,
 }
-PEAK, UTILISATION = 989e12, 0.4  # FLOP/s: an H100's dense bfloat16, and the share of it that a transformer may reach
+PEAK, UTILISATION = 989e12, 0.4  # FLOP/s: an H100's dense bfloat16, and a transformer's share of it
 CARD = 78 * 2**30  # bytes: what a GPU of "80 GB" leaves to a program
 
 
 class AsOnCUDA(torch.overrides.TorchFunctionMode):
-    """What the CPU's autocast does otherwise: norms and resizing take float32, attention is the memory-efficient kernel."""
+    """What CUDA's autocast does: norms and resizing take float32, attention is memory-efficient."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         """Run a function of torch, or what stands for it on CUDA."""
@@ -1451,7 +1497,8 @@ def networks(stage: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
         return {"VAE": vae, "SigLIP": (stage.siglip,), "VGG16": vgg, "ResNet": (stage.resnet,)}
     semtok = stage.frozen.get("tokenizer") or stage.semtok
     found = {
-        "VAE encoder": (semtok.vae.encoder,), "encoder": (semtok.encoder,), "alignment": (semtok.w_x, semtok.w_z),
+        "VAE encoder": (semtok.vae.encoder,), "encoder": (semtok.encoder,),
+        "alignment": (semtok.w_x, semtok.w_z),
         "decoder": (semtok.decoder,), "VAE decoder": (semtok.vae.decoder,),
     }
     labels = {"siglip": "SigLIP", "lpips": "LPIPS' VGG16", "resnet": "ResNet-50"}
@@ -1461,9 +1508,9 @@ def networks(stage: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
 
 
 def measure(name: str, job: Job, batch: int, checkpointed: bool = False):
-    """A stage and the cost of its last step on `batch` pictures, by FakeTensorMode: tensors have shapes and no values.
+    """A stage and the cost of its last step on `batch` pictures, by FakeTensorMode: shapes without values.
 
-    Returns the stage; FLOPs of all passes; bytes of the weights' bfloat16 copies; and by module, the stage among them,
+    Returns the stage; FLOPs of all passes; bytes of the weights' bfloat16 copies; and by module, or stage,
     (forward FLOPs, bytes kept for the backward pass). checkpointed: blocks recomputed, and no backward pass.
     """
     config, activations, copies, cost, opened = job.config, {}, {}, {}, []
@@ -1471,18 +1518,21 @@ def measure(name: str, job: Job, batch: int, checkpointed: bool = False):
         stage = STAGES[name](replace(job, planned=True, device=torch.device("cpu")))
         set_checkpointing(stage, checkpointed)
         owners = [stage, *getattr(stage, "frozen", {}).values()]
-        weights = {t.untyped_storage()._cdata for owner in owners for t in (*owner.parameters(), *owner.buffers())}
+        tensors = [t for owner in owners for t in (*owner.parameters(), *owner.buffers())]
+        weights = {t.untyped_storage()._cdata for t in tensors}
 
         def keep(tensor):  # storages, since views of one tensor are kept once
             storage, source = tensor.untyped_storage(), tensor if tensor._base is None else tensor._base
             if storage._cdata not in weights:
-                made_of = source.grad_fn and source.grad_fn.next_functions and source.grad_fn.next_functions[0][0]
+                before = getattr(source.grad_fn, "next_functions", ())
+                made_of = before[0][0] if before else None
                 copied = source.dtype == torch.bfloat16 and hasattr(made_of, "variable")  # of a parameter
                 (copies if copied else activations)[storage._cdata] = storage
             return tensor
 
         def enter(*_):
-            opened.append((counter.get_total_flops(), sum(storage.nbytes() for storage in activations.values())))
+            kept = sum(storage.nbytes() for storage in activations.values())
+            opened.append((counter.get_total_flops(), kept))
 
         def leave(module, *_):
             enter()
@@ -1490,7 +1540,7 @@ def measure(name: str, job: Job, batch: int, checkpointed: bool = False):
             had = cost.get(module, (0, 0))
             cost[module] = (had[0] + after[0] - before[0], had[1] + after[1] - before[1])
 
-        for module in (*blocks_of(stage), *(module for group in networks(stage).values() for module in group)):
+        for module in (*blocks_of(stage), *(part for parts in networks(stage).values() for part in parts)):
             module.register_forward_pre_hook(enter)
             module.register_forward_hook(leave)
         pictures = torch.zeros(batch, 3, config.image_size, config.image_size, dtype=torch.uint8)
@@ -1508,10 +1558,8 @@ def measure(name: str, job: Job, batch: int, checkpointed: bool = False):
 
 
 def plan(job: Job, name: str) -> str:
-    """What --dry-run prints of a stage: parameters, FLOPs, memory, length and missing files. Raises UserError."""
+    """What --dry-run prints of a stage: parameters, FLOPs, memory, length and missing files."""
     args, config = job.args, job.config
-    if name not in RECIPES[args.preset]:
-        raise UserError(f"stage {name} makes stand-ins for the tiny preset; the {args.preset} preset reads the real weights")
     recipe, gpus = job.recipe(name), args.gpus or (1 if args.preset == "tiny" else 8)
     batch = micro_batch(recipe, gpus, args.accumulate)
     stage, flops, copies, cost = measure(name, job, batch)
@@ -1523,8 +1571,8 @@ def plan(job: Job, name: str) -> str:
         return trained, sum(parameters.values()) - trained
 
     lines = [
-        f"stage {name}, {NAMES[name]}, {args.preset} preset: {recipe.steps:,} steps of {recipe.batch_size} pictures of "
-        f"{config.image_size} x {config.image_size}, {batch} at once on each of {gpus} GPUs",
+        f"stage {name}, {NAMES[name]}, {args.preset} preset: {recipe.steps:,} steps of {recipe.batch_size} "
+        f"pictures of {config.image_size} x {config.image_size}, {batch} at once on each of {gpus} GPUs",
         f"{config.tokens} tokens of {config.bits} bits: {config.bits_per_pixel:.3f} bits per pixel", "",
         f"{'network':16}{'trained, M':>12}{'frozen, M':>12}{'published':>12}{'forward, TFLOP a picture':>28}",
     ]
@@ -1532,8 +1580,9 @@ def plan(job: Job, name: str) -> str:
     for label, modules in table.items():
         ran = [stage] if label == "all" else [module for module in modules if module in cost]
         forward = sum(cost[module][0] for module in ran) / batch / 1e12
-        figures = *(count / 1e6 for count in sizes(modules)), PUBLISHED.get(label, "-") if args.preset == "paper" else "-"
-        lines.append("{:16}{:12.2f}{:12.2f}{:>12}{:>28}".format(label, *figures, f"{forward:.4g}" if forward else "-"))
+        published = PUBLISHED.get(label, "-") if args.preset == "paper" else "-"
+        figures = *(count / 1e6 for count in sizes(modules)), published, f"{forward:.4g}" if forward else "-"
+        lines.append("{:16}{:12.2f}{:12.2f}{:>12}{:>28}".format(label, *figures))
     lines.append(f"with the backward passes: {flops / batch / 1e12:.4g} TFLOP a picture")
     if args.preset == "paper" and name != "ar":
         pooled = (2048 + 1 + config.decoder_width + 1) * config.decoder_width
@@ -1549,10 +1598,12 @@ def plan(job: Job, name: str) -> str:
         "averaged weights": 4 * trained / gpus * bool(recipe.ema),
         "bfloat16 copies": copies if gpus == 1 else gathered,  # sharded: of two blocks, weights and gradients
     }
-    fixed, again = sum(rows.values()), max((cost[block][1] for block in blocks), default=0)  # one block recomputed
+    fixed = sum(rows.values())
+    again = max((cost[block][1] for block in blocks), default=0)  # one block at a time is recomputed
     for note, kept in (("", cost[stage][1]), (", checkpointed", lean[lean_stage][1] + again)):
         rows |= {f"activations{note}": kept, f"total{note}": fixed + kept}
-    lines += ["", f"GiB on a GPU{', what is trained sharded' * (gpus > 1)}; context and fragments come on top, a few GiB"]
+    sharded = ", what is trained sharded" * (gpus > 1)
+    lines += ["", f"GiB on a GPU{sharded}; context and fragments come on top, a few GiB"]
     for label, amount in rows.items():
         mark = "  more than a GPU of 80 GB has" if "total" in label and amount > CARD else ""
         lines.append(f"{label:28}{amount / 2**30:12.4g}{mark}")
@@ -1562,18 +1613,19 @@ def plan(job: Job, name: str) -> str:
         hours = recipe.steps * recipe.batch_size * work / batch / (PEAK * UTILISATION) / 3600
         lines.append(f"length{note}: {hours:.4g} GPU-hours, {hours / gpus:.3g} hours on {gpus} GPUs")
     missing = job.missing(name)
-    lines += [f"  at {UTILISATION:.0%} of an H100's {PEAK / 1e12:.0f} TFLOP/s", "", f"missing: {len(missing) or 'nothing'}"]
+    lines += [f"  at {UTILISATION:.0%} of an H100's {PEAK / 1e12:.0f} TFLOP/s", ""]
+    lines.append(f"missing: {len(missing) or 'nothing'}")
     return "\n".join([*lines, *(f"- {sentence}" for sentence in missing)])
 
 
-# ---------------------------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------------------------ the command
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line of this file. Exits with code 2 and one sentence for anything that it does not know."""
+    """The command line of this file. Exits with code 2 and one sentence for what it does not know."""
     parser = argparse.ArgumentParser(
         prog="train.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train SemTok, stage by stage. Results, previews (PNG), log.jsonl and training state go to --out.",
+        description="Train SemTok, stage by stage. Results, previews, log.jsonl and states go to --out.",
         epilog="""stages
   0    small stand-ins for SD3.5's VAE, SigLIP, VGG and ResNet, which cannot be shipped (tiny preset only;
        stage 1 runs it by itself when they are missing)
@@ -1584,15 +1636,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 settings, for --set NAME=VALUE ...
 """ + "\n".join(
-            textwrap.fill(", ".join(setting_names(stage)), 110, initial_indent=f"  {stage:5}", subsequent_indent=" " * 7)
-            for stage in STAGES
+            textwrap.fill(
+                ", ".join(setting_names(s)), 110, initial_indent=f"  {s:5}", subsequent_indent="       "
+            )
+            for s in STAGES
         ),
     )
     parser.error = lambda message: parser.exit(2, f"train.py: {message}; --help explains every option\n")
     add, cores = parser.add_argument, os.cpu_count() or 1
     add("--stage", required=True, choices=[*STAGES, "all"], help="what to train, see below")
-    add("--preset", default="tiny", choices=list(RECIPES), help="sizes and recipe (default: tiny, the system in small)")
-    add("--data", metavar="FOLDER", help="pictures in class subfolders; the tiny preset draws shapes when there is none")
+    add("--preset", default="tiny", choices=list(RECIPES), help="sizes and recipe (default: tiny)")
+    add("--data", metavar="FOLDER", help="pictures in class subfolders; tiny draws shapes when there is none")
     add("--out", metavar="FOLDER", help="the run's folder (default: runs/PRESET)")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
         help="change settings, see below")
@@ -1602,32 +1656,34 @@ settings, for --set NAME=VALUE ...
     add("--ar-size", choices=["L", "XL", "XXL"], help="the paper preset's transformer, by name (default L)")
     add("--seed", type=at_least(0), default=0, help="everything random follows from it (default 0)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    add("--workers", type=at_least(0), default=min(4, cores), help="processes that read pictures (default: up to 4)")
+    add("--workers", type=at_least(0), default=min(4, cores), help="processes that read pictures")
     add("--resume", action="store_true", help="go on from the last training state")
     add("--overwrite", action="store_true", help="start again although there is a result or a state")
     add("--checkpoint-activations", action="store_true", help="less memory, about a third more work")
-    add("--accumulate", type=at_least(1), default=1, metavar="N", help="go through each rank's share of the batch in N "
+    add("--accumulate", type=at_least(1), default=1, metavar="N", help="go through a share of the batch in N "
         "micro-batches, for less memory; only the entropy of the average code is then a micro-batch's")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: a slow start, then faster steps (default: on CUDA)")
-    add("--dry-run", action="store_true", help="print the plan (sizes, FLOPs, memory, hours, missing files) and stop")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile networks (default: on CUDA)")
+    add("--dry-run", action="store_true", help="print the plan (sizes, FLOPs, memory, missing files) only")
     add("--gpus", type=at_least(1), help="in a --dry-run, how many share the batch (default: 8; tiny: 1)")
     for name, (_, about, size) in WEIGHTS.items():
         add(f"--{name}", metavar="PATH", help=f"{about}, {size} (default: in weights/)")
     args = parser.parse_args(arguments)
 
     args.out = os.path.normpath(args.out or os.path.join("runs", args.preset))
-    args.changes = {n: v for n, v in (("steps", args.steps), ("batch_size", args.batch_size), ("lr", args.lr)) if v}
+    short = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
+    args.changes = {name: value for name, value in short.items() if value is not None}
     args.changes |= dict(text.partition("=")[::2] for text in args.set)
     args.stages = ["1", "2", "ar"] if args.stage == "all" else [args.stage]
     if args.stage == "all" and args.changes.get("init") == "scratch":
         args.stages = ["2", "ar"]  # Table 12
     known = {name for stage in args.stages for name in setting_names(stage)}
     if unknown := sorted(args.changes.keys() - known):
-        parser.error(f"--set {unknown[0]} changes nothing in stage {args.stage}, which has {', '.join(sorted(known))}")
+        fields = ", ".join(sorted(known))
+        parser.error(f"--set {unknown[0]} changes nothing in stage {args.stage}, which has {fields}")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     if args.ar_size and args.preset != "paper":
-        parser.error(f"--ar-size {args.ar_size} is one of the paper preset's: add --preset paper, or leave it out")
+        parser.error(f"--ar-size {args.ar_size} is the paper preset's: add --preset paper, or leave it out")
     return args
 
 
@@ -1644,13 +1700,18 @@ def main(arguments: list[str] | None = None) -> None:
     """The command. Raises UserError for what the person at the keyboard can mend."""
     args = parse_arguments(arguments)
     job = Job(args, torch.device("cpu"))
-    for stage in args.stages:  # settings that do not fit are refused now, not after two stages
-        _ = stage in RECIPES[args.preset] and job.recipe(stage), job.ar_config(job.config)
-    if args.dry_run:
-        return print("\n\n".join(plan(job, stage) for stage in args.stages))
     stages = args.stages
     if args.preset == "tiny" and (stages[0] == "1" or args.changes.get("init") == "scratch"):
         stages = ["0"] * (not all(os.path.exists(job.weights(name)) for name in STAND_INS)) + stages
+    for stage in stages:  # what does not fit is refused now, not after two stages
+        if stage not in RECIPES[args.preset]:
+            raise UserError(f"stage {stage} makes tiny's stand-ins; {args.preset} reads real weights")
+        job.recipe(stage)
+    job.ar_config(job.config)
+    if args.dry_run:
+        return print("\n\n".join(plan(job, stage) for stage in args.stages))
+    for stage in stages:
+        micro_batch(job.recipe(stage), int(os.environ.get("WORLD_SIZE", 1)), args.accumulate)
     if missing := job.missing(stages[0]):
         raise UserError("; ".join(missing))
     job.flops = {stage: measure(stage, job, job.recipe(stage).batch_size)[1] for stage in stages}
@@ -1659,13 +1720,15 @@ def main(arguments: list[str] | None = None) -> None:
         if job.device.type == "cuda":
             job.device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
             torch.cuda.set_device(job.device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if job.device.type == "cuda" else "gloo", timeout=PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if job.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
     args.compile = job.device.type == "cuda" if args.compile is None else args.compile
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA, for what autocast leaves in float32
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a state of one process
     with lock(args.out):
         size = job.config.image_size
-        job.train, job.val = (Pictures(args.data, split, args.seed, size, args.workers) for split in ("train", "val"))
+        splits = (Pictures(args.data, split, args.seed, size, args.workers) for split in ("train", "val"))
+        job.train, job.val = splits
         for stage in stages:
             train_stage(stage, job)
     if dist.is_initialized():
@@ -1674,14 +1737,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def lock(folder: str) -> Iterator[None]:
-    """One run at a time writes in a folder. The kernel releases the lock when its owner dies. Raises UserError."""
+    """One run at a time writes in a folder; the kernel frees the lock when its owner dies. UserError."""
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, ".lock"), "w") as file:
         try:
             # Not flock: the loader's processes would inherit that lock, and outlive a killed run by seconds.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) if ranks()[0] == 0 else None
         except BlockingIOError:
-            raise UserError(f"another run is at work in {folder}: wait for it, or choose another --out") from None
+            raise UserError(f"another run is at work in {folder}: wait, or choose another --out") from None
         yield
 
 
@@ -1694,13 +1757,15 @@ def command_line(arguments: list[str] | None = None) -> int:
         text, code = "interrupted; what has been saved is whole: go on with --resume", 130
     except torch.OutOfMemoryError as error:
         reason = str(error).split(".")[0]
-        text, code = f"the GPU's memory ran out ({reason}): try --checkpoint-activations, --accumulate, more GPUs", 2
+        advice = "try --checkpoint-activations, --accumulate, more GPUs"
+        text, code = f"the GPU's memory ran out ({reason}): {advice}", 2
     except (UserError, fid.UserError) as error:
         # An error out of a loader's worker carries its whole traceback. The last line is the sentence.
         text, code = str(error).strip().splitlines()[-1].removeprefix("mmdit.UserError: "), 2
     except (OSError, MemoryError, SafetensorError, CheckpointException) as error:
         reason = str(error).strip().splitlines()[-1]
-        text, code = f"{reason}: free some space or change the path; what has been saved is whole, --resume goes on", 2
+        advice = "free some space or change the path; what has been saved is whole, --resume goes on"
+        text, code = f"{reason}: {advice}", 2
     if ranks()[0] > 0:
         time.sleep(20)  # rank 0 has mostly stopped for the same reason, and its end is this process's end
     else:

@@ -142,7 +142,7 @@ def test_tiny_preset(stage):
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    ("--stage 0 --preset paper", "the paper preset reads the real weights"),
+    ("--stage 0 --preset paper", "paper reads real weights"),
     ("--stage 1 --preset paper --gpus 7", "a batch of 256 does not divide by 7 processes"),
     ("--stage 1 --set bits=x", "bits=x cannot be set"), ("--stage 1 --set group_bits=2", "changes nothing in stage 1"),
     ("--stage 1 --set quantizer=vq", "choose bsq or lfq"), ("--stage ar --set group_bits=7", "group_bits 7"),
