@@ -340,7 +340,7 @@ def test_other_settings_are_refused_by_name(base):
     for flags in (("weight_decay=0.5",), ("group_bits=2",), ("--seed", "1")):
         said = finish("ar", out, *SHORT, *flags, "--resume", code=2)
         assert flags[0].lstrip("-").partition("=")[0] in said and "--overwrite" in said
-    assert "beyond 6 steps" in finish("ar", out, "--batch-size", "4", "--steps", "6", "--resume", code=2)
+    assert "stands at step 9 of 6" in finish("ar", out, "--batch-size", "4", "--steps", "6", "--resume", code=2)
 
 
 def test_a_second_run_in_a_folder_is_refused(base):

@@ -146,11 +146,11 @@ def test_a_finished_stage_says_so_and_an_edited_setting_is_refused(finished, pic
     again = ("train.py", "--stage", "1", "--data", pictures, "--out", finished[0], *STEPS)
     result = call(*again, "--set", "log_every=1")  # how often something is written is free
     assert result.returncode == 0 and "is finished" in result.stdout and "--overwrite" in result.stdout
-    sentence(call(*again, "--lr", "0.01"), "stage1.safetensors was made with lr 0.003, and this run has lr 0.01")
+    sentence(call(*again, "--lr", "0.01"), "stage1.safetensors was made with lr 0.003, this run has lr 0.01")
     sentence(call(*again, "--set", "distill=0"), "was made with distill 1.0", "--overwrite")
     sentence(call(*again, "--seed", 1), "was made with seed 0")
     next_stage = ("train.py", "--stage", "ar", "--data", pictures, "--out", finished[0], *STEPS, "--overwrite")
-    sentence(call(*next_stage, "--set", "tokens=8"), "stage2.safetensors was made with tokens 16, and this run has tokens 8")
+    sentence(call(*next_stage, "--set", "tokens=8"), "stage2.safetensors was made with tokens 16, this run has tokens 8")
     assert (finished[0] / "stage1.safetensors").read_bytes() == before
     assert (finished[0] / "ar.safetensors").exists()
 
