@@ -10,15 +10,15 @@ The models and the method are in semtok.py and ar.py. This file is the engineeri
     pictures    the built-in world, folders, tokens, which picture each step sees
     judges      what stage II is judged by: ResNet-50, the discriminator
     job         what one command asks for, and the frozen networks
-    stages      StandIns (0), Pretraining (Eq. 6), Refining (Eq. 7), Generating (Eq. 8)
-    engine      ranks and shards, averaged weights, states, the log
+    stages      Pretraining (1, Eq. 6), Refining (2, Eq. 7), Generating (ar, Eq. 8), StandIns (0)
+    engine      ranks and shards, averaged weights, training states, the log
     loop        train_stage: every stage goes through it
     plan        --dry-run
     command
 
-A stage is a module with `prepare(pictures, labels, rng, step) -> rows, shared`, all that needs no gradient,
-and `forward(rows, shared) -> losses`. `rows` has a row for each picture of this rank. A micro-batch is a
-slice of it.
+A stage is a module. `prepare(pictures, labels, rng, step) -> rows, shared` makes all that needs no gradient,
+and `forward(rows, shared) -> losses` the rest. `rows` has a row for each picture of this rank, so a
+micro-batch is a slice of it. `preview()`, `validate()` and `export(metadata)` show, score and save.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import dataclasses
 import datetime
 import fcntl
 import functools
+import glob
 import hashlib
 import json
 import math
@@ -43,6 +44,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -56,7 +60,6 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.utils import benchmark
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -76,11 +79,13 @@ from semtok import (
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a stage is trained. The defaults are the paper's: section 4.1, appendix A.1 and A.2."""
+    """How a stage is trained. The defaults are the paper's: section 4.1, appendix A.1 and A.2.
+
+    Raises ValueError for a number out of its range."""
 
     steps: int
     batch_size: int  # of all ranks together
-    lr: float
+    lr: float  # at its peak: a linear warm-up times a cosine over all steps
     weight_decay: float = 1e-3
     warmup: int = 10_000
     ema: float = 0.9999
@@ -90,9 +95,11 @@ class Recipe:
     preview_every: int = 5_000
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "lr", "warmup", "log_every", "save_every", "preview_every"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name, value in vars(self).items():
+            if name in POSITIVE and value <= 0:
+                raise ValueError(f"{name} must be above 0, not {value}")
+            if name in SHARES and value > 1:
+                raise ValueError(f"{name} is a share: it must be at most 1, not {value}")
 
 
 @dataclass(frozen=True)
@@ -122,13 +129,11 @@ class ARRecipe(Recipe):
     class_dropout: float = 0.1
     smoothing: float = 0.01
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("least_masked", "class_dropout", "smoothing"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name} is a share: it must be at most 1, not {getattr(self, name)}")
 
-
+CADENCE = ("log_every", "save_every", "preview_every")  # they only say how often something is written
+POSITIVE = (*CADENCE, "steps", "batch_size", "lr", "warmup")
+SHARES = ("least_masked", "class_dropout", "smoothing")
+ON_RESUME = (*CADENCE, "steps", "lr", "warmup", "gan_start", "discriminator_lr")  # may change by then
 TINY_EVERY = {"log_every": 25, "save_every": 400, "preview_every": 400}
 RECIPES = {
     "paper": {
@@ -151,16 +156,9 @@ RECIPES = {
         ),
     },
 }
+# The tiny preset's stand-ins for published networks, and its discriminator: the arguments of their classes.
 TINY_SIGLIP = SigLIPConfig(width=64, depth=2, heads=2, hidden=128, patch=8, grid=4)
-TINY_VGG, TINY_RESNET, TINY_DISCRIMINATOR = (8, 8, 16, 24, 24), (8, (1, 1, 1, 1)), (16, 3, 4)
-NAMES = {"0": "stand-ins", "1": "flow-matching pre-training", "2": "one-step refiner", "ar": "masked AR"}
-RESULTS = {
-    "0": os.path.join("standins", "vae.safetensors"), "1": "stage1.safetensors", "2": "stage2.safetensors",
-    "ar": "ar.safetensors",
-}
-# Settings that only say how often something is written, and those that may change when a run goes on.
-CADENCE = ("log_every", "save_every", "preview_every")
-ON_RESUME = (*CADENCE, "steps", "lr", "warmup", "gan_start", "discriminator_lr")
+TINY_VGG, TINY_RESNET, TINY_DISCRIMINATOR = (8, 8, 16, 24, 24), (8, (1, 1, 1, 1), 10), (16, 3, 4)
 TOKENIZER_FIELDS = [
     field.name for field in dataclasses.fields(SemTokConfig) if field.name not in ("vae", "semantic_width")
 ]
@@ -179,18 +177,15 @@ def changed(settings, changes: dict[str, str]):
     for name, text in changes.items():
         if name in hints:
             kind, choices = hints[name], typing.get_args(hints[name]) or ("0", "1")
-            if kind in (int, float):
-                try:
-                    values[name] = kind(text)
-                except ValueError:
-                    values[name] = -1
-                if not 0 <= values[name] < 2**53:
-                    wanted = {int: "a whole number", float: "a number"}[kind]
-                    raise UserError(f"{name}={text} cannot be set: {wanted} of 0 or more is needed")
-            elif text not in choices:
-                raise UserError(f"{name}={text} cannot be set: choose {' or '.join(choices)}")
-            else:
-                values[name] = text == "1" if kind is bool else text
+            try:
+                values[name] = kind(text) if kind in (int, float) else text == "1" if kind is bool else text
+                fits = 0 <= values[name] < 2**53 if kind in (int, float) else text in choices
+            except ValueError:
+                fits = False
+            if not fits:
+                wanted = {int: "a whole number of 0 or more", float: "a number of 0 or more"}
+                needed = wanted.get(kind, f"one of {', '.join(choices)}")
+                raise UserError(f"{name}={text} cannot be set: {needed} is needed")
     try:
         return replace(settings, **values)
     except ValueError as error:
@@ -204,32 +199,28 @@ DRAWN = {"train": 8_192, "val": 500}  # pictures of the built-in world
 IN_MEMORY = 512 * 2**20  # bytes: pictures up to this size are read once and kept
 
 
-def outline(name: str) -> np.ndarray:
-    """The outline of a shape of about unit radius round the origin, y pointing down: (corners, 2)."""
-    def polygon(corners, radius, start=-90.0):
-        angles = np.radians(start + 360 * np.arange(corners) / corners)
-        return radius * np.stack([np.cos(angles), np.sin(angles)], 1)
-
-    if name == "star":
-        return np.stack([polygon(5, 1.1), polygon(5, 0.46, -54)], 1).reshape(10, 2)
-    if name == "cross":
-        quarter = np.array([(-0.33, -1), (0.33, -1), (0.33, -0.33)])
-        turns = [np.array([[0, -1], [1, 0]]), np.array([[-1, 0], [0, -1]]), np.array([[0, 1], [-1, 0]])]
-        return np.concatenate([quarter] + [quarter @ turn.T for turn in turns])
-    if name == "heart":
-        t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-        y = (13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 16
-        return np.stack([np.sin(t) ** 3, -y - 0.1], 1)
-    if name == "arrow":
-        tip, barb, shaft = (0, -1.1), (0.85, -0.1), (0.3, -0.1)
-        right = np.array([tip, barb, shaft, (0.3, 1)])
-        return np.concatenate([right, right[:0:-1] * (-1, 1)])
-    if name == "bar":
-        return np.array([(-1.1, -0.33), (1.1, -0.33), (1.1, 0.33), (-1.1, 0.33)])
-    return {"square": polygon(4, 1, 45), "triangle": polygon(3, 1.1)}.get(name, polygon(48, 0.92))
+def polygon(corners: int, radius: float, start: float = -90.0) -> np.ndarray:
+    """The corners of a regular polygon, the first at `start` degrees: (corners, 2), y pointing down."""
+    angles = np.radians(start + 360 * np.arange(corners) / corners)
+    return radius * np.stack([np.cos(angles), np.sin(angles)], 1)
 
 
-OUTLINES = {name: outline(name) for name in SHAPES}
+OUTLINES = dict.fromkeys(SHAPES, polygon(48, 0.92)) | {  # of about unit radius round the origin
+    "square": polygon(4, 1, 45), "triangle": polygon(3, 1.1),
+    "star": np.stack([polygon(5, 1.1), polygon(5, 0.46, -54)], 1).reshape(10, 2),
+    "cross": np.array([
+        (-0.33, -1), (0.33, -1), (0.33, -0.33), (1, -0.33), (1, 0.33), (0.33, 0.33), (0.33, 1), (-0.33, 1),
+        (-0.33, 0.33), (-1, 0.33), (-1, -0.33), (-0.33, -0.33),
+    ]),
+    "heart": np.array([
+        (np.sin(t) ** 3, (5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t) - 13 * np.cos(t)) / 16 - 0.1)
+        for t in 2 * np.pi * np.arange(48) / 48
+    ]),
+    "arrow": np.array([
+        (0, -1.1), (0.85, -0.1), (0.3, -0.1), (0.3, 1), (-0.3, 1), (-0.3, -0.1), (-0.85, -0.1),
+    ]),
+    "bar": np.array([(-1.1, -0.33), (1.1, -0.33), (1.1, 0.33), (-1.1, 0.33)]),
+}
 
 
 def draw_shape(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray, int]:
@@ -273,8 +264,8 @@ class Pictures(Dataset):
     """The pictures of a split, "train" or "val": item (index, flip) -> ((3, size, size) uint8, label).
 
     They come from FOLDER/CLASS/**/picture, with classes in alphabetical order, or without a folder from the
-    built-in world. Every 50th picture of a class (at most 1000 in all) is held out as "val". A damaged one is
-    named and replaced by the next. Raises UserError for a folder of another layout, or 50 damaged in a row.
+    built-in world. A damaged one is named and replaced by the next. Raises UserError for a folder of another
+    layout, or 50 damaged in a row.
     """
 
     def __init__(self, folder: str | None, split: str, seed: int, size: int, workers: int = 0):
@@ -298,8 +289,7 @@ class Pictures(Dataset):
 
     def __getitem__(self, item: tuple[int, bool]) -> tuple[torch.Tensor, int]:
         index, flip = item
-        for attempt in range(50):
-            place = (index + attempt) % len(self)
+        for place in (number % len(self) for number in range(index, index + 50)):
             try:
                 picture = self.read(place)
                 return picture.flip(-1) if flip else picture, self.labels[place]
@@ -326,7 +316,8 @@ class Pictures(Dataset):
 def find_pictures(folder: str, split: str) -> tuple[list[str], list[str], list[int], str]:
     """Classes, paths, labels and fingerprint of a split of FOLDER/CLASS/**/picture. Raises UserError.
 
-    The fingerprint is of each file's relative path, size and time of change."""
+    Every 50th picture of a class (at most 1000 in all) is held out as "val". The fingerprint is of each
+    file's relative path, size and time of change."""
     layout = "laid out as FOLDER/CLASS/picture.jpg, one subfolder for each class"
     if not os.path.isdir(folder):
         raise UserError(f"--data {folder} is no folder: give one {layout}")
@@ -350,30 +341,22 @@ def find_pictures(folder: str, split: str) -> tuple[list[str], list[str], list[i
     return classes, paths, labels, f"{len(paths)} files, {digest.hexdigest()[:16]}"
 
 
-class Schedule:
-    """Which pictures each step sees, by (seed, step) alone: batches of (index, flip) from step `first` on.
+def schedule(count: int, recipe: Recipe, seed: int, first: int) -> Iterator[list[tuple[int, bool]]]:
+    """Which of `count` pictures this rank sees in each step from `first` on: batches of (index, flip).
 
-    Every epoch is a new permutation. Batches run across an epoch's end. Each rank gets a slice of a batch.
+    They follow from (seed, step) alone. Every epoch is a new permutation, and batches run across its end.
     """
-
-    def __init__(self, count: int, recipe: Recipe, seed: int, first: int):
-        self.count, self.recipe, self.seed, self.first = count, recipe, seed, first
-
-    def __len__(self) -> int:
-        return max(0, self.recipe.steps - self.first)
-
-    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-        (rank, world), size, epoch = ranks(), self.recipe.batch_size, -1
-        for step in range(self.first, self.recipe.steps):
-            batch = []
-            for number in range(step * size, (step + 1) * size):
-                if number // self.count != epoch:
-                    epoch = number // self.count
-                    rng = np.random.default_rng([self.seed, epoch])
-                    order, flips = rng.permutation(self.count), rng.integers(0, 2, self.count)
-                place = number % self.count
-                batch.append((int(order[place]), bool(flips[place]) and self.recipe.flip))
-            yield batch[rank * size // world : (rank + 1) * size // world]
+    (rank, world), size, epoch = ranks(), recipe.batch_size, -1
+    for step in range(first, recipe.steps):
+        batch = []
+        for number in range(step * size, (step + 1) * size):
+            if number // count != epoch:
+                epoch = number // count
+                rng = np.random.default_rng([seed, epoch])
+                order, flips = rng.permutation(count), rng.integers(0, 2, count)
+            place = number % count
+            batch.append((int(order[place]), bool(flips[place]) and recipe.flip))
+        yield batch[rank * size // world : (rank + 1) * size // world]
 
 
 class Tokens(Dataset):
@@ -389,47 +372,37 @@ class Tokens(Dataset):
     @torch.no_grad()
     def __init__(self, path: str, tokenizer: SemTok, fingerprint: str, job: "Job", flip: bool):
         self.shape, self.workers = (tokenizer.config.tokens, tokenizer.config.bits), job.train.workers
-        (rank, world), count = ranks(), len(job.train)
+        (rank, world), count, done = ranks(), len(job.train), 0
         about = {"tokenizer": fingerprint, "pictures": job.train.fingerprint, "flip": flip, "count": count}
-        done = self.progress(path, about)
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged
+            with open(path + ".json", encoding="utf-8") as file:
+                found = json.load(file)
+            if found == about | {"done": found["done"]} and len(np.load(path, mmap_mode="r")) == count:
+                done = found["done"]
         wait_for_all()  # every rank has read it before rank 0 writes
         if not done and rank == 0:
             kind = np.dtype([("label", "<i4"), ("bits", "u1", -(-math.prod(self.shape) // 8))])
             np.lib.format.open_memmap(path, "w+", kind, (count, 1 + flip)).flush()
         wait_for_all()
-        table, parts = np.load(path, mmap_mode="r+"), range(done, count, self.PART)
-        shares = [range(first, min(first + self.PART, count))[rank::world] for first in parts]
-        batches = [[(index, False) for index in share] for share in shares if share]
+        self.table = np.load(path, mmap_mode="r+")  # each rank fills its rows of every part
+        starts = range(done, count, self.PART)
+        parts = [range(start, min(start + self.PART, count)) for start in starts]
+        shares = [[(i, False) for i in part[rank::world] or part[:1]] for part in parts]
         own = torch.Generator()  # not the global one, which initialises networks
-        loader = iter(DataLoader(job.train, batch_sampler=batches, num_workers=self.workers, generator=own))
-        for share in tqdm(shares, "tokenising", unit=f"x{self.PART}", leave=False, disable=rank > 0):
-            if share:
-                pictures, labels = next(loader)
-                signed = to_signed(pictures.to(job.device))
-                for flipped in range(1 + flip):
-                    codes = in_batches(tokenizer.encode, signed.flip(-1) if flipped else signed)
-                    bits = codes_to_bits(codes).flatten(1).cpu().numpy()
-                    table["bits"][list(share), flipped] = np.packbits(bits, axis=1)
-                    table["label"][list(share), flipped] = labels.numpy()
-                table.flush()
+        loader = DataLoader(job.train, batch_sampler=shares, num_workers=job.train.workers, generator=own)
+        bar = tqdm(loader, "tokenising", unit=f"x{self.PART}", leave=False, disable=rank > 0)
+        for part, share, (pictures, labels) in zip(parts, shares, bar):
+            rows, signed = [index for index, _ in share], to_signed(pictures.to(job.device))
+            for flipped in range(1 + flip):
+                codes = in_batches(tokenizer.encode, signed.flip(-1) if flipped else signed)
+                bits = codes_to_bits(codes).flatten(1).cpu().numpy()
+                self.table["bits"][rows, flipped] = np.packbits(bits, axis=1)
+                self.table["label"][rows, flipped] = labels.numpy()
+            self.table.flush()
             wait_for_all()
-            done = min(done + self.PART, count)
             if rank == 0:
-                write_text(path + ".json", json.dumps(about | {"done": done}))
+                write_text(path + ".json", json.dumps(about | {"done": part.stop}))
         wait_for_all()
-        self.table = np.load(path, mmap_mode="r")
-
-    @staticmethod
-    def progress(path: str, about: dict) -> int:
-        """How many pictures the table holds: 0 unless it is of just what `about` says."""
-        try:
-            with open(path + ".json", encoding="utf-8") as file:
-                found = json.load(file)
-            wanted = about | {"done": found["done"]}
-            whole = found == wanted and len(np.load(path, mmap_mode="r")) == about["count"]
-            return found["done"] if whole else 0
-        except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
-            return 0
 
     def __len__(self) -> int:
         return len(self.table)
@@ -456,16 +429,15 @@ class Bottleneck(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(channels_in, width, 1, bias=False), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
         self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
-        self.downsample = None
+        self.downsample = nn.Identity()
         if stride != 1 or channels_in != 4 * width:
             shortcut = nn.Conv2d(channels_in, 4 * width, 1, stride, bias=False)
             self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(4 * width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See the class."""
         hidden = F.relu(self.bn1(self.conv1(x)))
         hidden = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(hidden)))))
-        return F.relu(hidden + (x if self.downsample is None else self.downsample(x)))
+        return F.relu(hidden + self.downsample(x))
 
 
 class ResNet(nn.Module):
@@ -474,13 +446,10 @@ class ResNet(nn.Module):
     size: the side that pictures are resized to (224 for ImageNet's weights).
     """
 
-    def __init__(
-        self, width: int = 64, layers: tuple[int, ...] = (3, 4, 6, 3), classes: int = 1000, size: int = 224
-    ):
+    def __init__(self, width: int = 64, layers=(3, 4, 6, 3), classes: int = 1000, size: int = 224):
         super().__init__()
-        self.size = size
+        self.size, channels = size, width
         self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
-        channels = width
         for i, blocks in enumerate(layers):
             inner, stage = width * 2**i, []
             for j in range(blocks):
@@ -492,7 +461,6 @@ class ResNet(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        """See the class."""
         if pictures.shape[-1] != self.size:
             pictures = F.interpolate(pictures, (self.size, self.size), mode="bilinear", antialias=True)
         x = (pictures * 0.5 + 0.5 - self.mean) / self.std
@@ -524,18 +492,16 @@ class Discriminator(nn.Module):
 
     def __init__(self, base: int = 128, stages: int = 4, map_size: int = 16):
         super().__init__()
-        self.conv_in = nn.Conv2d(3, base, 5, padding=2)
+        self.conv_in, self.map_size = nn.Conv2d(3, base, 5, padding=2), map_size
         widths = [base] + [base * 2**i for i in range(stages)]  # doubling from the second stage on
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:]))
         self.norms = nn.ModuleList(nn.GroupNorm(min(32, width // 4), width) for width in widths[1:])
         self.mix = nn.Conv2d(widths[-1], widths[-1], 1)
         self.conv_out = nn.Conv2d(widths[-1], 1, 5, padding=2)
-        self.map_size = map_size
         blur = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
         self.register_buffer("blur", blur[:, None] * blur, persistent=False)
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        """See the class."""
         x = F.leaky_relu(self.conv_in(pictures), 0.1)
         for conv, norm in zip(self.convs, self.norms):
             x = conv(x)
@@ -575,7 +541,11 @@ class Job:
     train: Pictures | None = None
     val: Pictures | None = None
     planned: bool = False
-    flops: dict[str, float] = dataclasses.field(default_factory=dict)  # of each stage's step, from `measure`
+
+    @property
+    def tiny(self) -> bool:
+        """Whether stage 0's stand-ins take the place of published networks."""
+        return self.args.preset == "tiny"
 
     def path(self, name: str) -> str:
         """A file in the run's folder."""
@@ -594,19 +564,15 @@ class Job:
         """The tokenizer's sizes: the preset's, changed by --set."""
         return changed(PRESETS[self.args.preset], self.args.changes)
 
-    @property
-    def ar_size(self) -> str:
-        """The transformer's sizes by name."""
-        return "tiny" if self.args.preset == "tiny" else self.args.ar_size or "L"
-
     def ar_config(self, tokens: SemTokConfig) -> ARConfig:
         """The transformer's sizes, changed by --set, for a tokenizer's tokens and the pictures' classes."""
-        classes = len(self.train.classes) if self.train else AR_PRESETS[self.ar_size].classes
-        base = replace(
-            AR_PRESETS[self.ar_size], tokens=tokens.tokens, bits=tokens.bits, classes=classes,
-            spherical=tokens.quantizer == "bsq", causal=tokens.causal,
+        preset = AR_PRESETS[self.args.ar_size]
+        classes = len(self.train.classes) if self.train else preset.classes
+        sizes = replace(
+            preset, tokens=tokens.tokens, bits=tokens.bits, classes=classes, causal=tokens.causal,
+            spherical=tokens.quantizer == "bsq",
         )
-        return changed(base, {name: text for name, text in self.args.changes.items() if name in AR_FIELDS})
+        return changed(sizes, {name: text for name, text in self.args.changes.items() if name in AR_FIELDS})
 
     def settings(self, stage: str) -> dict:
         """All that decides a stage's result, by name: what results and states carry, and what is compared."""
@@ -619,26 +585,25 @@ class Job:
         given = getattr(self.args, name)
         if name == "vae" and not given and os.path.exists(self.weights("sd35")):
             return self.weights("sd35")
-        stand_in = self.args.preset == "tiny" and name in STAND_INS
+        stand_in = self.tiny and name in STAND_INS
         default = self.path(STAND_INS[name]) if stand_in else os.path.join("weights", WEIGHTS[name][0])
         return given or default
 
     def network(self, name: str) -> nn.Module:
         """A frozen network, "vae", "siglip", "lpips" or "resnet", out of its file; planned, of its sizes."""
-        tiny, config, file = self.args.preset == "tiny", self.config, self.weights
-        widths = TINY_VGG if tiny else fid.VGG_WIDTHS
-        network = {
-            "vae": lambda: VAE(config.vae),
+        tiny, file, widths = self.tiny, self.weights, TINY_VGG if self.tiny else fid.VGG_WIDTHS
+        make = {
+            "vae": lambda: VAE(self.config.vae),
             "siglip": lambda: SigLIP(TINY_SIGLIP if tiny else SigLIPConfig()),
             "lpips": lambda: fid.LPIPS(fid.VGG16Features(widths), [torch.zeros(1, w, 1, 1) for w in widths]),
-            "resnet": lambda: ResNet(*TINY_RESNET, len(SHAPES), config.image_size) if tiny else ResNet(),
+            "resnet": lambda: ResNet(*TINY_RESNET if tiny else ()),
         } if self.planned else {
             "vae": lambda: load_vae(file("vae"), device=self.device),
             "siglip": lambda: load_siglip(file("siglip"), device=self.device),
             "lpips": lambda: fid.load_lpips(file("vgg"), file("lpips")),
             "resnet": lambda: load_resnet(file("resnet")),
         }
-        network = network[name]().requires_grad_(False).eval()
+        network = make[name]().requires_grad_(False).eval()
         return network if self.planned else network.to(self.device)
 
     def new_tokenizer(self, siglip: SigLIP) -> SemTok:
@@ -649,16 +614,13 @@ class Job:
             with torch.device("meta"):
                 decoder = Decoder(config)
             load_sd35(decoder, self.weights("sd35"), self.device)  # straight there: in float32 it is 9 GB
-        tokenizer = SemTok(config, vae, decoder)
-        return tokenizer if self.planned else tokenizer.to(self.device)
+        return SemTok(config, vae, decoder)
 
     def tokenizer(self, stage: str) -> tuple[SemTok, dict[str, str]]:
         """The tokenizer of an earlier stage, and its metadata. Its sizes must be those asked for now."""
         if self.planned:
             return self.new_tokenizer(self.network("siglip")), {"fingerprint": ""}
-        path = self.path(RESULTS[stage])
-        if not os.path.isfile(path):
-            raise UserError(f"{path} is missing: make it first with {self.command(stage)}")
+        path = self.path(STAGES[stage].result)
         model, metadata = load_semtok(path, self.device)
         sizes = {name: getattr(self.config, name) for name in TOKENIZER_FIELDS}
         check_settings(path, asdict(model.config), sizes)
@@ -666,34 +628,29 @@ class Job:
 
     def command(self, stage: str) -> str:
         """The command line that runs another stage of the same run."""
-        args, parts = self.args, [f"python train.py --stage {stage}"]
-        has = {*TOKENIZER_FIELDS} & {*setting_names(stage)}
+        args, has = self.args, {*TOKENIZER_FIELDS} & {*setting_names(stage)}
         sizes = [f"{name}={text}" for name, text in args.changes.items() if name in has]
-        parts += [f"--preset {args.preset}"] * (args.preset != "tiny")
-        parts += [f"--data {args.data}"] * bool(args.data)
-        parts += [f"--out {args.out}"] * (args.out != os.path.join("runs", args.preset))
-        return " ".join(parts + ["--set", *sizes] * bool(sizes))
+        words = ["python train.py --stage", stage, *["--preset", args.preset] * (not self.tiny)]
+        words += ["--data", args.data] * bool(args.data)
+        words += ["--out", args.out] * (args.out != os.path.join("runs", args.preset))
+        return " ".join(words + ["--set", *sizes] * bool(sizes))
 
     def missing(self, stage: str) -> list[str]:
         """A sentence for each thing that a stage reads and does not find."""
-        recipe, tiny = self.recipe(stage), self.args.preset == "tiny"
+        recipe, earlier = self.recipe(stage), {"2": "1", "ar": "2"}.get(stage)
         scratch, terms = getattr(recipe, "init", "") == "scratch", getattr(recipe, "perceptual", "")
-        needed = {
-            "sd35": (stage == "1" or scratch) and not tiny, "vae": (stage == "1" or scratch) and tiny,
-            "siglip": stage in "12", "resnet": terms in ("both", "resnet"),
-            "vgg": terms in ("both", "lpips"), "lpips": terms in ("both", "lpips"),
-        }
+        needed = ["vae" if self.tiny else "sd35"] * (stage == "1" or scratch) + ["siglip"] * (stage in "12")
+        needed += ["vgg", "lpips"] * (terms in ("both", "lpips")) + ["resnet"] * (terms in ("both", "resnet"))
         sentences = [
             f"{self.weights(name)} is missing ({WEIGHTS[name][1]}, {WEIGHTS[name][2]}): "
-            + (f"{self.command('0')} makes it" if tiny and not getattr(self.args, name) else
+            + (f"{self.command('0')} makes it" if self.tiny and not getattr(self.args, name) else
                f"README's section on other people's weights says how to get it; or give --{name} PATH")
-            for name, wanted in needed.items() if wanted and not os.path.exists(self.weights(name))
+            for name in needed if not os.path.exists(self.weights(name))
         ]
-        earlier = {"2": "" if scratch else "1", "ar": "2"}.get(stage)
-        if earlier and not os.path.isfile(self.path(RESULTS[earlier])):
+        if earlier and not scratch and not os.path.isfile(self.path(STAGES[earlier].result)):
             made = f"make it first with {self.command(earlier)}"
-            sentences.append(f"{self.path(RESULTS[earlier])} is missing: {made}")
-        if not tiny and not os.path.isdir(self.args.data or ""):
+            sentences.append(f"{self.path(STAGES[earlier].result)} is missing: {made}")
+        if not self.tiny and not os.path.isdir(self.args.data or ""):
             sentences.append("--data needs a folder, FOLDER/CLASS/picture.jpg: README says how to get one")
         return sentences
 
@@ -714,19 +671,22 @@ def check_settings(path: str, found: dict, asked: dict, free: tuple[str, ...] = 
 class Pretraining(nn.Module):
     """Stage I, Eq. 6: flow matching through the tokens, entropy of the codes, alignment with SigLIP."""
 
-    stage = "1"
+    stage, title, result = "1", "flow-matching pre-training", "stage1.safetensors"
+    shown = ("loss", "flow_loss", "distill_loss", "contrast_loss", "used")
+    look_for = "samples should show each original's shape and colours"
+    caption = "stage 1: 25-step sample"
 
     def __init__(self, job: Job):
         super().__init__()
         self.job, self.recipe = job, job.recipe(self.stage)
+        self.before = {}  # rows of the preview
         # Frozen networks stand in a dict, not among the submodules: never trained, averaged or saved.
         self.frozen = {"siglip": job.network("siglip")}
-        self.semtok = self.open_tokenizer()
+        if self.stage == "2" and self.recipe.init == "stage1":
+            self.semtok = job.tokenizer("1")[0]
+        else:
+            self.semtok = job.new_tokenizer(self.frozen["siglip"])
         self.semtok.decoder.mask_tokens.requires_grad_(False)  # they join in stage II
-
-    def open_tokenizer(self) -> SemTok:
-        """The tokenizer that this stage trains."""
-        return self.job.new_tokenizer(self.frozen["siglip"])
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
@@ -735,28 +695,28 @@ class Pretraining(nn.Module):
         return rows | self.semtok.draw_noise(rows["latents"], rng), shared
 
     def forward(self, rows: dict, shared: dict) -> dict[str, torch.Tensor]:
-        """Eq. 6: what `prepare` returned, or a micro-batch of it -> losses and codes."""
+        """Eq. 6's loss and terms, and codes."""
         return self.semtok.pretraining_losses(**rows, **shared, weights=self.recipe)
 
     @torch.no_grad()
     def reconstruct(self, pictures: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, 3, H, W) -> uint8, through the tokens and the 25-step sampler, with fixed noise."""
-        rng = torch.Generator(self.job.device).manual_seed(0)
+        """uint8 (N, 3, H, W) -> uint8: stage I's 25-step samples, with fixed noise, or the refiner's step."""
+        rng = torch.Generator(self.job.device).manual_seed(0) if self.stage == "1" else None
         return in_batches(lambda part: self.semtok.reconstruct(part, rng), pictures.to(self.job.device))
 
     def preview(self) -> Image.Image:
-        """Held-out pictures over their 25-step samples."""
+        """Held-out pictures, in stage II stage I's samples of them, and this stage's reconstructions."""
         pictures, _ = self.job.val.spread(10)
-        return picture_grid({"original": pictures, "stage 1: 25-step sample": self.reconstruct(pictures)})
+        return picture_grid({"original": pictures} | self.before | {self.caption: self.reconstruct(pictures)})
 
     def validate(self) -> dict[str, float]:
-        """Fidelity on held-out pictures."""
+        """Mean PSNR (dB) and SSIM of the reconstructions of held-out pictures."""
         pictures, _ = self.job.val.spread(200)
         return fidelity(self.reconstruct(pictures).cpu(), pictures)
 
     def export(self, metadata: dict[str, str]) -> str:
         """Write the tokenizer with all that sample.py needs to know; returns the path."""
-        path = self.job.path(RESULTS[self.stage])
+        path = self.job.path(self.result)
         config = {"format": "semtok-tokenizer", "config": json.dumps(asdict(self.semtok.config))}
         write_model(path, self.semtok, metadata | config)
         return path
@@ -765,27 +725,26 @@ class Pretraining(nn.Module):
 class Refining(Pretraining):
     """Stage II, Eq. 7: from mask tokens to latents in one step, judged by pixels, and Eq. 6's other terms."""
 
-    stage = "2"
+    stage, title, result = "2", "one-step refiner", "stage2.safetensors"
+    shown = ("loss", "pixel_loss", "lpips_loss", "resnet_loss", "discriminator_loss", "used")
+    look_for = "the refiner's row should have clean edges where stage 1 has grain"
+    caption = "stage 2: refiner"
 
     def __init__(self, job: Job):
         super().__init__(job)
-        self.first_samples = None  # stage 1's row of the preview
         if not job.planned and self.recipe.init == "stage1":
-            self.first_samples = super().reconstruct(job.val.spread(10)[0])
+            pictures, rng = job.val.spread(10)[0].to(job.device), torch.Generator(job.device).manual_seed(0)
+            self.before = {Pretraining.caption: self.semtok.reconstruct(pictures, rng)}
         self.semtok.train().start_refiner()
         self.semtok.vae.eval()
         self.semtok.decoder.requires_grad_(True)
         self.semtok.decoder.x_embedder.requires_grad_(False)  # nothing noisy comes in any more
         self.semtok.encoder.requires_grad_(not self.recipe.freeze_encoder)
-        self.discriminator = Discriminator(*(() if job.args.preset == "paper" else TINY_DISCRIMINATOR))
+        self.discriminator = Discriminator(*TINY_DISCRIMINATOR if job.tiny else ())
         self.register_buffer("real_mean", torch.zeros(()))
         self.register_buffer("fake_mean", torch.zeros(()))
         self.terms = ("lpips", "resnet") if self.recipe.perceptual == "both" else (self.recipe.perceptual,)
         self.frozen |= {name: job.network(name) for name in self.terms}
-
-    def open_tokenizer(self) -> SemTok:
-        """Stage I's tokenizer, or without stage I a new one."""
-        return super().open_tokenizer() if self.recipe.init == "scratch" else self.job.tokenizer("1")[0]
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
@@ -795,7 +754,7 @@ class Refining(Pretraining):
         return rows | {"pictures": pictures}, shared | {"adversarial": step >= self.recipe.gan_start}
 
     def forward(self, rows: dict, shared: dict) -> dict[str, torch.Tensor]:
-        """Eq. 7: what `prepare` returned, or a micro-batch of it -> losses and codes."""
+        """Eq. 7's loss and terms, and codes."""
         recipe, real = self.recipe, rows["pictures"]
         latents, out = self.semtok.refiner_losses(
             rows["latents"], rows["features"], rows["positive"], shared["candidates"], recipe
@@ -832,22 +791,13 @@ class Refining(Pretraining):
         losses = {"gan_loss": gan_loss, "discriminator_loss": discriminator_loss}
         return losses | {"d_real": d_real, "d_fake": d_fake}
 
-    @torch.no_grad()
-    def reconstruct(self, pictures: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, 3, H, W) -> uint8, through the tokens and the refiner's one step."""
-        return in_batches(self.semtok.reconstruct, pictures.to(self.job.device))
-
-    def preview(self) -> Image.Image:
-        """Held-out pictures, stage 1's samples of them (if there was a stage 1), the refiner's output."""
-        pictures, _ = self.job.val.spread(10)
-        first = {} if self.first_samples is None else {"stage 1: 25-step sample": self.first_samples}
-        return picture_grid({"original": pictures} | first | {"stage 2: refiner": self.reconstruct(pictures)})
-
 
 class Generating(nn.Module):
     """Section 3.3: the masked AR transformer on the tokens of stage II. Table 5: next-token prediction."""
 
-    stage = "ar"
+    stage, title, result = "ar", "masked AR", "ar.safetensors"
+    shown = ("loss", "nll", "accuracy")
+    look_for = "each picture should show its class at a glance"
 
     def __init__(self, job: Job):
         super().__init__()
@@ -858,11 +808,11 @@ class Generating(nn.Module):
         self.ar = MaskedAR(job.ar_config(tokenizer.config))
 
     def prepare(self, bits: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
-        """bits (B, K, d), labels (B,) -> rows, shared: see the module's text."""
+        """bits (B, K, d), labels (B,) -> rows, shared."""
         return self.ar.prepare(bits, labels, rng, self.recipe.least_masked, self.recipe.class_dropout)
 
     def forward(self, rows: dict, shared: dict) -> dict[str, torch.Tensor]:
-        """What `prepare` returned, or a micro-batch of it -> losses."""
+        """Eq. 8's loss."""
         return self.ar.loss(**rows, **shared, smoothing=self.recipe.smoothing)
 
     @torch.no_grad()
@@ -887,7 +837,7 @@ class Generating(nn.Module):
 
     def export(self, metadata: dict[str, str]) -> str:
         """Write `ar.safetensors`; returns its path."""
-        path, config = self.job.path(RESULTS["ar"]), json.dumps(asdict(self.ar.config))
+        path, config = self.job.path(self.result), json.dumps(asdict(self.ar.config))
         metadata = metadata | {"format": "semtok-ar", "config": config, "tokenizer": self.fingerprint}
         write_model(path, self.ar, metadata)
         return path
@@ -899,80 +849,63 @@ def fidelity(outputs: torch.Tensor, pictures: torch.Tensor) -> dict[str, float]:
     return {"psnr": psnr, "ssim": ssim}
 
 
-# ----------------------------------------------------------------------------------------- stage 0: stand-ins
-
-
 class StandIns(nn.Module):
-    """Stage 0: small twins of the networks that cannot be had offline, trained side by side on the pictures.
+    """Stage 0: small twins of the networks that cannot be had offline, under the real files' key names.
 
-    A VAE (reconstruction + KL), a SigLIP tower (sigmoid loss against class-name embeddings), a VGG16 and a
-    ResNet (classification). They are saved under the real files' key names and read by the real loaders.
+    A VAE (reconstruction + KL) and a SigLIP tower (sigmoid loss against class-name embeddings) are trained.
+    VGG16 and ResNet stay random, which judges pictures almost as well (Zhang et al. 2018, section 4).
     """
 
-    stage = "0"
+    stage, title, result = "0", "stand-ins", os.path.join("standins", "vae.safetensors")
+    shown = ("vae_loss", "siglip_loss", "accuracy")
+    look_for = "the VAE's row should be as sharp as the originals"
 
     def __init__(self, job: Job):
         super().__init__()
-        self.job, self.recipe, config = job, job.recipe("0"), PRESETS["tiny"]
+        self.job, self.recipe, self.config = job, job.recipe("0"), PRESETS["tiny"]
         classes = len(SHAPES) if job.planned else len(job.train.classes)
-        self.vae = VAE(config.vae)
-        self.siglip = SigLIP(TINY_SIGLIP)
-        self.class_names = nn.Embedding(classes, config.semantic_width)
+        self.vae, self.siglip = VAE(self.config.vae), SigLIP(TINY_SIGLIP)
+        self.class_names = nn.Embedding(classes, self.config.semantic_width)
         self.siglip_scale = nn.Parameter(torch.tensor([math.log(10.0)]))
         self.siglip_bias = nn.Parameter(torch.tensor([-2.0]))
-        self.vgg, self.vgg_head = fid.VGG16Features(TINY_VGG), nn.Linear(TINY_VGG[-1], classes)
-        self.resnet = ResNet(*TINY_RESNET, classes, job.config.image_size)
-        log_variances = self.vae.encoder.conv_out.bias[config.vae.latent_channels :]
+        for name, layer in self.vae.named_modules():  # gain 1: PyTorch's start finds the brightness late
+            if isinstance(layer, nn.Conv2d) and not name.endswith(("conv2", "proj_out")):  # these are 0
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+                nn.init.zeros_(layer.bias)
+        log_variances = self.vae.encoder.conv_out.bias[self.config.vae.latent_channels :]
         nn.init.constant_(log_variances, -6)  # start with little noise
-        positions = self.siglip.embeddings.position_embedding.weight
-        nn.init.normal_(positions, std=0.02)  # 1.0 would drown the patches
-        for layer in self.vgg.features:
-            if isinstance(layer, nn.Conv2d):  # no batch norm: so deep, it starts only with He's gain
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        nn.init.normal_(self.siglip.embeddings.position_embedding.weight, std=0.02)  # 1.0 drowns the patches
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
-        """pictures (B, 3, H, W) uint8, labels (B,) -> no rows; shared, the global batch.
-
-        The ResNet's batch norm needs the whole batch, so each rank and micro-batch goes through all of it.
-        """
-        pictures, labels, config = to_signed(gather(pictures)), gather(labels), self.vae.config
-        # The VAE is convolutional. It learns from windows of every third picture, then from whole ones.
-        windows = pictures[::3]
+        """pictures (B, 3, H, W) uint8, labels (B,) -> rows, shared."""
+        pictures, (rank, world), config = to_signed(pictures), ranks(), self.config.vae
+        # The VAE is convolutional. It learns from windows, then from whole pictures.
+        side, top, left = pictures.shape[-1], 0, 0
         if step < 0.8 * self.recipe.steps:
-            side = pictures.shape[-1] // 2
+            side //= 2
             top, left = np.random.default_rng(step).integers(0, side + 1, 2)
-            windows = windows[..., top : top + side, left : left + side]
-        places = [side // config.factor for side in windows.shape[2:]]
-        shape = len(windows), config.latent_channels, *places
-        noise = torch.randn(shape, generator=rng, device=windows.device)
-        return {}, {"pictures": pictures, "labels": labels, "windows": windows, "noise": noise}
+        windows, place = pictures[..., top : top + side, left : left + side], side // config.factor
+        shape = world * len(pictures), config.latent_channels, place, place
+        noise = torch.randn(shape, generator=rng, device=pictures.device).chunk(world)[rank]
+        return {"pictures": pictures, "labels": labels, "windows": windows, "noise": noise}, {}
 
     def forward(self, rows: dict, shared: dict) -> dict[str, torch.Tensor]:
-        """The global batch of `prepare` -> losses."""
-        pictures, labels, windows = shared["pictures"], shared["labels"], shared["windows"]
+        """Losses of the two networks."""
+        windows, labels = rows["windows"], rows["labels"]
         moments = self.vae.encoder(windows.contiguous(memory_format=torch.channels_last))
         mean, log_variance = moments.chunk(2, 1)
         log_variance = log_variance.clamp(-12, 4)
-        reconstruction = self.vae.decoder(mean + (0.5 * log_variance).exp() * shared["noise"])
+        reconstruction = self.vae.decoder(mean + (0.5 * log_variance).exp() * rows["noise"])
         kl_loss = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        image = F.normalize(self.siglip(pictures).mean((2, 3)), dim=-1)
+        image = F.normalize(self.siglip(rows["pictures"]).mean((2, 3)), dim=-1)
         pairs = image @ F.normalize(self.class_names.weight, dim=-1).T
         pairs = self.siglip_scale.exp() * pairs + self.siglip_bias
         matches = F.one_hot(labels, pairs.shape[1]) * 2.0 - 1  # SigLIP: each pair is a yes or a no
-        half = slice(max(8, len(pictures) // 2))
-        losses = {
-            "vae_loss": F.mse_loss(reconstruction, windows),
-            "siglip_loss": -F.logsigmoid(matches * pairs).sum(1).mean(),
-            # smoothing keeps logits small: stage II measures the distance between two of them
-            "vgg_loss": F.cross_entropy(self.vgg_logits(pictures), labels, label_smoothing=0.1),
-            "resnet_loss": F.cross_entropy(self.resnet(pictures[half]), labels[half], label_smoothing=0.1),
-        }
-        return losses | {"kl_loss": kl_loss, "loss": sum(losses.values()) + 1e-4 * kl_loss}
-
-    def vgg_logits(self, pictures: torch.Tensor) -> torch.Tensor:
-        """pictures (B, 3, H, W) in [-1, 1] -> class logits of the small VGG16 (B, classes)."""
-        return self.vgg_head(self.vgg(pictures)[-1].mean((2, 3)))
+        siglip_loss = -F.logsigmoid(matches * pairs).sum(1).mean()
+        vae_loss = F.mse_loss(reconstruction, windows)
+        losses = {"loss": vae_loss + siglip_loss + 1e-4 * kl_loss, "vae_loss": vae_loss, "kl_loss": kl_loss}
+        return losses | {"siglip_loss": siglip_loss, "accuracy": (pairs.argmax(1) == labels).float().mean()}
 
     @torch.no_grad()
     def preview(self) -> Image.Image:
@@ -983,40 +916,43 @@ class StandIns(nn.Module):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """VAE fidelity and the classifiers' accuracy on held-out pictures."""
-        pictures, labels = (tensor.to(self.job.device) for tensor in self.job.val.spread(200))
-        signed = to_signed(pictures)
-        figures = fidelity(to_uint8(self.vae.decode(self.vae.encode(signed))), pictures)
-        guesses = {"resnet": self.resnet(signed), "vgg": self.vgg_logits(signed)}
-        right = {f"{k}_accuracy": (v.argmax(1) == labels).float().mean().item() for k, v in guesses.items()}
-        return figures | right
+        """The VAE's fidelity on held-out pictures."""
+        pictures = self.job.val.spread(200)[0].to(self.job.device)
+        return fidelity(to_uint8(self.vae.decode(self.vae.encode(to_signed(pictures)))), pictures)
 
     @torch.no_grad()
     def export(self, metadata: dict[str, str]) -> str:
         """Write the networks as the real files look; returns the folder."""
-        signed = to_signed(self.job.val.spread(200)[0].to(self.job.device))
+        vae, siglip = VAE(self.config.vae), SigLIP(TINY_SIGLIP)
+        for copy, trained in ((vae, self.vae), (siglip, self.siglip)):
+            copy.load_state_dict({name: full(tensor) for name, tensor in trained.state_dict().items()})
+        signed = to_signed(self.job.val.spread(200)[0])
         # SD3.5's published shift and scale must whiten these latents too: both ends of the VAE are scaled.
-        std = self.vae.encoder(signed).chunk(2, 1)[0].std((0, 2, 3)) * VAE.SCALE  # (channels,)
-        for tensor in (self.vae.encoder.conv_out.weight, self.vae.encoder.conv_out.bias):
+        std = vae.encoder(signed).chunk(2, 1)[0].std((0, 2, 3)) * VAE.SCALE  # (channels,)
+        for tensor in (vae.encoder.conv_out.weight, vae.encoder.conv_out.bias):
             tensor[: len(std)] /= std.view(-1, *[1] * (tensor.ndim - 1))
-        self.vae.decoder.conv_in.weight *= std.view(1, -1, 1, 1)
+        vae.decoder.conv_in.weight *= std.view(1, -1, 1, 1)
+        vgg, resnet = fid.VGG16Features(TINY_VGG), ResNet(*TINY_RESNET, size=self.config.image_size)
+        for layer in vgg.features:
+            if isinstance(layer, nn.Conv2d):  # no batch norm: so deep, it sees only with He's gain
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        for _ in range(50):  # its batch norms' running statistics settle
+            resnet(signed)
         # Logits and features of this size leave room for the pixels beside lambda_p and lambda_s.
-        gain = 0.5 / self.resnet(signed).std()
-        for layer, factor in ((self.resnet.fc, gain), (self.siglip.post_layernorm, 0.25)):
+        for layer, factor in ((resnet.fc, 0.5 / resnet.eval()(signed).std()), (siglip.post_layernorm, 0.25)):
             layer.weight *= factor
             layer.bias *= factor
         heads = {f"lin{i}.model.1.weight": torch.full((1, w, 1, 1), w**-0.5) for i, w in enumerate(TINY_VGG)}
         folder = self.job.path("standins")
         if ranks()[0] == 0:
             write_text(os.path.join(folder, "siglip", "config.json"), json.dumps({"num_attention_heads": 2}))
-            siglip = self.siglip.state_dict(prefix="vision_model.")
+            siglip = siglip.state_dict(prefix="vision_model.")
             write_tensors(os.path.join(folder, "siglip", "model.safetensors"), siglip, metadata)
-            write_tensors(os.path.join(folder, "vgg16.safetensors"), self.vgg.state_dict(), metadata)
+            write_tensors(os.path.join(folder, "vgg16.safetensors"), vgg.state_dict(), metadata)
             write_tensors(os.path.join(folder, "lpips.safetensors"), heads, metadata)
-            size = {"input_size": str(self.resnet.size)}
-            resnet = self.resnet.state_dict()
-            write_tensors(os.path.join(folder, "resnet50.safetensors"), resnet, metadata | size)
-            write_tensors(self.job.path(RESULTS["0"]), self.vae.state_dict(), metadata)  # last: all is there
+            size = {"input_size": str(resnet.size)}
+            write_tensors(os.path.join(folder, "resnet50.safetensors"), resnet.state_dict(), metadata | size)
+            write_tensors(self.job.path(self.result), vae.state_dict(), metadata)  # last: all is there
         return folder
 
 
@@ -1024,13 +960,19 @@ STAGES = {stage.stage: stage for stage in (StandIns, Pretraining, Refining, Gene
 
 # ----------------------------------------------------------------------------------------------------- engine
 
-PATIENCE = datetime.timedelta(hours=2)  # how long ranks wait for one that validates or writes
-
-
 def wait_for_all() -> None:
     """Every process arrives here before any goes on."""
     if ranks()[1] > 1:
         dist.barrier()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether any rank says so."""
+    if ranks()[1] == 1:
+        return flag
+    note = torch.tensor(float(flag))  # on the CPU, by gloo: no wait for the GPU
+    dist.all_reduce(note, dist.ReduceOp.MAX)
+    return bool(note)
 
 
 def step_generator(seed: int, stage: str, step: int, device: torch.device) -> torch.Generator:
@@ -1040,16 +982,14 @@ def step_generator(seed: int, stage: str, step: int, device: torch.device) -> to
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """The transformer blocks in a network: what is sharded, and compiled, one by one."""
+    """The transformer blocks in a network: what is sharded, compiled and recomputed one by one."""
     found = (getattr(part, "joint_blocks", getattr(part, "blocks", ())) for part in network.modules())
     return [block for blocks in found for block in blocks]
 
 
 def shard(stage: nn.Module, device: torch.device) -> None:
     """FSDP2 (Zhao et al. 2023) in place: each rank keeps its rows of what is trained, and gathers a block to
-    run it.
-
-    Weights and moments stay float32; on CUDA what is gathered is bfloat16."""
+    run it. Weights and moments stay float32; on CUDA what is gathered is bfloat16."""
     half = torch.bfloat16 if device.type == "cuda" else None
     # Inputs are not cast: times and rotations would lose digits that they need. Autocast casts the rest.
     policy = MixedPrecisionPolicy(half, torch.float32 if half else None, cast_forward_inputs=False)
@@ -1099,14 +1039,12 @@ def averaged(stage: nn.Module, average: dict[str, torch.Tensor]) -> Iterator[Non
                 live.copy_(mean)
                 mean.copy_(kept)
 
-    with torch.no_grad():
-        swap()
+    swap()
     stage.eval()
     yield
     if hasattr(stage, "reshard"):
         stage.reshard()  # a pass without gradient leaves the root gathered
-    with torch.no_grad():
-        swap()
+    swap()
     stage.train()
 
 
@@ -1122,7 +1060,7 @@ def write_text(path: str, text: str) -> None:
 def write_model(path: str, model: nn.Module, metadata: dict[str, str]) -> None:
     """A checkpoint, written by rank 0; all ranks call this to gather it. Adds the weights' fingerprint."""
     tensors, digest = {}, hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict().items():  # one by one: whole, they fill a GPU
         tensor = full(tensor)
         if ranks()[0] == 0:
             tensors[name] = tensor.cpu().contiguous()
@@ -1131,7 +1069,7 @@ def write_model(path: str, model: nn.Module, metadata: dict[str, str]) -> None:
         write_tensors(path, tensors, metadata | {"fingerprint": digest.hexdigest()[:16]})
 
 
-# ---- the training state, for --resume
+# ---- the training state, for --resume: a folder of safetensors shards, and state.json
 
 
 def saved_states(folder: str) -> list[str]:
@@ -1215,8 +1153,7 @@ def prune_log(path: str, stage: str, step: int) -> None:
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Inside `with`, Ctrl-C and SIGTERM only leave a note in the list."""
-    noted = []
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    noted, numbers = [], (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, lambda number, _: noted.append(number)) for number in numbers]
     try:
         yield noted
@@ -1225,38 +1162,13 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether any rank says so."""
-    if ranks()[1] == 1:
-        return flag
-    note = torch.tensor(float(flag))  # on the CPU, by gloo: no wait for the GPU
-    dist.all_reduce(note, dist.ReduceOp.MAX)
-    return bool(note)
-
-
-@functools.cache
-def matmul_rate(device: torch.device) -> float:
-    """FLOP/s of a large matrix product as training does it: float32 on a CPU, bfloat16 on CUDA."""
-    side, kind = (8192, torch.bfloat16) if device.type == "cuda" else (768, torch.float32)
-    square = torch.ones(side, side, device=device, dtype=kind)
-    timer = benchmark.Timer("a @ a", globals={"a": square}, num_threads=torch.get_num_threads())
-    return 2 * side**3 / timer.timeit(6).mean
-
-
 # --------------------------------------------------------------------------------------------------- the loop
 
 BAD_STEPS = 5  # steps in a row that are not finite, after which a run stops
-SHOWN = {  # the terms that fit beside the progress bar
-    "0": ("vae_loss", "siglip_loss", "vgg_loss", "resnet_loss"),
-    "1": ("loss", "flow_loss", "distill_loss", "contrast_loss", "used"),
-    "2": ("loss", "pixel_loss", "lpips_loss", "resnet_loss", "discriminator_loss", "used"),
-    "ar": ("loss", "nll", "accuracy"),
-}
-
 
 def is_finished(name: str, job: Job) -> bool:
     """Whether a stage has its result, by the settings of this run. UserError when a person must decide."""
-    args, result, states = job.args, job.path(RESULTS[name]), saved_states(job.path(f"state-{name}"))
+    args, result, states = job.args, job.path(STAGES[name].result), saved_states(job.path(f"state-{name}"))
     if args.overwrite or not (states or os.path.exists(result)):
         return False
     if os.path.exists(result):
@@ -1282,10 +1194,11 @@ def micro_batch(recipe: Recipe, world: int, accumulate: int) -> int:
     return recipe.batch_size // world // accumulate
 
 
-def parameter_groups(stage: nn.Module, recipe: Recipe) -> list[dict]:
-    """AdamW's groups. Weights of linear layers and convolutions decay; norms, biases and embeddings do not.
+def make_optimizer(stage: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW. Weights of linear layers and convolutions decay; norms, biases and embeddings do not.
 
-    The discriminator has its own learning rate."""
+    The discriminator has its own learning rate. Moments are made at once: a training state has the same names
+    before and after the discriminator joins."""
     matrices = {id(layer.weight) for layer in stage.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
     groups = {}
     for name, parameter in stage.named_parameters():
@@ -1293,7 +1206,14 @@ def parameter_groups(stage: nn.Module, recipe: Recipe) -> list[dict]:
             lr = recipe.discriminator_lr if name.startswith("discriminator.") else recipe.lr
             decay = recipe.weight_decay if id(parameter) in matrices else 0.0
             groups.setdefault((lr, decay), []).append(parameter)
-    return [{"params": p, "base_lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
+    groups = [{"params": p, "base_lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
+    optimizer = torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.95), fused=True)
+    for parameter in (parameter for group in groups for parameter in group["params"]):
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
 
 
 def train_stage(name: str, job: Job) -> None:
@@ -1301,31 +1221,28 @@ def train_stage(name: str, job: Job) -> None:
     args, recipe, (rank, world), started = job.args, job.recipe(name), ranks(), time.time()
     say = print if rank == 0 else (lambda *_: None)
     if is_finished(name, job):
-        return say(f"stage {name} is finished: {job.path(RESULTS[name])}. --overwrite starts it again")
+        return say(f"stage {name} is finished: {job.path(STAGES[name].result)}. --overwrite starts it again")
     device, states, settings = job.device, job.path(f"state-{name}"), job.settings(name)
     wait_for_all()  # whoever changes files below has been seen by all to find them as they were
-    say(f"stage {name}: {NAMES[name]}, {recipe.steps} steps of {recipe.batch_size} on {world} x {device}")
+    title = STAGES[name].title
+    say(f"stage {name}: {title}, {recipe.steps} steps of {recipe.batch_size} on {world} x {device}")
 
     # ---- the stage, its data, its optimiser, its averages
     torch.manual_seed(args.seed)
-    stage = STAGES[name](job).to(device)
-    dataset = job.train
+    stage, dataset = STAGES[name](job).to(device), job.train
     if name == "ar":  # before its networks are compiled
         tokenizer = stage.frozen["tokenizer"]
         dataset = Tokens(job.path("tokens.npy"), tokenizer, stage.fingerprint, job, recipe.flip)
     set_checkpointing(stage, args.checkpoint_activations)
     if args.compile:
         compile_blocks(stage)
-    if sharded := world > 1 and name != "0":  # every rank trains the stand-ins whole: see StandIns.prepare
+    if world > 1:
         shard(stage, device)
     parameters = {n: p for n, p in stage.named_parameters() if p.requires_grad}
     players = {}  # clipped apart: the large gradients of one must not shrink those of another
     for n, parameter in parameters.items():
         players.setdefault(n.split(".")[0], []).append(parameter)
-    optimizer = torch.optim.AdamW(parameter_groups(stage, recipe), recipe.lr, betas=(0.9, 0.95), fused=True)
-    for parameter in parameters.values():  # now: a state has the same names before and after a player joins
-        zeros = {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=device)} | zeros
+    optimizer = make_optimizer(stage, recipe)
     average = {}
     if recipe.ema:
         average = {n: p.detach().clone() for n, p in parameters.items() if not n.startswith("discriminator.")}
@@ -1351,9 +1268,9 @@ def train_stage(name: str, job: Job) -> None:
     batches = DataLoader(
         dataset, num_workers=dataset.workers, persistent_workers=dataset.workers > 0,
         pin_memory=device.type == "cuda",  # else each copy waits for the steps that are under way
-        batch_sampler=Schedule(len(dataset), recipe, args.seed, step),
+        batch_sampler=schedule(len(dataset), recipe, args.seed, step),
     )
-    flops, rate = job.flops[name] / world, matmul_rate(device)
+    teraflops = measure(name, job, recipe.batch_size)[1]["flops"] / world / 1e12  # a step's, of each rank
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     # ---- the loop
@@ -1373,7 +1290,7 @@ def train_stage(name: str, job: Job) -> None:
             # micro-batches: gradients add up on each rank, and the last one averages them over the ranks
             outs = []
             for i in range(args.accumulate):
-                if sharded:
+                if world > 1:
                     stage.set_requires_gradient_sync(i == args.accumulate - 1)
                 with autocast():
                     out = stage({n: tensor.chunk(args.accumulate)[i] for n, tensor in rows.items()}, shared)
@@ -1400,8 +1317,7 @@ def train_stage(name: str, job: Job) -> None:
                 buffer.copy_(torch.where(bad, old, buffer))
             skipped += bad
             bad_in_a_row.add_(1).mul_(bad)
-            if average:
-                # warmed up: a short run would keep its initial weights
+            if average:  # warmed up: a short run would keep its initial weights
                 decay = min(recipe.ema, (1 + step) / (10 + step))
                 live = [local(parameters[n]) for n in average]
                 torch._foreach_lerp_([local(mean) for mean in average.values()], live, 1 - decay)
@@ -1409,32 +1325,31 @@ def train_stage(name: str, job: Job) -> None:
 
             # look, log, save
             stopped, last = any_rank(bool(noted)), step == recipe.steps
-            if (step % recipe.log_every == 0 or last or device.type == "cpu") and bad_in_a_row >= BAD_STEPS:
+            look = step % recipe.log_every == 0 or last
+            if (look or device.type == "cpu") and bad_in_a_row >= BAD_STEPS:
                 broken = ", ".join(n for n, value in losses.items() if not value.isfinite())
-                good = saved_states(states)
+                good = ["none is saved", *saved_states(states)][-1]
                 raise UserError(
                     f"step {step}: {broken} not finite, and the {int(bad_in_a_row)} last steps were skipped; "
-                    + (f"the last good training state is {good[-1]}: " if good else "none is saved: ")
-                    + "go on from there with --resume and a lower --lr"
+                    f"the last good training state: {good}; go on from it with --resume and a lower --lr"
                 )
-            if step % recipe.log_every == 0 or last:
+            if look:
                 entry = {n: value.item() for n, value in losses.items()}
-                entry["lr"] = optimizer.param_groups[0]["lr"]
-                entry |= {"skipped": int(skipped)}
+                entry |= {"lr": optimizer.param_groups[0]["lr"], "skipped": int(skipped)}
                 if "codes" in outs[0]:
                     bits = codes_to_bits(torch.cat([out["codes"] for out in outs]))
                     entry |= code_usage(gather(bits.to(torch.uint8)).bool())  # gloo gathers no bool
-                (then, first), since = since, (time.time(), step)
-                speed = (step - first) / (since[0] - then)  # with all that a step takes, previews and states
-                entry |= {"images_per_s": speed * recipe.batch_size, "mfu": speed * flops / rate}
-                if rank == 0:
-                    print(json.dumps({"stage": name, "step": step} | entry), file=log)
-                    bar.set_postfix_str(" ".join(f"{k}={entry[k]:.3g}" for k in SHOWN[name] if k in entry))
-                    dead = entry.get("dead_bits", 0) > 0 or entry.get("used", 1) < 0.01
+                    dead = entry["dead_bits"] > 0 or entry["used"] < 0.01
                     collapsed = collapsed + 1 if dead and step > recipe.warmup else 0
                     if collapsed == 3:  # readings in a row
                         share = f"{entry['used']:.1%} of codes used, {entry['dead_bits']} dead bits"
-                        bar.write(f"step {step}: codes collapse ({share}): raise lambda_q or lower lr")
+                        tqdm.write(f"step {step}: codes collapse ({share}): raise lambda_q or lower lr")
+                (then, first), since = since, (time.time(), step)
+                speed = (step - first) / (since[0] - then)  # with all that a step takes, previews and states
+                entry |= {"images_per_s": speed * recipe.batch_size, "tflops": speed * teraflops}
+                bar.set_postfix_str(" ".join(f"{k}={entry[k]:.3g}" for k in stage.shown if k in entry))
+                if rank == 0:
+                    print(json.dumps({"stage": name, "step": step} | entry), file=log)
             if step % recipe.preview_every == 0 or last:
                 with averaged(stage, average), autocast():
                     picture = stage.preview()
@@ -1443,10 +1358,7 @@ def train_stage(name: str, job: Job) -> None:
             if step % recipe.save_every == 0 or last or stopped:
                 save_state(states, step, state, settings)
             if stopped and not last:
-                if rank > 0:
-                    sys.exit(2)
-                again = f"{job.command(name)} --resume"
-                raise UserError(f"stopped at step {step} with its state saved: go on with {again}")
+                raise UserError(f"stopped at step {step}, saved: go on with {job.command(name)} --resume")
 
     # ---- the result
     with averaged(stage, average):
@@ -1455,25 +1367,60 @@ def train_stage(name: str, job: Job) -> None:
         if rank == 0:
             with open(job.path("log.jsonl"), "a", encoding="utf-8") as log:
                 print(json.dumps({"stage": name, "step": step} | figures), file=log)
+            write_picture(job.path(f"curves-{name}.png"), draw_curves(job.path("log.jsonl"), name))
         about = {"stage": name, "preset": args.preset, "classes": json.dumps(job.train.classes)}
         path = stage.export(about | {"settings": json.dumps(settings), "figures": json.dumps(figures)})
-    shown = ", ".join(f"{k} {v:.4g}" for k, v in figures.items())
-    following = dict(zip(STAGES, list(STAGES)[1:])).get(name)
+    shown, following = ", ".join(f"{k} {v:.4g}" for k, v in figures.items()), {"0": "1", "1": "2", "2": "ar"}
     run = "" if args.out == os.path.join("runs", "tiny") else f" --run {args.out}"
-    after = job.command(following) if following else f"python sample.py --class 1{run}"
-    took = time.time() - started
-    say(f"stage {name} done in {took:.0f} s: {shown} on held-out pictures -> {path}; next: {after}")
+    after = job.command(following[name]) if name in following else f"python sample.py --class 1{run}"
+    say(
+        f"stage {name} done in {time.time() - started:.0f} s: {shown} on held-out pictures -> {path}\n"
+        f"  look at {job.path(f'preview-{name}-{step:07d}.png')}: {stage.look_for}; at curves-{name}.png\n"
+        f"  next: {after}"
+    )
     wait_for_all()
+
+
+def draw_curves(path: str, stage: str) -> Image.Image:
+    """Small multiples of what a stage wrote into log.jsonl: a panel for each number, over the steps."""
+    width, height, columns = 230, 120, 5
+    with open(path, encoding="utf-8") as file:
+        entries = [entry for entry in map(json.loads, file) if entry["stage"] == stage and "loss" in entry]
+    names = dict.fromkeys(name for entry in entries for name in entry)
+    names = [name for name in names if name not in ("stage", "step", "skipped")]
+    sheet = Image.new("RGB", (columns * width, -(-len(names) // columns) * height), "white")
+    pen, last = ImageDraw.Draw(sheet), entries[-1]["step"]
+    for number, name in enumerate(names):
+        left, top = number % columns * width + 8, number // columns * height + 4
+        points = [(e["step"], e[name]) for e in entries if math.isfinite(e.get(name, math.nan))]
+        values = [value for _, value in points] or [0.0]
+        low, high = min(values), max(values)
+        right, bottom, span = left + width - 20, top + height - 28, high - low or 1.0
+        pen.text((left, top), f"{name}  {values[-1]:.4g}", fill="black")
+        pen.rectangle((left, top + 14, right, bottom), outline="lightgrey")
+        places = [
+            (left + (right - left) * step / last, bottom - (bottom - top - 14) * (value - low) / span)
+            for step, value in points
+        ]
+        pen.line(places, fill="steelblue", width=2)
+        pen.text((left, bottom + 1), f"step 0 to {last}; {low:.3g} to {high:.3g}", fill="grey")
+    return sheet
 
 
 # --------------------------------------------------------------------------------------------------- the plan
 
-PUBLISHED = {  # parameters in millions, by the paper, and of the VAE by SD3.5's file
-    "encoder": 113, "decoder": 2236, "AR L": 318, "AR XL": 746, "AR XXL": 1200,
-    "VAE encoder": 34.3, "VAE decoder": 49.5,
+CARDS = {  # a GPU to plan for: its name, FLOP/s in dense bfloat16, bytes that it leaves to a program
+    "paper": ("H100", 989e12, 78 * 2**30), "tiny": ("RTX 4090", 165e12, 23 * 2**30),
 }
-PEAK, UTILISATION = 989e12, 0.4  # FLOP/s: an H100's dense bfloat16, and a transformer's share of it
-CARD = 78 * 2**30  # bytes: what a GPU of "80 GB" leaves to a program
+UTILISATION = 0.4  # a transformer's share of those FLOP/s
+PUBLISHED = {  # parameters in millions, by the paper, and of the VAE by SD3.5's file
+    "semtok.encoder": 113, "semtok.decoder": 2236, "semtok.vae.encoder": 34.3, "semtok.vae.decoder": 49.5,
+    "ar L": 318, "ar XL": 746, "ar XXL": 1200,
+}
+PARTS = (  # of the stages, as they are named in the code
+    "semtok.vae.encoder", "siglip", "semtok.encoder", "semtok.w_x", "semtok.w_z", "semtok.decoder",
+    "semtok.vae.decoder", "lpips", "resnet", "discriminator", "tokenizer", "ar", "vae.encoder", "vae.decoder",
+)
 
 
 class AsOnCUDA(torch.overrides.TorchFunctionMode):
@@ -1490,181 +1437,158 @@ class AsOnCUDA(torch.overrides.TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def networks(stage: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
-    """The networks of a stage, by the names that people know them by."""
-    if isinstance(stage, StandIns):
-        vae, vgg = (stage.vae.encoder, stage.vae.decoder), (stage.vgg, stage.vgg_head)
-        return {"VAE": vae, "SigLIP": (stage.siglip,), "VGG16": vgg, "ResNet": (stage.resnet,)}
-    semtok = stage.frozen.get("tokenizer") or stage.semtok
-    found = {
-        "VAE encoder": (semtok.vae.encoder,), "encoder": (semtok.encoder,),
-        "alignment": (semtok.w_x, semtok.w_z),
-        "decoder": (semtok.decoder,), "VAE decoder": (semtok.vae.decoder,),
-    }
-    labels = {"siglip": "SigLIP", "lpips": "LPIPS' VGG16", "resnet": "ResNet-50"}
-    found |= {label: (stage.frozen[name],) for name, label in labels.items() if name in stage.frozen}
-    labels = {"discriminator": "discriminator", "ar": f"AR {stage.job.ar_size}"}
-    return found | {label: (getattr(stage, name),) for name, label in labels.items() if hasattr(stage, name)}
+def measure(name: str, job: Job, batch: int, checkpointed: bool = False) -> tuple[nn.Module, dict]:
+    """A stage, and what its last step costs on `batch` pictures, by FakeTensorMode: shapes without values.
 
-
-def measure(name: str, job: Job, batch: int, checkpointed: bool = False):
-    """A stage and the cost of its last step on `batch` pictures, by FakeTensorMode: shapes without values.
-
-    Returns the stage; FLOPs of all passes; bytes of the weights' bfloat16 copies; and by module, or stage,
-    (forward FLOPs, bytes kept for the backward pass). checkpointed: blocks recomputed, and no backward pass.
+    `forward`: FLOPs by module path. `flops`: of all passes. Bytes kept for the backward pass: `copies`, the
+    bfloat16 ones of weights; `activations`; `block`, of these the most in a block. checkpointed: blocks are
+    recomputed, and no backward pass is run.
     """
-    config, activations, copies, cost, opened = job.config, {}, {}, {}, []
+    weights, kept, opened, blocks = set(), {}, [], [0]
+
+    def keep(tensor):  # storages, since views of one tensor are kept once
+        storage, source = tensor.untyped_storage(), tensor if tensor._base is None else tensor._base
+        if storage._cdata not in weights:
+            made_of = getattr(source.grad_fn, "next_functions", None) or ((None,),)
+            copied = source.dtype == torch.bfloat16 and hasattr(made_of[0][0], "variable")  # of a parameter
+            kept[storage._cdata] = storage, copied
+        return tensor
+
+    def kept_bytes(copies: bool) -> int:
+        return sum(storage.nbytes() for storage, copied in kept.values() if copied == copies)
+
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         stage = STAGES[name](replace(job, planned=True, device=torch.device("cpu")))
         set_checkpointing(stage, checkpointed)
-        owners = [stage, *getattr(stage, "frozen", {}).values()]
-        tensors = [t for owner in owners for t in (*owner.parameters(), *owner.buffers())]
-        weights = {t.untyped_storage()._cdata for t in tensors}
-
-        def keep(tensor):  # storages, since views of one tensor are kept once
-            storage, source = tensor.untyped_storage(), tensor if tensor._base is None else tensor._base
-            if storage._cdata not in weights:
-                before = getattr(source.grad_fn, "next_functions", ())
-                made_of = before[0][0] if before else None
-                copied = source.dtype == torch.bfloat16 and hasattr(made_of, "variable")  # of a parameter
-                (copies if copied else activations)[storage._cdata] = storage
-            return tensor
-
-        def enter(*_):
-            kept = sum(storage.nbytes() for storage in activations.values())
-            opened.append((counter.get_total_flops(), kept))
-
-        def leave(module, *_):
-            enter()
-            after, before = opened.pop(), opened.pop()
-            had = cost.get(module, (0, 0))
-            cost[module] = (had[0] + after[0] - before[0], had[1] + after[1] - before[1])
-
-        for module in (*blocks_of(stage), *(part for parts in networks(stage).values() for part in parts)):
-            module.register_forward_pre_hook(enter)
-            module.register_forward_hook(leave)
-        pictures = torch.zeros(batch, 3, config.image_size, config.image_size, dtype=torch.uint8)
+        for owner in (stage, *getattr(stage, "frozen", {}).values()):
+            weights |= {t.untyped_storage()._cdata for t in (*owner.parameters(), *owner.buffers())}
+        for block in blocks_of(stage):
+            block.register_forward_pre_hook(lambda *_: opened.append(kept_bytes(False)))
+            block.register_forward_hook(lambda *_: blocks.append(kept_bytes(False) - opened.pop()))
+        pictures = torch.zeros(batch, 3, job.config.image_size, job.config.image_size, dtype=torch.uint8)
         if name == "ar":
-            pictures = torch.zeros(batch, config.tokens, config.bits, dtype=torch.bool)
+            pictures = torch.zeros(batch, job.config.tokens, job.config.bits, dtype=torch.bool)
         saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with torch.autocast("cpu", torch.bfloat16), AsOnCUDA(), saved:
-            enter()
             labels, last = torch.zeros(batch, dtype=torch.long), job.recipe(name).steps - 1
             loss = stage(*stage.prepare(pictures, labels, torch.Generator(), last))["loss"]
-            leave(stage)
+        cost = {"copies": kept_bytes(True), "activations": kept_bytes(False), "block": max(blocks)}
+        cost["forward"] = {path: sum(counts.values()) for path, counts in counter.get_flop_counts().items()}
         if not checkpointed:
             loss.backward()
-    return stage, counter.get_total_flops(), sum(storage.nbytes() for storage in copies.values()), cost
+    return stage, cost | {"flops": counter.get_total_flops()}
 
 
 def plan(job: Job, name: str) -> str:
     """What --dry-run prints of a stage: parameters, FLOPs, memory, length and missing files."""
-    args, config = job.args, job.config
-    recipe, gpus = job.recipe(name), args.gpus or (1 if args.preset == "tiny" else 8)
+    args, config, recipe = job.args, job.config, job.recipe(name)
+    card, peak, room = CARDS[args.preset]
+    gpus = args.gpus or (8 if args.preset == "paper" else 1)
     batch = micro_batch(recipe, gpus, args.accumulate)
-    stage, flops, copies, cost = measure(name, job, batch)
-    lean_stage, _, _, lean = measure(name, job, batch, checkpointed=True)
+    stage, cost = measure(name, job, batch)
+    lean = measure(name, job, batch, checkpointed=True)[1]
 
-    def sizes(modules) -> tuple[int, int]:  # parameters: trained, frozen
+    def sizes(*modules) -> tuple[int, int]:  # parameters: trained, frozen
         parameters = {p: p.numel() for module in modules for p in module.parameters()}
         trained = sum(count for p, count in parameters.items() if p.requires_grad)
         return trained, sum(parameters.values()) - trained
 
+    def work(path, module):  # what ran without gradient stands under its class alone
+        names = f"{type(stage).__name__}.{path}", type(module).__name__
+        return sum(cost["forward"].get(name, 0) for name in names)
+
+    frozen_networks = getattr(stage, "frozen", {})
     lines = [
-        f"stage {name}, {NAMES[name]}, {args.preset} preset: {recipe.steps:,} steps of {recipe.batch_size} "
+        f"stage {name}, {stage.title}, {args.preset} preset: {recipe.steps:,} steps of {recipe.batch_size} "
         f"pictures of {config.image_size} x {config.image_size}, {batch} at once on each of {gpus} GPUs",
         f"{config.tokens} tokens of {config.bits} bits: {config.bits_per_pixel:.3f} bits per pixel", "",
-        f"{'network':16}{'trained, M':>12}{'frozen, M':>12}{'published':>12}{'forward, TFLOP a picture':>28}",
+        f"{'network':20}{'trained, M':>12}{'frozen, M':>12}{'published':>12}{'forward, TFLOP a picture':>28}",
     ]
-    table = networks(stage) | {"all": (stage, *getattr(stage, "frozen", {}).values())}
-    for label, modules in table.items():
-        ran = [stage] if label == "all" else [module for module in modules if module in cost]
-        forward = sum(cost[module][0] for module in ran) / batch / 1e12
-        published = PUBLISHED.get(label, "-") if args.preset == "paper" else "-"
-        figures = *(count / 1e6 for count in sizes(modules)), published, f"{forward:.4g}" if forward else "-"
-        lines.append("{:16}{:12.2f}{:12.2f}{:>12}{:>28}".format(label, *figures))
-    lines.append(f"with the backward passes: {flops / batch / 1e12:.4g} TFLOP a picture")
+    found = dict(stage.named_modules()) | frozen_networks
+    rows = {path: (sizes(found[path]), work(path, found[path])) for path in PARTS if path in found}
+    everything = sizes(stage, *frozen_networks.values())
+    rows["all"] = everything, cost["forward"]["Global"]
+    for path, (counts, flops) in rows.items():
+        key = f"ar {args.ar_size}" if path == "ar" else path
+        known = PUBLISHED.get(key, "-") if args.preset == "paper" else "-"
+        figures = *(count / 1e6 for count in counts), known, f"{flops / batch / 1e12:.4g}" if flops else "-"
+        lines.append("{:20}{:12.2f}{:12.2f}{:>12}{:>28}".format(path, *figures))
+    lines.append(f"with the backward passes: {cost['flops'] / batch / 1e12:.4g} TFLOP a picture")
     if args.preset == "paper" and name != "ar":
         pooled = (2048 + 1 + config.decoder_width + 1) * config.decoder_width
-        before = (sum(sizes([stage.semtok.decoder])) + pooled) / 1e6
+        before = (sum(sizes(stage.semtok.decoder)) + pooled) / 1e6
         lines.append(f"the decoder has {before:.0f}M before SD3.5's pooled-text embedder becomes a bias")
 
-    trained, frozen = sizes(table["all"])
-    blocks = [block for block in blocks_of(stage) if any(p.requires_grad for p in block.parameters())]
-    gathered = 2 * 4 * max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
-    rows = {
+    trained, frozen = everything
+    blocks = {p: m for p, m in stage.named_modules() if m in set(blocks_of(stage)) and sizes(m)[0]}
+    gathered = 2 * 4 * max((sum(sizes(block)) for block in blocks.values()), default=0)
+    memory = {
         "trained weights, float32": 4 * trained / gpus, "frozen weights, float32": 4 * frozen,
         "gradients, float32": 4 * trained / gpus, "AdamW, two moments": 8 * trained / gpus,
         "averaged weights": 4 * trained / gpus * bool(recipe.ema),
-        "bfloat16 copies": copies if gpus == 1 else gathered,  # sharded: of two blocks, weights and gradients
+        "bfloat16 copies": cost["copies"] if gpus == 1 else gathered,  # of two blocks, weights and gradients
     }
-    fixed = sum(rows.values())
-    again = max((cost[block][1] for block in blocks), default=0)  # one block at a time is recomputed
-    for note, kept in (("", cost[stage][1]), (", checkpointed", lean[lean_stage][1] + again)):
-        rows |= {f"activations{note}": kept, f"total{note}": fixed + kept}
+    fixed, recomputed = sum(memory.values()), sum(work(path, block) for path, block in blocks.items())
     sharded = ", what is trained sharded" * (gpus > 1)
     lines += ["", f"GiB on a GPU{sharded}; context and fragments come on top, a few GiB"]
-    for label, amount in rows.items():
-        mark = "  more than a GPU of 80 GB has" if "total" in label and amount > CARD else ""
+    for note, kept in (("", cost["activations"]), (", checkpointed", lean["activations"] + cost["block"])):
+        memory |= {f"activations{note}": kept, f"total{note}": fixed + kept}
+    for label, amount in memory.items():
+        over = "total" in label and amount > room
+        mark = f"  more than the {room / 2**30:.0f} of an {card}" if over else ""
         lines.append(f"{label:28}{amount / 2**30:12.4g}{mark}")
     lines.append("")
-    recomputed = sum(cost[block][0] for block in blocks)
-    for note, work in (("", flops), (", checkpointed", flops + recomputed)):
-        hours = recipe.steps * recipe.batch_size * work / batch / (PEAK * UTILISATION) / 3600
+    for note, flops in (("", cost["flops"]), (", checkpointed", cost["flops"] + recomputed)):
+        hours = recipe.steps * recipe.batch_size * flops / batch / (peak * UTILISATION) / 3600
         lines.append(f"length{note}: {hours:.4g} GPU-hours, {hours / gpus:.3g} hours on {gpus} GPUs")
     missing = job.missing(name)
-    lines += [f"  at {UTILISATION:.0%} of an H100's {PEAK / 1e12:.0f} TFLOP/s", ""]
-    lines.append(f"missing: {len(missing) or 'nothing'}")
-    return "\n".join([*lines, *(f"- {sentence}" for sentence in missing)])
+    lines += [f"  at {UTILISATION:.0%} of a {card}'s {peak / 1e12:.0f} TFLOP/s", ""]
+    return "\n".join([*lines, f"missing: {len(missing) or 'nothing'}", *(f"- {text}" for text in missing)])
 
 
 # ------------------------------------------------------------------------------------------------ the command
 
 
+def whole_number(least: int):
+    """What argparse reads a whole number of at least `least` with."""
+    def number(text: str) -> int:
+        if not least <= int(text) < 2**53:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
+        return int(text)
+    return number
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line of this file. Exits with code 2 and one sentence for what it does not know."""
+    names = (f"  stage {stage}: {', '.join(setting_names(stage))}" for stage in STAGES)
+    settings = "\n".join(textwrap.fill(text, 110, subsequent_indent="    ") for text in names)
     parser = argparse.ArgumentParser(
         prog="train.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train SemTok, stage by stage. Results, previews, log.jsonl and states go to --out.",
-        epilog="""stages
-  0    small stand-ins for SD3.5's VAE, SigLIP, VGG and ResNet, which cannot be shipped (tiny preset only;
-       stage 1 runs it by itself when they are missing)
-  1    the tokenizer by flow matching                      -> stage1.safetensors
-  2    the tokenizer's decoder as a one-step refiner       -> stage2.safetensors
-  ar   the masked autoregressive transformer on its tokens -> ar.safetensors
-  all  the three in order
-
-settings, for --set NAME=VALUE ...
-""" + "\n".join(
-            textwrap.fill(
-                ", ".join(setting_names(s)), 110, initial_indent=f"  {s:5}", subsequent_indent="       "
-            )
-            for s in STAGES
-        ),
+        description=__doc__.partition("\n\nThe models")[0],
+        epilog=f"Results, previews, log.jsonl and states go to --out.\n\nsettings, for --set:\n{settings}",
     )
     parser.error = lambda message: parser.exit(2, f"train.py: {message}; --help explains every option\n")
-    add, cores = parser.add_argument, os.cpu_count() or 1
-    add("--stage", required=True, choices=[*STAGES, "all"], help="what to train, see below")
+    add = parser.add_argument
+    add("--stage", required=True, choices=[*STAGES, "all"], help="what to train; all: 1, 2 and ar in order")
     add("--preset", default="tiny", choices=list(RECIPES), help="sizes and recipe (default: tiny)")
     add("--data", metavar="FOLDER", help="pictures in class subfolders; tiny draws shapes when there is none")
     add("--out", metavar="FOLDER", help="the run's folder (default: runs/PRESET)")
-    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
-        help="change settings, see below")
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change settings below")
     add("--steps", help="short for --set steps=N; warm-up and GAN start keep their share")
     add("--batch-size", help="pictures a step over all ranks; short for --set batch_size=N")
     add("--lr", help="peak learning rate; short for --set lr=X")
     add("--ar-size", choices=["L", "XL", "XXL"], help="the paper preset's transformer, by name (default L)")
-    add("--seed", type=at_least(0), default=0, help="everything random follows from it (default 0)")
+    add("--seed", type=whole_number(0), default=0, help="everything random follows from it (default 0)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    add("--workers", type=at_least(0), default=min(4, cores), help="processes that read pictures")
+    add("--workers", type=whole_number(0), default=min(4, os.cpu_count()), help="processes to read pictures")
     add("--resume", action="store_true", help="go on from the last training state")
     add("--overwrite", action="store_true", help="start again although there is a result or a state")
     add("--checkpoint-activations", action="store_true", help="less memory, about a third more work")
-    add("--accumulate", type=at_least(1), default=1, metavar="N", help="go through a share of the batch in N "
-        "micro-batches, for less memory; only the entropy of the average code is then a micro-batch's")
+    add("--accumulate", type=whole_number(1), default=1, metavar="N", help="micro-batches of a rank's share, "
+        "for less memory; only the entropy of the average code is then a micro-batch's")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile networks (default: on CUDA)")
     add("--dry-run", action="store_true", help="print the plan (sizes, FLOPs, memory, missing files) only")
-    add("--gpus", type=at_least(1), help="in a --dry-run, how many share the batch (default: 8; tiny: 1)")
+    add("--gpus", type=whole_number(1), help="in a --dry-run, how many share the batch (paper: 8; else 1)")
     for name, (_, about, size) in WEIGHTS.items():
         add(f"--{name}", metavar="PATH", help=f"{about}, {size} (default: in weights/)")
     args = parser.parse_args(arguments)
@@ -1684,44 +1608,32 @@ settings, for --set NAME=VALUE ...
         parser.error("--resume and --overwrite exclude each other")
     if args.ar_size and args.preset != "paper":
         parser.error(f"--ar-size {args.ar_size} is the paper preset's: add --preset paper, or leave it out")
+    args.ar_size = args.ar_size or {"paper": "L"}.get(args.preset, args.preset)
     return args
-
-
-def at_least(least: int):
-    """What argparse reads a whole number with."""
-    def integer(text: str) -> int:
-        if not least <= int(text) < 2**53:
-            raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
-        return int(text)
-    return integer
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command. Raises UserError for what the person at the keyboard can mend."""
     args = parse_arguments(arguments)
-    job = Job(args, torch.device("cpu"))
-    stages = args.stages
-    if args.preset == "tiny" and (stages[0] == "1" or args.changes.get("init") == "scratch"):
+    job, stages = Job(args, torch.device("cpu")), args.stages
+    if job.tiny and (stages[0] == "1" or args.changes.get("init") == "scratch"):
         stages = ["0"] * (not all(os.path.exists(job.weights(name)) for name in STAND_INS)) + stages
     for stage in stages:  # what does not fit is refused now, not after two stages
         if stage not in RECIPES[args.preset]:
             raise UserError(f"stage {stage} makes tiny's stand-ins; {args.preset} reads real weights")
-        job.recipe(stage)
+        micro_batch(job.recipe(stage), args.gpus or int(os.environ.get("WORLD_SIZE", 1)), args.accumulate)
     job.ar_config(job.config)
     if args.dry_run:
         return print("\n\n".join(plan(job, stage) for stage in args.stages))
-    for stage in stages:
-        micro_batch(job.recipe(stage), int(os.environ.get("WORLD_SIZE", 1)), args.accumulate)
     if missing := job.missing(stages[0]):
         raise UserError("; ".join(missing))
-    job.flops = {stage: measure(stage, job, job.recipe(stage).batch_size)[1] for stage in stages}
     job.device = choose_device(args.device)
     if "WORLD_SIZE" in os.environ:  # torchrun sets it
         if job.device.type == "cuda":
             job.device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
             torch.cuda.set_device(job.device)
         backend = "cpu:gloo,cuda:nccl" if job.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     args.compile = job.device.type == "cuda" if args.compile is None else args.compile
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA, for what autocast leaves in float32
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a state of one process
@@ -1740,32 +1652,36 @@ def lock(folder: str) -> Iterator[None]:
     """One run at a time writes in a folder; the kernel frees the lock when its owner dies. UserError."""
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, ".lock"), "w") as file:
-        try:
-            # Not flock: the loader's processes would inherit that lock, and outlive a killed run by seconds.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) if ranks()[0] == 0 else None
-        except BlockingIOError:
-            raise UserError(f"another run is at work in {folder}: wait, or choose another --out") from None
+        if ranks()[0] == 0:
+            try:  # not flock: the loader's processes would inherit that lock, and outlive a killed run
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another run is at work in {folder}: wait or change --out") from None
+            for left in glob.glob(f"{glob.escape(folder)}/**/*.part", recursive=True):  # by a killed run
+                shutil.rmtree(left) if os.path.isdir(left) else os.remove(left)
         yield
 
 
 def command_line(arguments: list[str] | None = None) -> int:
     """`main` for a shell: returns the exit code, 2 with one sentence on stderr for what a person can mend."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(arguments)
         return 0
     except KeyboardInterrupt:
         text, code = "interrupted; what has been saved is whole: go on with --resume", 130
-    except torch.OutOfMemoryError as error:
-        reason = str(error).split(".")[0]
-        advice = "try --checkpoint-activations, --accumulate, more GPUs"
-        text, code = f"the GPU's memory ran out ({reason}): {advice}", 2
     except (UserError, fid.UserError) as error:
         # An error out of a loader's worker carries its whole traceback. The last line is the sentence.
         text, code = str(error).strip().splitlines()[-1].removeprefix("mmdit.UserError: "), 2
-    except (OSError, MemoryError, SafetensorError, CheckpointException) as error:
-        reason = str(error).strip().splitlines()[-1]
-        advice = "free some space or change the path; what has been saved is whole, --resume goes on"
-        text, code = f"{reason}: {advice}", 2
+    except (OSError, MemoryError, SafetensorError, CheckpointException, RuntimeError) as error:
+        reason, code = str(error).strip().splitlines()[-1], 2
+        if "memory" in str(error):
+            text = f"the memory ran out ({reason}): try --checkpoint-activations, --accumulate, more GPUs"
+        elif isinstance(error, RuntimeError):
+            raise  # a bug
+        else:
+            advice = "free some space or change the path; what has been saved is whole, --resume goes on"
+            text = f"{reason}: {advice}"
     if ranks()[0] > 0:
         time.sleep(20)  # rank 0 has mostly stopped for the same reason, and its end is this process's end
     else:

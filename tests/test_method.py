@@ -140,7 +140,7 @@ def test_weights_of_layers_decay_alone(world):
     stage = make_stage(world, "2")
     names = {id(p): name for name, p in stage.named_parameters() if p.requires_grad}
     for recipe in (stage.recipe, replace(stage.recipe, weight_decay=0.0)):
-        groups = train.parameter_groups(stage, recipe)
+        groups = train.make_optimizer(stage, recipe).param_groups
         found = {names[id(p)]: (g["base_lr"], g["weight_decay"]) for g in groups for p in g["params"]}
         assert found.keys() == set(names.values())
         assert found["semtok.w_x.weight"] == (recipe.lr, recipe.weight_decay)
@@ -305,7 +305,7 @@ def test_shorter_side_by_boxes_then_bicubic_then_the_centre(tmp_path, height, wi
 def test_ranks_share_every_epoch_and_resume_in_its_middle(monkeypatch):
     def seen(first, rank, world, flip=True):
         monkeypatch.setattr(train, "ranks", lambda: (rank, world))
-        return list(train.Schedule(50, train.Recipe(25, 8, 1e-3, flip=flip), 7, first))
+        return list(train.schedule(50, train.Recipe(25, 8, 1e-3, flip=flip), 7, first))
 
     alone = seen(0, 0, 1)  # four epochs
     shared = [seen(0, rank, 4) for rank in range(4)]

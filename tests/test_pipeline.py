@@ -93,8 +93,8 @@ def test_whole_run_writes_what_it_promises(finished):
     for stage in train.STAGES:
         assert f"stage {stage} done" in said
         assert (out / f"state-{stage}" / "step-0000006" / "state.json").is_file()
-        preview = np.asarray(Image.open(out / f"preview-{stage}-0000006.png"))
-        assert preview.shape[1] > 3 * 32 and preview.std() > 5
+        preview, curves = (np.asarray(Image.open(out / f"{name}.png")) for name in (f"preview-{stage}-0000006", f"curves-{stage}"))
+        assert preview.shape[1] > 3 * 32 and preview.std() > 5 and curves.std() > 5
     assert f"next: python sample.py --class 1 --run {out}" in said
 
 
@@ -104,14 +104,14 @@ def test_log_has_every_term(finished):
     codes |= {"used", "imbalance", "dead_bits"}
     judges = {"lpips_loss", "resnet_loss", "gan_loss", "discriminator_loss", "d_real", "d_fake"}
     terms = {
-        "0": {"vae_loss", "kl_loss", "siglip_loss", "vgg_loss", "resnet_loss", "grad_norm_vae"},
+        "0": {"vae_loss", "kl_loss", "siglip_loss", "accuracy", "grad_norm_vae"},
         "1": codes | {"flow_loss"},
         "2": codes | judges | {"pixel_loss", "grad_norm_discriminator"},
         "ar": {"nll", "accuracy", "grad_norm_ar"},
     }
     for stage, names in terms.items():
         step, last = (entry for entry in entries if entry["stage"] == stage)
-        assert names | {"loss", "lr", "skipped", "step", "images_per_s", "mfu"} <= step.keys(), stage
+        assert names | {"loss", "lr", "skipped", "step", "images_per_s", "tflops"} <= step.keys(), stage
         assert ({"val_nll_per_bit", "val_bit_accuracy"} if stage == "ar" else {"psnr", "ssim"}) <= last.keys()
         assert all(np.isfinite(value) for entry in (step, last) for value in entry.values() if value != stage)
 
@@ -138,7 +138,7 @@ def test_stand_ins_pass_through_the_real_loaders(finished):
     lpips = train.fid.load_lpips(str(folder / "vgg16.safetensors"), str(folder / "lpips.safetensors"))
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     assert vae.encode(x).shape == (2, 8, 8, 8) and siglip(x).shape == (2, 64, 4, 4)
-    assert resnet(x).shape == (2, 3) and (lpips(x, x.flip(0)) > 0).all() and not lpips(x, x).any()
+    assert resnet(x).shape == (2, 10) and (lpips(x, x.flip(0)) > 0).all() and not lpips(x, x).any()
 
 
 def test_a_finished_stage_says_so_and_an_edited_setting_is_refused(finished, pictures):
@@ -255,8 +255,8 @@ def test_unreadable_pictures_are_skipped_counted_and_named(tmp_path):
     ("--stage 1 --set gan_start=5", "gan_start changes nothing"),
     ("--stage 2 --set group_bits=2", "group_bits"),
     ("--stage 1 --set bits=many", "bits=many"), ("--stage 1 --set bits=0", "bits must be at least 1"),
-    ("--stage 1 --set quantizer=vq", "choose bsq or lfq"), ("--stage 1 --set causal=2", "choose 0 or 1"),
-    ("--stage 2 --set init=stage0", "choose stage1 or scratch"),
+    ("--stage 1 --set quantizer=vq", "one of bsq, lfq"), ("--stage 1 --set causal=2", "one of 0, 1"),
+    ("--stage 2 --set init=stage0", "one of stage1, scratch"),
     ("--stage 1 --set lambda_s=nan", "lambda_s=nan"),
     ("--stage 1 --set entropy_group=5", "must divide the 24 bits"),
     ("--stage 1 --set encoder_heads=3", "encoder_heads"),
