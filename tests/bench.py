@@ -145,10 +145,12 @@ def metrics(options):
 
 def flops(function):
     """FLOPs of one call (matrix products, attention, convolutions)."""
-    import train
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+    cpu_attention = {  # the counter knows CUDA's kinds of attention alone
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+    }
     eager = torch.compiler.set_stance("force_eager")  # compiled networks would hide their operations
-    with eager, torch.no_grad(), FlopCounterMode(display=False, custom_mapping=train.CPU_ATTENTION) as counter:
+    with eager, torch.no_grad(), FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
         function()
     return counter.get_total_flops()
 
@@ -262,10 +264,11 @@ def stages(_):
     with tempfile.TemporaryDirectory() as folder:
         train.main(["--stage", "all", "--out", folder, "--steps", "60", "--set", "log_every=30"])
         entries = [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
+    rate = product_rate(torch.bfloat16 if CUDA else torch.float32, 3 * ((8192,) if CUDA else (768,)))
     for entry in entries:
         if entry["step"] == 60 and "loss" in entry:
-            speed, share = entry["images_per_s"], entry["mfu"]
-            print(f"  stage {entry['stage']:3s} {speed:8.1f} images/s, {share:.1%} of the rate of large matrix products")
+            share = entry["tflops"] * 1e12 / rate
+            print(f"  stage {entry['stage']:3s} {entry['images_per_s']:8.1f} images/s, {share:.1%} of the rate of matrix products")
 
 
 SECTIONS = {"metrics": metrics, "ar": ar, "stages": stages, "decode": decode}
