@@ -2,7 +2,7 @@
 
     python sample.py --class 1              # a grid of pictures of class 1, from runs/tiny
     python sample.py --labels 0 star 7      # several classes
-    python sample.py --image photo.jpg      # original | stage-1 sample | stage-2 refiner
+    python sample.py --image A.jpg B.jpg    # original | stage-1 sample | stage-2 refiner, a row each
     python sample.py --npz 50000            # class-balanced pictures in ADM's format, for fid.py
     python sample.py --reconstruct FOLDER   # every picture of a folder through the tokens, for fid.py --pairs
 
@@ -18,10 +18,14 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 import zipfile
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import numpy as np
 import torch
@@ -139,16 +143,17 @@ def class_grid(args: argparse.Namespace, device: torch.device) -> str:
 
 
 def photo(args: argparse.Namespace, device: torch.device) -> str:
-    """`--image`: original | stage-1 sample | stage-2 refiner side by side; returns the picture's path."""
+    """`--image` (Figures 3, 11): original | stage-1 sample | stage-2 refiner; returns the picture's path."""
     first, second = (load(args.run, name, device)[0] for name in ("stage1", "stage2"))
-    picture = read_picture(args.image, first.config.image_size)[None].to(device)
-    steps = args.steps or 25
-    sampled = first.reconstruct(picture, generator(device, args.seed), steps)
-    panels = torch.cat([picture, sampled, second.reconstruct(picture)])
-    path = args.out or os.path.join(args.run, f"image-{Path(args.image).stem}.png")
-    caption = f"original | stage 1, {steps} steps | stage 2, refiner"
-    write_picture(path, picture_grid({caption: panels}, side=256))
-    return path
+    rows, steps = {}, args.steps or 25
+    for path in args.image:
+        picture = read_picture(path, first.config.image_size)[None].to(device)
+        sampled = first.reconstruct(picture, generator(device, args.seed), steps)
+        caption = f"{path}: original | stage 1, {steps} steps | stage 2, refiner"
+        rows[caption] = torch.cat([picture, sampled, second.reconstruct(picture)])
+    out = args.out or os.path.join(args.run, f"image-{Path(args.image[0]).stem}.png")
+    write_picture(out, picture_grid(rows, side=256))
+    return out
 
 
 def claim(folder: str, settings: dict) -> None:
@@ -271,7 +276,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     what, count = parser.add_mutually_exclusive_group(required=True), number(int, 1, 10**9)
     what.add_argument("--class", metavar="CLASS", help="a grid of pictures of one class, by number or name")
     what.add_argument("--labels", nargs="+", metavar="CLASS", help="the same for several classes")
-    what.add_argument("--image", metavar="FILE", help="through the tokens: original | stage 1 | stage 2")
+    what.add_argument("--image", nargs="+", metavar="FILE", help="original | stage 1 | stage 2, a row each")
     what.add_argument("--npz", type=count, metavar="N", help="N class-balanced pictures in ADM's .npz format")
     what.add_argument("--reconstruct", metavar="FOLDER", help="each picture below it through the tokens")
     add, flag, runs = parser.add_argument, argparse.BooleanOptionalAction, os.path.join("runs", "tiny")
@@ -315,15 +320,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 def command_line(arguments: list[str] | None = None) -> int:
     """`main` for a shell: returns the exit code, 2 with one sentence on stderr for what a person can mend."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(arguments)
         return 0
-    except (UserError, OSError) as error:
-        code, text = 2, error
-    except (MemoryError, torch.OutOfMemoryError):
-        code, text = 2, "the memory ran out: lower --batch-size"
     except KeyboardInterrupt:
         code, text = 130, "stopped; what was finished is kept"
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        code, text = 2, (str(error).strip() or "memory").splitlines()[0]
+        if isinstance(error, (MemoryError, RuntimeError)):
+            if "memory" not in text:
+                raise  # a bug
+            text = f"the memory ran out ({text}): lower --batch-size"
     print(f"sample.py: {text}", file=sys.stderr)
     return code
 

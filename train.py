@@ -880,13 +880,13 @@ class StandIns(nn.Module):
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
         """pictures (B, 3, H, W) uint8, labels (B,) -> rows, shared."""
         pictures, (rank, world), config = to_signed(pictures), ranks(), self.config.vae
-        # The VAE is convolutional. It learns from windows, then from whole pictures.
+        # The VAE is convolutional. It learns from windows of every third picture, then from whole ones.
         side, top, left = pictures.shape[-1], 0, 0
         if step < 0.8 * self.recipe.steps:
             side //= 2
             top, left = np.random.default_rng(step).integers(0, side + 1, 2)
-        windows, place = pictures[..., top : top + side, left : left + side], side // config.factor
-        shape = world * len(pictures), config.latent_channels, place, place
+        windows, place = pictures[::3, :, top : top + side, left : left + side], side // config.factor
+        shape = world * len(windows), config.latent_channels, place, place
         noise = torch.randn(shape, generator=rng, device=pictures.device).chunk(world)[rank]
         return {"pictures": pictures, "labels": labels, "windows": windows, "noise": noise}, {}
 
