@@ -212,9 +212,8 @@ class MMDiT(nn.Module):
     """A stack of joint blocks.
 
     dual_depth: how many first blocks have attn2 (SD3.5-Medium: 13 of 24). adaln: a conditioning vector
-    modulates the blocks (the decoder's timestep; the encoder has none). context_pre_only: the last block's
-    context only feeds the image (SD3.5). checkpoint_activations, an attribute: the backward pass recomputes
-    the blocks.
+    modulates the blocks. context_pre_only: the last block's context only feeds the image (SD3.5).
+    checkpoint_activations, an attribute: the backward pass recomputes the blocks.
     """
 
     def __init__(self, depth, width, heads, dual_depth=0, adaln=False, context_pre_only=False):
@@ -246,8 +245,7 @@ class MMDiT(nn.Module):
 def _init_linear(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        nn.init.zeros_(module.bias)
 
 
 # ------------------------------------------------------------------------------ what goes around the blocks
@@ -369,7 +367,8 @@ class TensorFiles:
                 self.metadata = self.metadata or handle.metadata() or {}
                 for name in sorted(handle.keys()):
                     if name in shapes:  # two models, or two copies of one
-                        raise UserError(f"{file} and {self._file_of[name]} both hold {name}: give one of them")
+                        both = f"{file} and {self._file_of[name]}"
+                        raise UserError(f"{both} both hold {name}: give one of them")
                     shapes[name], self._file_of[name] = tuple(handle.get_slice(name).get_shape()), file
         self.prefix = prefix if any(name.startswith(prefix) for name in shapes) else ""
         names = [name for name in shapes if name.startswith(self.prefix)]
@@ -377,8 +376,12 @@ class TensorFiles:
 
     def get(self, name: str) -> torch.Tensor:
         """One tensor on the CPU. The file is opened for it alone: pages read before are given back."""
-        with self._reading(self._file_of[self.prefix + name]) as handle:
-            return handle.get_tensor(self.prefix + name)
+        name = self.prefix + name
+        with self._reading(self._file_of[name]) as handle:
+            tensor = handle.get_tensor(name)
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise UserError(f"{self.path} has {tensor.dtype} in {name}: 16 to 64 bit floats are needed")
+        return tensor
 
     @staticmethod
     @contextlib.contextmanager
@@ -389,10 +392,9 @@ class TensorFiles:
         except (SafetensorError, OSError) as error:
             with open(file, "rb") as opened:
                 start = opened.read(256)
-            found = [text for pattern, text in _DISGUISES.items() if re.match(pattern, start)]
-            size, reason = f"{os.path.getsize(file):,}", str(error).partition("\n")[0]
-            found.append(f"{size} bytes that look truncated or damaged ({reason}); download it again")
-            raise UserError(f"{file} is no complete safetensors file: it is {found[0]}") from None
+            damaged = f"{os.path.getsize(file):,} bytes, truncated or damaged ({error}); download it again"
+            found = next((text for pattern, text in _DISGUISES.items() if re.match(pattern, start)), damaged)
+            raise UserError(f"{file} is no complete safetensors file: it is {found}") from None
 
     def unlike(self, wanted: str, told: str) -> UserError:
         """The error that says what the file seems to be, what is wanted, and what told them apart."""
@@ -405,16 +407,17 @@ class TensorFiles:
     def building(self, wanted: str) -> Iterator[None]:
         """Inside, models are built on the meta device by sizes that the file states. They may be wrong.
 
-        A model that gets more parameters than the file has numbers stops at once, before it takes time or
-        memory. That, and sizes that are missing or fit nothing, raise UserError.
+        A model that outgrows the file stops at once, before it takes time or memory. That, and sizes that
+        are missing or fit nothing, raise UserError.
         """
-        left = sum(map(math.prod, self.shapes.values()))
+        # Twice what the file has and some more, so that a file which lacks a part still has it named
+        tensors, numbers = 2 * len(self.shapes) + 1000, 2 * sum(map(math.prod, self.shapes.values())) + 10**7
 
         def count(module, name, parameter):
-            nonlocal left
-            left -= parameter.numel() if parameter is not None else 0
-            if left < 0:
-                raise ValueError("its sizes need more numbers than it holds")
+            nonlocal tensors, numbers
+            tensors, numbers = tensors - 1, numbers - (0 if parameter is None else parameter.numel())
+            if min(tensors, numbers) < 0:
+                raise ValueError("its sizes make a model much larger than the file")
 
         hook = register_module_parameter_registration_hook(count)
         try:
@@ -522,10 +525,9 @@ def load_sd35(decoder: nn.Module, path: str, device: str | torch.device = "cpu")
     """Start a decoder from SD3.5-Medium: its single file, or a diffusers `transformer/` folder.
 
     decoder: a module with `x_embedder`, `t_embedder`, `joint_blocks` and `final_layer` of this file. What it
-    has beside them (token embedder, mask tokens) keeps its initialisation. Two things change on the way in.
-    SD3.5 predicts eps - x_v and Eq. 5 wants x_v - eps: the last linear layer is negated. SemTok has no
-    pooled text: its embedder runs once on zeros, and the result joins the timestep embedder's last bias.
-    That keeps the pretrained function and drops 5.5M parameters. Raises UserError for any other file.
+    has beside them keeps its initialisation. SD3.5 predicts eps - x_v and Eq. 5 wants x_v - eps: the last
+    linear layer is negated. SemTok has no pooled text: its embedder runs once on zeros, and the result joins
+    the timestep embedder's last bias, which drops 5.5M parameters. Raises UserError for any other file.
     """
     source = TensorFiles(path, "transformer", "model.diffusion_model.")
     diffusers = any(key.startswith("transformer_blocks.") for key in source.shapes)
@@ -559,13 +561,13 @@ def config_from(config_class: type, entries):
     """A dataclass of sizes out of a JSON table. Raises ValueError unless names, types and values fit."""
     hints = typing.get_type_hints(config_class)
     if not isinstance(entries, dict) or entries.keys() != hints.keys():
-        raise ValueError(f"a table of {', '.join(hints)} is needed")
+        raise ValueError(f"its sizes must be a table of {', '.join(hints)}")
     values = {}
     for name, hint in hints.items():
         value, choices = entries[name], typing.get_args(hint)
         if dataclasses.is_dataclass(hint):
             value = config_from(hint, value)
-        elif isinstance(value, list) and all(type(item) is choices[0] for item in value):
+        elif typing.get_origin(hint) is tuple and type(value) is list and {*map(type, value)} == {choices[0]}:
             value = tuple(value)
         elif type(value) is not hint and value not in choices:
             raise ValueError(f"{name} is {value!r:.40}")
