@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def _angles(length: int, count: int, theta: float) -> torch.Tensor:
-    # Device and type are named: a model built on the meta device or in bfloat16 still has real, exact tables.
+    # With device and type: a model built on the meta device or in bfloat16 still has real, exact tables
     steps, positions = (torch.arange(n, dtype=torch.float32, device="cpu") for n in (count, length))
     return positions[:, None] * theta ** (-steps / count)  # (length, count)
 
@@ -98,7 +98,10 @@ def normed_rotated(qkv: torch.Tensor, heads: int, q_norm: nn.RMSNorm, k_norm: nn
 
 
 class AttentionWeights(nn.Module):
-    """One stream's projections in an attention: qkv, RMS qk-norm and, unless `pre_only`, the way out."""
+    """One stream's projections in an attention: qkv, RMS qk-norm and, unless `pre_only`, the way out.
+
+    x (B, L, width), rope (2, L, head_dim) -> q, k, v of `normed_rotated`.
+    """
 
     def __init__(self, width: int, heads: int, pre_only: bool = False):
         super().__init__()
@@ -110,12 +113,11 @@ class AttentionWeights(nn.Module):
             self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x (B, L, width) -> q, k, v of `normed_rotated`."""
         return normed_rotated(self.qkv(x), self.heads, self.ln_q, self.ln_k, rope)
 
 
 def attend(q, k, v, mask: torch.Tensor | None = None, causal: bool = False) -> torch.Tensor:
-    """Softmax attention over q, k, v (B, heads, L, head_dim), heads merged on the way out: (B, L, width).
+    """Softmax attention over q, k, v (B, heads, L, head_dim) -> (B, L, width), the heads side by side.
 
     mask: (L, L) bool, True where a row may see a column. causal: every place sees itself and those before.
     """
@@ -124,7 +126,7 @@ def attend(q, k, v, mask: torch.Tensor | None = None, causal: bool = False) -> t
 
 
 class FeedForward(nn.Module):
-    """fc1, GELU (tanh form), fc2, four times as wide inside; `hidden` overrides that width."""
+    """(B, L, width) -> the same: fc1, GELU (tanh form), fc2. Inside it is `hidden` wide, by default 4 width."""
 
     def __init__(self, width: int, hidden: int | None = None):
         super().__init__()
@@ -132,7 +134,6 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden or 4 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, L, width) -> (B, L, width)."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
@@ -173,9 +174,8 @@ class StreamBlock(nn.Module):
             return [None] * self.chunks
         return list(self.adaLN_modulation(conditioning)[:, None].chunk(self.chunks, -1))
 
-    def residual_mlp(self, x: torch.Tensor, modulation: list[torch.Tensor | None]) -> torch.Tensor:
+    def residual_mlp(self, x: torch.Tensor, shift, scale, gate) -> torch.Tensor:
         """x (B, L, width) -> x plus the gated MLP of it."""
-        shift, scale, gate = modulation[3:6]
         return x + gated(self.mlp(modulate(self.norm2(x), shift, scale)), gate)
 
 
@@ -201,11 +201,11 @@ class JointBlock(nn.Module):
         if x_block.dual:
             own = attend(*x_block.attn2(modulate(x_norm, x_mod[6], x_mod[7]), x_rope))
             attention = attention + gated(x_block.attn2.proj(own), x_mod[8])
-        x = x_block.residual_mlp(x + attention, x_mod)
+        x = x_block.residual_mlp(x + attention, *x_mod[3:6])
         if context_block.pre_only:
             return x, None
         context = context + gated(context_block.attn.proj(from_context), c_mod[2])
-        return x, context_block.residual_mlp(context, c_mod)
+        return x, context_block.residual_mlp(context, *c_mod[3:6])
 
 
 class MMDiT(nn.Module):
@@ -584,7 +584,7 @@ def load_checkpoint(
     kind: the `format` that the metadata must name. facts: what else it must have; `classes` is a JSON list of
     names, as many as the sizes say. Raises UserError for any other file.
     """
-    source, wanted = TensorFiles(path), f"a {kind} of train.py"
+    source, wanted = TensorFiles(path), f"a {kind}, which python train.py makes,"
     with source.building(wanted):
         about = {name: source.metadata[name] for name in ("format", "config", *facts)}
         if about["format"] != kind:

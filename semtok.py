@@ -121,7 +121,7 @@ def picture_grid(rows: dict[str, torch.Tensor], side: int = 96) -> Image.Image:
 
 
 def write_file(path: str, write) -> None:
-    """Call write(temporary path), flush to disk, then rename to path: whole or not at all. Raises OSError."""
+    """Call write(temporary path), flush to disk, then rename to path. Raises OSError."""
     temporary, folder = f"{path}.{os.getpid()}.part", os.path.dirname(path) or "."
     try:
         os.makedirs(folder, exist_ok=True)
@@ -142,13 +142,13 @@ def flush(path: str) -> None:
 
 
 def write_tensors(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, whole or not at all."""
+    """A safetensors file by `write_file`."""
     cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_file(path, lambda temporary: save_file(cpu, temporary, metadata))
 
 
 def write_picture(path: str, picture: Image.Image) -> None:
-    """A PNG, whole or not at all."""
+    """A PNG by `write_file`."""
     write_file(path, lambda temporary: picture.save(temporary, "PNG"))
 
 
@@ -535,9 +535,7 @@ class LossWeights:
 class Encoder(MMDiT):
     """Eq. 1: latents and K learnable mask tokens through an MMDiT without timestep -> x and z.
 
-    With config.causal the token stream is sequential, as in SelfTok (Wang et al. 2025; Table 5). A token
-    attends to the image, to itself and to the tokens before it. The image attends to no token: it would pass
-    later tokens on to earlier ones.
+    With config.causal the token stream is sequential, as in SelfTok (Wang et al. 2025; Table 5).
     """
 
     def __init__(self, config: SemTokConfig):
@@ -561,7 +559,11 @@ class Encoder(MMDiT):
 
 
 def causal_mask(tokens: int, patches: int) -> torch.Tensor:
-    """Who may attend to whom, rows to columns, tokens first: (tokens + patches, tokens + patches) bool."""
+    """Who may attend to whom, rows to columns, tokens first: (tokens + patches, tokens + patches) bool.
+
+    A token attends to the image, to itself and to the tokens before it. The image attends to no token: it
+    would pass later tokens on to earlier ones.
+    """
     mask = torch.ones(tokens + patches, tokens + patches, dtype=torch.bool, device="cpu")
     mask[:tokens, :tokens] = mask[:tokens, :tokens].tril()
     mask[tokens:, :tokens] = False
