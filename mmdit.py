@@ -126,7 +126,7 @@ def attend(q, k, v, mask: torch.Tensor | None = None, causal: bool = False) -> t
 
 
 class FeedForward(nn.Module):
-    """(B, L, width) -> the same: fc1, GELU (tanh form), fc2. Inside it is `hidden` wide, by default 4 width."""
+    """(B, L, width) -> the same: fc1, GELU (tanh form), fc2; `hidden` wide inside, by default 4 width."""
 
     def __init__(self, width: int, hidden: int | None = None):
         super().__init__()
@@ -586,9 +586,9 @@ def load_checkpoint(
     """
     source, wanted = TensorFiles(path), f"a {kind}, which python train.py makes,"
     with source.building(wanted):
-        about = {name: source.metadata[name] for name in ("format", "config", *facts)}
-        if about["format"] != kind:
-            raise ValueError(f"its format is {about['format']}")
+        if source.metadata.get("format") != kind:
+            raise ValueError(f"its format is {source.metadata.get('format')}")
+        about = {name: source.metadata[name] for name in ("config", *facts)}
         config, names = config_from(config_class, json.loads(about["config"])), json.loads(about["classes"])
         if type(names) is not list or not all(type(name) is str for name in names):
             raise ValueError("its classes are no list of names")
