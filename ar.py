@@ -27,8 +27,7 @@ from mmdit import RotaryTable, attend, load_checkpoint, modulate, normed_rotated
 class ARConfig:
     """Sizes of the transformer. The defaults are SemTok-AR-L on ImageNet with 2^18 codes.
 
-    Raises ValueError for heads that do not fit the width, and for groups of bits that do not divide a
-    token, or that no softmax can hold.
+    Raises ValueError for sizes that do not fit each other, or that no attention and no softmax can hold.
     """
 
     depth: int = 24
@@ -43,16 +42,15 @@ class ARConfig:
     causal: bool = False  # Table 5's "raster": next-token prediction from left to right in place of masks
 
     def __post_init__(self):
-        if min(self.depth, self.width, self.heads) < 1 or self.width % (2 * self.heads):
-            raise ValueError(
-                f"depth {self.depth}, width {self.width}, heads {self.heads} do not fit: each must be at "
-                "least 1, and width a multiple of 2 x heads"
-            )
+        for name in ("depth", "width", "heads", "classes", "tokens", "bits"):
+            if not 1 <= getattr(self, name) <= (8192 if name in ("tokens", "bits") else math.inf):
+                raise ValueError(f"{name} must be at least 1 (tokens and bits at most 8192)")
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width {self.width} must be a multiple of 2 x heads, {2 * self.heads}")
         if not 1 <= self.group_bits <= 12 or self.bits % self.group_bits:
-            raise ValueError(
-                f"group_bits {self.group_bits} must divide the {self.bits} bits of a token and be at most "
-                "12: a softmax over 4096 values"
-            )
+            raise ValueError(f"group_bits {self.group_bits} must divide {self.bits} bits and be at most 12")
+        if not 0 <= self.guidance <= 1000:
+            raise ValueError(f"guidance {self.guidance} is not between 0 and 1000")
 
     @property
     def steps(self) -> int:
@@ -89,7 +87,8 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """LlamaGen's feed-forward: w2(silu(w1 x) * w3 x), (B, L, width) -> (B, L, width).
 
-    The hidden width is 8/3 widths, rounded up to a multiple of 256 (at small widths of 32)."""
+    The hidden width is 8/3 widths, rounded up to a multiple of 256 (at small widths of 32).
+    """
 
     def __init__(self, width: int):
         super().__init__()
@@ -100,7 +99,6 @@ class SwiGLU(nn.Module):
         self.w2 = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See the class."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
@@ -247,53 +245,47 @@ class MaskedAR(nn.Module):
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Eq. 8: fill K masked tokens in steps; after each, yields bits (B, K, d), masked (B, K), both bool.
 
-        labels (B,) int64. steps: by default config.steps. cfg: the guidance scale at its maximum. cfg_schedule:
-        "linear" in the share predicted so far, or "constant". top_p: see `sample_groups`. order: "random" per
-        picture, or "confidence" (Table 14), the tokens whose drawn bits are surest. A causal model fills one
-        token a step from left to right. generator: on the labels' device. Raises ValueError for another order,
-        and in a causal model for other steps or "confidence".
+        labels (B,) int64. steps: by default config.steps. cfg, cfg_schedule: see `guidance`. top_p: see
+        `sample_groups`. order: "random" per picture, or "confidence" (Table 14), the tokens whose drawn bits
+        are surest. A causal model fills one token a step from left to right. generator: on the labels'
+        device. Raises ValueError for another order, and in a causal model for other steps or "confidence".
         """
+        config, device, confident = self.config, labels.device, order == "confidence"
+        steps = config.steps if steps is None else steps
         if order not in ("random", "confidence"):
             raise ValueError(f"order {order!r} is neither random nor confidence")
-        config, batch, device = self.config, len(labels), labels.device
-        bits = torch.zeros(batch, config.tokens, config.bits, dtype=torch.bool, device=device)
-        masked = torch.ones(batch, config.tokens, dtype=torch.bool, device=device)
-        guided = cfg != 1.0
-        both = torch.cat([labels, torch.full_like(labels, config.classes)]) if guided else labels
-        steps = config.steps if steps is None else steps
-        if config.causal:
-            if steps != config.tokens or order == "confidence":
-                raise ValueError(f"a next-token model takes {config.tokens} steps, not {steps}, {order}")
-            ranks, counts = torch.arange(config.tokens, device=device).expand(batch, -1), [1] * config.tokens
-        else:
-            ranks = torch.rand(batch, config.tokens, generator=generator, device=device).argsort(-1)
+        if config.causal and (steps != config.tokens or confident):
+            raise ValueError(f"a next-token model takes {config.tokens} steps, not {steps}, {order}")
+        bits = torch.zeros(len(labels), config.tokens, config.bits, dtype=torch.bool, device=device)
+        masked = torch.ones_like(bits[..., 0])
+        everywhere = torch.arange(config.tokens, device=device).expand_as(masked)
+        sequence, counts = everywhere, [1] * config.tokens
+        if not config.causal:
+            sequence = torch.rand(masked.shape, generator=generator, device=device).argsort(-1)
             counts = fill_counts(config.tokens, steps)
-        filled = 0
+
+        passes = 1 if cfg == 1 else 2  # with the class; guided, also without
+        conditions = torch.cat([labels, torch.full_like(labels, config.classes)][:passes])
+        rows, filled = torch.arange(len(labels), device=device)[:, None], 0
         for count in counts:
             filled += count
-            g = guidance(cfg, filled / config.tokens, cfg_schedule)
             known = bits[:, :filled] if config.causal else bits  # what comes after is not seen anyway
-            twice = 2 if guided else 1
-            hidden = self.hidden(known.repeat(twice, 1, 1), both, masked.repeat(twice, 1))
-            if order == "random":  # the head only where tokens are drawn
-                places = ranks[:, filled - count : filled]  # (B, count)
-                at = places.repeat(2, 1) if guided else places
-                hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
-            logits = self.logits(hidden)
-            if guided:
-                conditional, unconditional = logits.chunk(2)
-                logits = unconditional + g * (conditional - unconditional)
+            hidden = self.hidden(known.repeat(passes, 1, 1), conditions, masked.repeat(passes, 1))
+            places = everywhere if confident else sequence[:, filled - count : filled]
+            logits = [self.logits(part[rows, places]) for part in hidden.chunk(passes)]
+            scale = guidance(cfg, filled / config.tokens, cfg_schedule)
+            logits = logits[-1] + scale * (logits[0] - logits[-1])  # (B, places, d / g, 2^g)
             drawn, confidence = sample_groups(logits, top_p, generator)  # (B, places, d / g), (B, places)
             drawn = index_to_bits(drawn, config.group_bits).flatten(-2)
-            if order == "confidence":
+            if confident:
                 places = confidence.masked_fill(~masked, -math.inf).topk(count, -1).indices
-                drawn = drawn.gather(1, places[..., None].expand(-1, -1, config.bits))
-            bits = bits.scatter(1, places[..., None].expand(-1, -1, config.bits), drawn)
-            masked = masked.scatter(1, places, False)
+                drawn = drawn[rows, places]
+            bits, masked = bits.clone(), masked.clone()  # what was yielded stays
+            bits[rows, places], masked[rows, places] = drawn, False
             yield bits, masked
 
     def generate(self, labels: torch.Tensor, **options) -> torch.Tensor:
-        """The last picture of `generate_steps`: bits (B, K, d) bool."""
+        """The last bits (B, K, d) of `generate_steps`."""
         for bits, _ in self.generate_steps(labels, **options):
             pass
         return bits
@@ -302,15 +294,15 @@ class MaskedAR(nn.Module):
 def fill_counts(tokens: int, steps: int) -> list[int]:
     """How many tokens each step fills: after step n of N, floor(K cos(pi/2 n/N)) stay masked (MaskGIT).
 
-    Every step fills at least one, so there are never more than K steps. Raises ValueError below one step."""
+    Every step fills at least one, so there are never more than K steps. Raises ValueError below one step.
+    """
     if steps < 1:
         raise ValueError(f"{steps} sampling steps: at least 1 is needed")
     counts, left = [], tokens
     for n in range(1, steps + 1):
-        stay = 0 if n == steps else math.floor(tokens * math.cos(math.pi / 2 * n / steps))
-        fill = max(1, left - stay)
+        stay = math.floor(tokens * math.cos(math.pi / 2 * n / steps)) if n < steps else 0
         if left:
-            counts.append(min(fill, left))
+            counts.append(min(left, max(1, left - stay)))
             left -= counts[-1]
     return counts
 
@@ -318,7 +310,8 @@ def fill_counts(tokens: int, steps: int) -> list[int]:
 def guidance(scale: float, share: float, schedule: str) -> float:
     """The guidance scale when `share` of the tokens, this step's counted, is predicted.
 
-    "linear" is 1 + (s-1) share, "constant" s. Raises KeyError for another schedule."""
+    "linear" is 1 + (s-1) share, "constant" s. Raises KeyError for another schedule.
+    """
     return {"linear": 1 + (scale - 1) * share, "constant": scale}[schedule]
 
 
@@ -343,4 +336,5 @@ def sample_groups(
 
 def load_ar(path: str, device: str | torch.device = "cpu") -> tuple[MaskedAR, dict[str, str]]:
     """A transformer from train.py's `ar.safetensors`, in eval mode, and its metadata. Raises UserError."""
-    return load_checkpoint(path, "semtok-ar", ARConfig, MaskedAR, device)
+    facts = ("fingerprint", "classes", "tokenizer")
+    return load_checkpoint(path, "semtok-ar", ARConfig, MaskedAR, device, facts)

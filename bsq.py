@@ -4,16 +4,16 @@
                              |        <-- gradient, unchanged --
                              '--> entropy_loss, Eq. 4: each token sure of its code, all tokens together unsure
 
-SemTok section 3.1, Eq. 3 and 4; Zhao, Xiong, Kraehenbuehl, "Image and Video Tokenization with Binary
-Spherical Quantization" (2024). `spherical=False` gives LFQ (Yu et al. 2023), the sign without the sphere,
-for Table 10. This file needs torch alone.
+SemTok section 3.1, Eq. 3 and 4; Zhao et al., "Image and Video Tokenization with Binary Spherical
+Quantization" (2024). `spherical=False` is LFQ (Yu et al. 2023), the sign without the sphere, for Table 10.
+This file needs torch alone.
 
     import torch
     from bsq import BSQ, codes_to_index
     quantizer = BSQ(bits=18)
-    codes, u = quantizer(torch.randn(2, 256, 18, requires_grad=True))  # corners of the sphere
-    loss = quantizer.entropy_loss(u)["entropy_loss"]                          # Eq. 4, a negative number
-    index = codes_to_index(codes)                                      # (2, 256) int64
+    codes, u = quantizer(torch.randn(2, 256, 18))     # corners of the sphere
+    loss = quantizer.entropy_loss(u)["entropy_loss"]  # Eq. 4, a negative number
+    index = codes_to_index(codes)                     # (2, 256) int64
 """
 
 import torch
@@ -78,24 +78,22 @@ def ranks() -> tuple[int, int]:
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The mean of equally shaped tensors over all ranks, each of which must call this.
 
-    The gradient of the mean goes to this rank's value unchanged. Data parallelism averages gradients over the
-    ranks, so that is exact where every rank computes the same from the mean, as Eq. 4 does.
+    The gradient goes to this rank's value unchanged. Data parallelism averages gradients over ranks. The two
+    together are exact where every rank computes the same from the mean, as in Eq. 4.
     """
     count = ranks()[1]
     if count == 1:
         return value
     mean = value.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(mean)
-    mean /= count
-    return mean + (value - value.detach()) if value.requires_grad else mean
+    return mean / count + (value - value.detach())
 
 
 def gather(rows: torch.Tensor) -> torch.Tensor:
     """The rows (B, ...) of every rank, in the order of the ranks: (ranks * B, ...), without gradient."""
-    count = ranks()[1]
-    if count == 1:
+    everyone = [torch.empty_like(rows) for _ in range(ranks()[1])]
+    if len(everyone) == 1:
         return rows
-    everyone = [torch.empty_like(rows) for _ in range(count)]
     dist.all_gather(everyone, rows.contiguous())
     return torch.cat(everyone)
 
@@ -103,10 +101,9 @@ def gather(rows: torch.Tensor) -> torch.Tensor:
 class BSQ(nn.Module):
     """The quantiser of Eq. 3 and its entropy loss, Eq. 4. It has no parameters.
 
-    bits: d, channels of a token. group_size: the entropy of the average code is taken over groups of so many
-    bits, with a table of 2^group_size numbers per group and token (BSQ at 18 bits: 1; FlowMo: 9).
-    temperature: tau of the soft assignment. spherical: False is LFQ, here without its commitment loss.
-    Raises ValueError for a group size that does not divide the bits.
+    bits: d, channels of a token. group_size: how many bits the second entropy takes together, with a table of
+    2^group_size numbers per group and token (BSQ at 18 bits: 1; FlowMo: 9). temperature: tau. spherical:
+    False is LFQ, here without its commitment loss. Raises ValueError unless group_size divides bits.
     """
 
     def __init__(self, bits: int, group_size: int = 1, temperature: float = 1.0, spherical: bool = True):
@@ -118,8 +115,10 @@ class BSQ(nn.Module):
         self.magnitude = bits**-0.5 if spherical else 1.0
 
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """z (..., d) -> codes (..., d), every channel +-magnitude, and u (..., d), z on the sphere; both
-        float32. The gradient of codes goes to u unchanged: it is bsq-vit's without its 1/sqrt(d)."""
+        """z (..., d) -> codes (..., d), every channel +-magnitude, and u (..., d), z on the sphere: float32.
+
+        The gradient of codes goes to u unchanged: it is bsq-vit's without its 1/sqrt(d).
+        """
         u = F.normalize(z.float(), dim=-1) if self.spherical else z.float()
         corner = torch.where(u > 0, self.magnitude, -self.magnitude)  # torch.sign(0) would be no corner
         return corner + (u - u.detach()), u  # in this order the value is the corner to the last bit
@@ -129,19 +128,16 @@ class BSQ(nn.Module):
 
         The soft assignment q(c|u) ~ exp(2 tau c.u) over the 2^d corners is a product over bits with
         p_i = sigmoid(4 tau m u_i), m the magnitude of a code's channel. So the first term is an exact sum.
-        The second, the entropy of the average q, is bounded from above by the sum over groups of bits; one
-        group of all bits is exact. A healthy run has a slightly NEGATIVE loss: the average of many tokens is
-        less certain than each token, and at tau = 1 on the unit sphere each is far from certain.
+        The second, the entropy of the average q, is at most the sum over groups of bits, which stands for
+        it. A healthy run has a slightly NEGATIVE loss: the average of tokens is less certain than a token.
         """
         logits = (4 * self.temperature * self.magnitude) * u.float().reshape(-1, self.bits)  # (N, d)
         p = logits.sigmoid()
         token_entropy = (p * F.softplus(-logits) + (1 - p) * F.softplus(logits)).sum(-1).mean()
 
-        groups = p.reshape(len(p), -1, self.group_size)  # (N, d/g, g)
-        joint = torch.ones_like(groups[..., :1])
-        for i in range(self.group_size):  # bit i doubles the table: its lower half has the bit at 0
-            one = groups[..., i : i + 1]
-            joint = torch.cat([joint * (1 - one), joint * one], -1)  # (N, d/g, 2^(i+1))
+        joint = p.new_ones(len(p), self.bits // self.group_size, 1)
+        for one in p.reshape(len(p), -1, self.group_size, 1).unbind(2):  # (N, d/g, 1), bit i of each group
+            joint = torch.cat([joint * (1 - one), joint * one], -1)  # (N, d/g, 2^(i+1)): it doubles the table
         average = mean_over_ranks(joint.mean(0))  # (d/g, 2^g)
         code_entropy = -torch.xlogy(average, average.clamp_min(1e-30)).sum()
         entropy_loss = token_entropy - code_entropy

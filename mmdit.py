@@ -18,25 +18,27 @@ files. This file needs torch and safetensors alone.
     image, _ = net(image, tokens, rope_2d(8, 8, 64), rope_1d(16, 64), time) # (1, 64, 128)
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------- rotary positions
 
 
 def _angles(length: int, count: int, theta: float) -> torch.Tensor:
-    # Device and type are named: a model built on the meta device or in bfloat16 still has real, exact tables.
+    # With device and type: a model built on the meta device or in bfloat16 still has real, exact tables
     steps, positions = (torch.arange(n, dtype=torch.float32, device="cpu") for n in (count, length))
     return positions[:, None] * theta ** (-steps / count)  # (length, count)
 
@@ -52,8 +54,10 @@ def rope_1d(length: int, head_dim: int, theta: float = 10000.0) -> torch.Tensor:
 
 
 def rope_2d(height: int, width: int, head_dim: int, theta: float = 10000.0) -> torch.Tensor:
-    """Rotations on a grid, row by row: a table (2, height * width, head_dim). Half of each head turns with
-    the row, half with the column. head_dim must divide by 4."""
+    """Rotations on a grid, row by row: a table (2, height * width, head_dim).
+
+    Half of each head turns with the row, half with the column. head_dim must divide by 4.
+    """
     rows = _angles(height, head_dim // 4, theta)[:, None].expand(-1, width, -1)  # (height, width, head_dim/4)
     columns = _angles(width, head_dim // 4, theta)[None].expand(height, -1, -1)
     return _table(torch.cat([rows, columns], -1).flatten(0, 1))
@@ -66,8 +70,10 @@ def apply_rope(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
 
 
 class RotaryTable(nn.Module):
-    """A `table` of rotations that moves with its model, outside of its state dict. It stays float32 when the
-    model is cast: in bfloat16's 8 bits every rotation would be a slightly different one."""
+    """A `table` of rotations that moves with its model, outside of its state dict.
+
+    It stays float32 when the model is cast: bfloat16's 8 bits would change every rotation.
+    """
 
     def __init__(self, table: torch.Tensor):
         super().__init__()
@@ -80,7 +86,7 @@ class RotaryTable(nn.Module):
 
 def normed_rotated(qkv: torch.Tensor, heads: int, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm, rope: torch.Tensor):
     """qkv (B, L, 3 width) -> q, k, v (B, heads, L, head_dim), q and k RMS-normalised per head and rotated."""
-    # q and k go through as one tensor: at small sizes the number of operations is what takes the time.
+    # q and k go through as one tensor: small models spend their time on launching operations
     qk, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).split([2, 1])
     weight = torch.stack([q_norm.weight, k_norm.weight])[:, None, None, None]
     qk = F.rms_norm(qk.float(), qk.shape[-1:], eps=q_norm.eps) * weight
@@ -92,7 +98,10 @@ def normed_rotated(qkv: torch.Tensor, heads: int, q_norm: nn.RMSNorm, k_norm: nn
 
 
 class AttentionWeights(nn.Module):
-    """One stream's projections in an attention: qkv, RMS qk-norm and, unless `pre_only`, the way out."""
+    """One stream's projections in an attention: qkv, RMS qk-norm and, unless `pre_only`, the way out.
+
+    x (B, L, width), rope (2, L, head_dim) -> q, k, v of `normed_rotated`.
+    """
 
     def __init__(self, width: int, heads: int, pre_only: bool = False):
         super().__init__()
@@ -104,12 +113,11 @@ class AttentionWeights(nn.Module):
             self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x (B, L, width) -> q, k, v of `normed_rotated`."""
         return normed_rotated(self.qkv(x), self.heads, self.ln_q, self.ln_k, rope)
 
 
 def attend(q, k, v, mask: torch.Tensor | None = None, causal: bool = False) -> torch.Tensor:
-    """Softmax attention over q, k, v (B, heads, L, head_dim), heads merged on the way out: (B, L, width).
+    """Softmax attention over q, k, v (B, heads, L, head_dim) -> (B, L, width), the heads side by side.
 
     mask: (L, L) bool, True where a row may see a column. causal: every place sees itself and those before.
     """
@@ -118,7 +126,7 @@ def attend(q, k, v, mask: torch.Tensor | None = None, causal: bool = False) -> t
 
 
 class FeedForward(nn.Module):
-    """fc1, GELU (tanh form), fc2, four times as wide inside; `hidden` overrides that width."""
+    """(B, L, width) -> the same: fc1, GELU (tanh form), fc2; `hidden` wide inside, by default 4 width."""
 
     def __init__(self, width: int, hidden: int | None = None):
         super().__init__()
@@ -126,7 +134,6 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden or 4 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, L, width) -> (B, L, width)."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
@@ -167,9 +174,8 @@ class StreamBlock(nn.Module):
             return [None] * self.chunks
         return list(self.adaLN_modulation(conditioning)[:, None].chunk(self.chunks, -1))
 
-    def residual_mlp(self, x: torch.Tensor, modulation: list[torch.Tensor | None]) -> torch.Tensor:
+    def residual_mlp(self, x: torch.Tensor, shift, scale, gate) -> torch.Tensor:
         """x (B, L, width) -> x plus the gated MLP of it."""
-        shift, scale, gate = modulation[3:6]
         return x + gated(self.mlp(modulate(self.norm2(x), shift, scale)), gate)
 
 
@@ -195,20 +201,19 @@ class JointBlock(nn.Module):
         if x_block.dual:
             own = attend(*x_block.attn2(modulate(x_norm, x_mod[6], x_mod[7]), x_rope))
             attention = attention + gated(x_block.attn2.proj(own), x_mod[8])
-        x = x_block.residual_mlp(x + attention, x_mod)
+        x = x_block.residual_mlp(x + attention, *x_mod[3:6])
         if context_block.pre_only:
             return x, None
         context = context + gated(context_block.attn.proj(from_context), c_mod[2])
-        return x, context_block.residual_mlp(context, c_mod)
+        return x, context_block.residual_mlp(context, *c_mod[3:6])
 
 
 class MMDiT(nn.Module):
     """A stack of joint blocks.
 
     dual_depth: how many first blocks have attn2 (SD3.5-Medium: 13 of 24). adaln: a conditioning vector
-    modulates the blocks (the decoder's timestep; the encoder has none). context_pre_only: the last block's
-    context only feeds the image (SD3.5). checkpoint_activations, an attribute: the backward pass recomputes
-    the blocks.
+    modulates the blocks. context_pre_only: the last block's context only feeds the image (SD3.5).
+    checkpoint_activations, an attribute: the backward pass recomputes the blocks.
     """
 
     def __init__(self, depth, width, heads, dual_depth=0, adaln=False, context_pre_only=False):
@@ -240,8 +245,7 @@ class MMDiT(nn.Module):
 def _init_linear(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        nn.init.zeros_(module.bias)
 
 
 # ------------------------------------------------------------------------------ what goes around the blocks
@@ -303,6 +307,9 @@ class FinalLayer(nn.Module):
 class UserError(Exception):
     """What the person at the keyboard can mend, in one sentence: what was found and expected, what to do."""
 
+    def __str__(self) -> str:
+        return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", super().__str__())  # names may hold anything
+
 
 _KINDS = {  # what a file is, by a part of a key that only this kind has; the first match counts
     "encoder.joint_blocks.": "a SemTok tokenizer",
@@ -319,114 +326,146 @@ _KINDS = {  # what a file is, by a part of a key that only this kind has; the fi
     "coder.conv_in.": "an image autoencoder (VAE)",
 }
 
-
-def describe_keys(keys) -> str:
-    """In a few words, what a state dict with these keys seems to be."""
-    for part, kind in _KINDS.items():
-        if any(part in key for key in keys):
-            return kind
-    return f"an unknown file (keys such as {', '.join(sorted(keys)[:3]) or 'none at all'})"
+_DISGUISES = {  # how a file begins that is something else -> what it is and what to do
+    rb"\s*<": "an HTML page, of a login or an error; download it again with your access token",
+    rb"version https://git-lfs": "a git-lfs pointer; fetch the file itself with git lfs pull",
+    rb"PK|\x80": "a pickled PyTorch file; the safetensors file of the same model is needed",
+}
 
 
 def read_json(path: str) -> dict:
     """The table that a model's JSON file holds. Raises UserError for anything else, such as an HTML page."""
     try:
         with open(path, encoding="utf-8") as file:
-            return dict(json.load(file))
-    except (ValueError, TypeError):  # no JSON; no table
+            return dict(json.loads(file.read(1 << 24)))
+    except (ValueError, TypeError, RecursionError):  # no JSON; no table; nested without end
         raise UserError(f"{path} is not the JSON table that its name promises: download it again") from None
 
 
 class TensorFiles:
     """Tensors by name out of one safetensors file or a folder of shards, read one at a time and never held.
 
-    `shapes`: name -> shape. `metadata`: of the first file. `get(name)`: one tensor. Raises UserError for a
-    path without safetensors, two files with the same tensor, and files that are damaged or something else.
+    path: a file, a folder, or a folder with a subfolder `part`. prefix: a file that holds several models has
+    it before the names of the one that is meant. The others are left aside, and `prefix` is "" without it.
+    `shapes`: name without prefix -> shape. `metadata`: of the first file. Raises UserError for a path without
+    safetensors, two files with the same tensor, and files that are damaged or something else.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, part: str = "", prefix: str = ""):
+        if part and os.path.isdir(os.path.join(path, part)):
+            path = os.path.join(path, part)
         files = [path]
         if os.path.isdir(path):
             files = [os.path.join(path, n) for n in sorted(os.listdir(path)) if n.endswith(".safetensors")]
         if not files:
             raise UserError(f"{path} holds no .safetensors file: give the file, or the folder that holds it")
-        self.path, self.shapes, self.metadata, self._file_of = path, {}, {}, {}
+        self.path, self.metadata, self._file_of, shapes = path, {}, {}, {}
         for file in files:
             if not (os.path.isfile(file) and os.access(file, os.R_OK)):
                 raise UserError(f"{file} does not exist or may not be read: give a .safetensors file")
-            try:
-                with safe_open(file, "pt") as handle:
-                    self.metadata = self.metadata or handle.metadata() or {}
-                    shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
-            except (SafetensorError, OSError) as error:
-                found = _what_instead(file, error)
-                raise UserError(f"{file} is no complete safetensors file: {found}") from None
-            for name in sorted(shapes.keys() & self.shapes.keys()):  # two models, or two copies of one
-                raise UserError(f"{file} and {self._file_of[name]} both hold {name}: give one of them")
-            self.shapes |= shapes
-            self._file_of |= dict.fromkeys(shapes, file)
+            with self._reading(file) as handle:
+                self.metadata = self.metadata or handle.metadata() or {}
+                for name in sorted(handle.keys()):
+                    if name in shapes:  # two models, or two copies of one
+                        both = f"{file} and {self._file_of[name]}"
+                        raise UserError(f"{both} both hold {name}: give one of them")
+                    shapes[name], self._file_of[name] = tuple(handle.get_slice(name).get_shape()), file
+        self.prefix = prefix if any(name.startswith(prefix) for name in shapes) else ""
+        names = [name for name in shapes if name.startswith(self.prefix)]
+        self.shapes = {name.removeprefix(self.prefix): shapes[name] for name in names}
 
     def get(self, name: str) -> torch.Tensor:
         """One tensor on the CPU. The file is opened for it alone: pages read before are given back."""
-        with safe_open(self._file_of[name], "pt") as handle:
-            return handle.get_tensor(name)
+        name = self.prefix + name
+        with self._reading(self._file_of[name]) as handle:
+            tensor = handle.get_tensor(name)
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise UserError(f"{self.path} has {tensor.dtype} in {name}: 16 to 64 bit floats are needed")
+        return tensor
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _reading(file: str) -> Iterator:
+        try:
+            with safe_open(file, "pt") as handle:
+                yield handle
+        except (SafetensorError, OSError) as error:
+            with open(file, "rb") as opened:
+                start = opened.read(256)
+            damaged = f"{os.path.getsize(file):,} bytes, truncated or damaged ({error}); download it again"
+            found = next((text for pattern, text in _DISGUISES.items() if re.match(pattern, start)), damaged)
+            raise UserError(f"{file} is no complete safetensors file: it is {found}") from None
+
+    def unlike(self, wanted: str, told: str) -> UserError:
+        """The error that says what the file seems to be, what is wanted, and what told them apart."""
+        keys = self._file_of
+        names = f"an unknown file (keys such as {', '.join(sorted(keys)[:3]) or 'none at all'})"
+        kind = next((kind for part, kind in _KINDS.items() if any(part in key for key in keys)), names)
+        return UserError(f"{self.path} looks like {kind}, and {wanted} is needed: {told}")
+
+    @contextlib.contextmanager
+    def building(self, wanted: str) -> Iterator[None]:
+        """Inside, models are built on the meta device by sizes that the file states. They may be wrong.
+
+        A model that outgrows the file stops at once, before it takes time or memory. That, and sizes that
+        are missing or fit nothing, raise UserError.
+        """
+        # Twice what the file has and some more, so that a file which lacks a part still has it named
+        tensors, numbers = 2 * len(self.shapes) + 1000, 2 * sum(map(math.prod, self.shapes.values())) + 10**7
+
+        def count(module, name, parameter):
+            nonlocal tensors, numbers
+            tensors, numbers = tensors - 1, numbers - (0 if parameter is None else parameter.numel())
+            if min(tensors, numbers) < 0:
+                raise ValueError("its sizes make a model much larger than the file")
+
+        hook = register_module_parameter_registration_hook(count)
+        try:
+            with torch.device("meta"):
+                yield
+        except KeyError as error:
+            raise self.unlike(wanted, f"it lacks {self.prefix}{error.args[0]}") from None
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+            raise self.unlike(wanted, f"{error}") from None
+        finally:
+            hook.remove()
 
 
-def _what_instead(path: str, error: Exception) -> str:
-    with open(path, "rb") as file:
-        start = file.read(256)
-    if start.lstrip().startswith(b"<"):
-        return "it is an HTML page, of a login or an error; download it again with your access token"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a git-lfs pointer; fetch the file itself with git lfs pull or a direct download"
-    if start.startswith((b"PK", b"\x80")):
-        return "it is a pickled PyTorch file; the safetensors file of the same model is needed"
-    size = f"{os.path.getsize(path):,} bytes"
-    return f"it has {size} and looks truncated or damaged ({str(error).splitlines()[0]}); download it again"
-
-
-# How to make one tensor: the keys of a file that it is made of, and a function of their tensors.
-FromKeys = tuple[tuple[str, ...], Callable[..., torch.Tensor]]
-
-
-def from_keys(*keys: str, make: Callable[..., torch.Tensor] = lambda tensor: tensor) -> FromKeys:
+def from_keys(*keys: str, make: Callable[..., torch.Tensor] = lambda tensor: tensor) -> tuple:
     """How to make one tensor: `make` of the tensors under these keys, by default the one as it is."""
     return keys, make
 
 
 def load_tensors(
-    module: nn.Module, source: TensorFiles, mapping: dict[str, FromKeys], wanted: str, unused: str = r"^$",
+    module: nn.Module, source: TensorFiles, mapping: dict[str, tuple], wanted: str, unused: str = r"^$",
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """Fill a module, best built on the meta device, from a file with other names; move it to `device`.
+    """Fill a module, best built on the meta device, from a file with other names; returns it on `device`.
 
     mapping: name in the module -> `from_keys(...)`; names left out keep their initialisation. wanted: what
     the file should be, for the message. unused: regular expression of keys that are knowingly not used.
-    Tensors get the module's dtype and are read one by one: the peak is the module plus one tensor. Returns
-    the module. Raises UserError naming the missing, unexpected and misshapen keys.
+    Tensors get the module's dtype and are read one by one: the peak is the module plus one tensor. Raises
+    UserError naming the missing, unexpected and misshapen keys.
     """
     targets = module.state_dict()
     used = {key for keys, _ in mapping.values() for key in keys}
-    missing = used - source.shapes.keys()
-    unexpected = {key for key in source.shapes if key not in used and not re.match(unused, key)}
-    misshapen = set()
+    missing, misshapen = used - source.shapes.keys(), set()
+    unexpected = {key for key in source.shapes.keys() - used if not re.match(unused, key)}
     for name, (keys, make) in mapping.items():  # on shapes alone first: gigabytes are not read in vain
         if missing.isdisjoint(keys):
             try:
                 shape = make(*(torch.empty(source.shapes[key], device="meta") for key in keys)).shape
-            except RuntimeError:  # parts that do not even fit each other
+            except (RuntimeError, IndexError):  # parts that do not even fit each other
                 shape = None
             if shape != targets[name].shape:
-                parts = ", ".join(f"{key} {source.shapes[key]}" for key in keys)
+                parts = f" {source.prefix}".join(f"{key} {source.shapes[key]}" for key in keys)
                 misshapen.add(f"{parts} for {name} {tuple(targets[name].shape)}")
-    faults = {"lacks": missing, "has unexpected": unexpected, "has misshapen": misshapen}
     told = []
-    for fault, keys in faults.items():
-        rest = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
-        told += [f"it {fault} {', '.join(sorted(keys)[:8])}{rest}"] if keys else []
+    for fault, keys in {"lacks": missing, "has unexpected": unexpected, "has misshapen": misshapen}.items():
+        named = ", ".join(source.prefix + key for key in sorted(keys)[:8])
+        told += [f"it {fault} {named}" + f" and {len(keys) - 8} more" * (len(keys) > 8)] if keys else []
     if told:
-        found = f"{source.path} looks like {describe_keys(source.shapes)}"
-        raise UserError(f"{found}, and {wanted} is needed: {'; '.join(told)}")
+        raise source.unlike(wanted, "; ".join(told))
 
     tensors = {}
     for name, (keys, make) in mapping.items():
@@ -464,10 +503,16 @@ _DIFFUSERS_WORDS = {  # parts of the single file's keys -> diffusers', replaced 
 }
 
 
-def _from_diffusers(name: str, last: int) -> FromKeys:
-    # The single file's `name` out of diffusers' keys; `last` is the last block's number.
-    for ours, theirs in _DIFFUSERS_WORDS.items():
+def renamed(name: str, words: dict[str, str]) -> str:
+    """A key with every word that the table has replaced by the other layout's, in the table's order."""
+    for ours, theirs in words.items():
         name = name.replace(ours, theirs)
+    return name
+
+
+def _from_diffusers(name: str, last: int) -> tuple:
+    # The single file's `name` out of diffusers' keys; `last` is the last block's number.
+    name = renamed(name, _DIFFUSERS_WORDS)
     if "*" in name:
         return from_keys(*(name.replace("*", part) for part in "qkv"), make=lambda *parts: torch.cat(parts))
     if name.startswith(("norm_out.", f"transformer_blocks.{last}.norm1_context.")):
@@ -480,21 +525,16 @@ def load_sd35(decoder: nn.Module, path: str, device: str | torch.device = "cpu")
     """Start a decoder from SD3.5-Medium: its single file, or a diffusers `transformer/` folder.
 
     decoder: a module with `x_embedder`, `t_embedder`, `joint_blocks` and `final_layer` of this file. What it
-    has beside them (token embedder, mask tokens) keeps its initialisation. Two things change on the way in.
-    SD3.5 predicts eps - x_v and Eq. 5 wants x_v - eps: the last linear layer is negated. SemTok has no
-    pooled text: its embedder runs once on zeros, and the result joins the timestep embedder's last bias.
-    That keeps the pretrained function and drops 5.5M parameters. Raises UserError for any other file.
+    has beside them keeps its initialisation. SD3.5 predicts eps - x_v and Eq. 5 wants x_v - eps: the last
+    linear layer is negated. SemTok has no pooled text: its embedder runs once on zeros, and the result joins
+    the timestep embedder's last bias, which drops 5.5M parameters. Raises UserError for any other file.
     """
-    if os.path.isdir(os.path.join(path, "transformer")):
-        path = os.path.join(path, "transformer")
-    source = TensorFiles(path)
+    source = TensorFiles(path, "transformer", "model.diffusion_model.")
     diffusers = any(key.startswith("transformer_blocks.") for key in source.shapes)
-    prefix = "model.diffusion_model."  # in the published file; extracts lack it
-    prefix = prefix if any(key.startswith(prefix) for key in source.shapes) else ""
     last = len(decoder.joint_blocks) - 1
 
-    def published(name: str) -> FromKeys:
-        return _from_diffusers(name, last) if diffusers else from_keys(prefix + name)
+    def published(name: str) -> tuple:
+        return _from_diffusers(name, last) if diffusers else from_keys(name)
 
     def folded(bias, bias0, weight2, bias2):  # float64: the order of float32 sums depends on the CPU
         return bias.double() + weight2.double() @ F.silu(bias0.double()) + bias2.double()
@@ -507,11 +547,9 @@ def load_sd35(decoder: nn.Module, path: str, device: str | torch.device = "cpu")
     bias = "t_embedder.mlp.2.bias"
     mapping[bias] = from_keys(*(published(name)[0][0] for name in (bias, *text)), make=folded)
 
-    # Not used: the position table (RoPE replaces it), the embedder of text, the weight that sees only zeros,
-    # and what else the single file carries.
-    unused = r"(model\.diffusion_model\.)?(pos_embed|context_embedder|y_embedder\.mlp\.0\.weight)"
+    # Not used: the position table (RoPE replaces it), the embedder of text, the weight that sees only zeros.
+    unused = r"pos_embed|context_embedder|y_embedder\.mlp\.0\.weight|model_sampling\."
     unused += r"|time_text_embed\.text_embedder\.linear_1\.weight"
-    unused += r"|first_stage_model\.|text_encoders\.|(model\.)?model_sampling\."
     wanted = "SD3.5-Medium (sd3.5_medium.safetensors or its transformer folder)"
     return load_tensors(decoder, source, mapping, wanted, unused, device)
 
@@ -519,43 +557,43 @@ def load_sd35(decoder: nn.Module, path: str, device: str | torch.device = "cpu")
 # ------------------------------------------------------------- our own checkpoints, which describe themselves
 
 
-def config_from(config_class: type, entries, path: str):
-    """A dataclass of sizes out of a file's JSON table. UserError unless names, types and values fit."""
+def config_from(config_class: type, entries):
+    """A dataclass of sizes out of a JSON table. Raises ValueError unless names, types and values fit."""
     hints = typing.get_type_hints(config_class)
-    try:
-        if not isinstance(entries, dict) or entries.keys() != hints.keys():
-            raise ValueError(f"a table of {', '.join(hints)} is needed")
-        values = {}
-        for name, hint in hints.items():
-            value = entries[name]
-            if dataclasses.is_dataclass(hint):
-                value = config_from(hint, value, path)
-            elif isinstance(value, list):
-                value = tuple(value)
-            elif type(value) is not hint and value not in typing.get_args(hint):
-                raise ValueError(f"{name} is {value!r}")
-            values[name] = value
-        return config_class(**values)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} describes itself wrongly ({error}): make it again with train.py") from None
+    if not isinstance(entries, dict) or entries.keys() != hints.keys():
+        raise ValueError(f"its sizes must be a table of {', '.join(hints)}")
+    values = {}
+    for name, hint in hints.items():
+        value, choices = entries[name], typing.get_args(hint)
+        if dataclasses.is_dataclass(hint):
+            value = config_from(hint, value)
+        elif typing.get_origin(hint) is tuple and type(value) is list and {*map(type, value)} == {choices[0]}:
+            value = tuple(value)
+        elif type(value) is not hint and value not in choices:
+            raise ValueError(f"{name} is {value!r:.40}")
+        values[name] = value
+    return config_class(**values)
 
 
 def load_checkpoint(
-    path: str, kind: str, config_class: type, model_class: type, device: str | torch.device
+    path: str, kind: str, config_class: type, model_class: type, device: str | torch.device,
+    facts: tuple[str, ...] = ("fingerprint", "classes"),
 ) -> tuple[nn.Module, dict[str, str]]:
     """A model of train.py in eval mode, built by the sizes in its own file, and the file's metadata.
 
-    kind: the `format` that the metadata must name. Raises UserError for any other file.
+    kind: the `format` that the metadata must name. facts: what else it must have; `classes` is a JSON list of
+    names, as many as the sizes say. Raises UserError for any other file.
     """
-    source = TensorFiles(path)
-    if source.metadata.get("format") != kind:
-        found = source.metadata.get("format") or describe_keys(source.shapes)
-        raise UserError(f"{path} looks like {found}, and a {kind} is needed: python train.py makes one")
-    try:
-        entries = json.loads(source.metadata.get("config", ""))
-    except ValueError:
-        entries = None
-    with torch.device("meta"):
-        model = model_class(config_from(config_class, entries, path))
+    source, wanted = TensorFiles(path), f"a {kind}, which python train.py makes,"
+    with source.building(wanted):
+        if source.metadata.get("format") != kind:
+            raise ValueError(f"its format is {source.metadata.get('format')}")
+        about = {name: source.metadata[name] for name in ("config", *facts)}
+        config, names = config_from(config_class, json.loads(about["config"])), json.loads(about["classes"])
+        if type(names) is not list or not all(type(name) is str for name in names):
+            raise ValueError("its classes are no list of names")
+        if len(names) != getattr(config, "classes", len(names)):
+            raise ValueError(f"it has {config.classes} classes and {len(names)} names")
+        model = model_class(config)
     mapping = {name: from_keys(name) for name in model.state_dict()}
-    return load_tensors(model, source, mapping, f"a {kind}", device=device).eval(), source.metadata
+    return load_tensors(model, source, mapping, wanted, device=device).eval(), source.metadata

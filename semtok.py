@@ -20,6 +20,7 @@ top (perceptual networks, discriminator, optimiser) is in train.py.
 import math
 import os
 import re
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,7 +34,7 @@ from safetensors.torch import save_file
 from bsq import BSQ, gather, ranks
 from mmdit import (
     FeedForward, FinalLayer, MMDiT, PatchEmbed, RotaryTable, TensorFiles, TimestepEmbedder, UserError, attend,
-    describe_keys, from_keys, load_checkpoint, load_tensors, read_json, rope_1d, rope_2d,
+    from_keys, load_checkpoint, load_tensors, read_json, renamed, rope_1d, rope_2d,
 )
 
 # ------------------------------------------------------------------------------------------------- pictures
@@ -53,32 +54,36 @@ def read_picture(path: str, size: int | None = None) -> torch.Tensor:
         raise UserError(f"{path} does not exist or is no file: give the path of a JPEG or PNG picture")
     try:
         with Image.open(path, formats=_FORMATS) as picture:
-            # 16-bit grey: Pillow's own conversion clips it, and its older versions call such a PNG "I".
-            deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
-            ImageOps.exif_transpose(picture, in_place=True)
-            if size is not None:  # a thin picture, enlarged or just converted whole, would take gigabytes
-                longest = 16 * min(picture.size)
-                picture = _centre(picture, *(min(side, longest) for side in picture.size))
-            if picture.mode.startswith(("I", "F")):
-                grey = np.asarray(picture, np.float32)
-                grey = grey / (257 if deep or grey.max() > 255 else 1)  # 65535 / 257 = 255
-                picture = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            picture = picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return torch.from_numpy(np.array(_prepared(picture, size))).permute(2, 0, 1)
+    except Exception as error:  # of a dozen types, by format and damage
         raise UserError(f"{path} cannot be read as a picture ({error}): give a JPEG or PNG file") from None
-    if size is not None and picture.size != (size, size):
-        while min(picture.size) >= 2 * size:
-            picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-        scale = size / min(picture.size)
-        sides = [max(size, round(side * scale)) for side in picture.size]
-        picture = _centre(picture.resize(sides, Image.Resampling.BICUBIC), size, size)
-    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
 
 
-def _centre(picture: Image.Image, width: int, height: int) -> Image.Image:
+def _prepared(picture: Image.Image, size: int | None) -> Image.Image:
+    # 16-bit grey: Pillow's own conversion clips it, and its older versions call such a PNG "I".
+    deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
+    ImageOps.exif_transpose(picture, in_place=True)
+    if size is not None:  # a thin picture, enlarged or just converted whole, would take gigabytes
+        picture = _centre(picture, 16 * min(picture.size))
+    if picture.mode[0] in "IF":
+        grey = np.nan_to_num(np.asarray(picture, np.float32))
+        grey = grey / (257 if deep or grey.max() > 255 else 1)  # 65535 / 257 = 255
+        picture = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert("RGB")
+    if size is None or picture.size == (size, size):
+        return picture
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    sides = [max(size, round(side * scale)) for side in picture.size]
+    return _centre(picture.resize(sides, Image.Resampling.BICUBIC), size)
+
+
+def _centre(picture: Image.Image, longest: int) -> Image.Image:
+    width, height = (min(side, longest) for side in picture.size)
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
     return picture.crop((left, top, left + width, top + height))
 
@@ -94,8 +99,10 @@ def to_uint8(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def picture_grid(rows: dict[str, torch.Tensor], side: int = 96) -> Image.Image:
-    """Captioned rows of pictures as one image: caption -> (N, 3, H, W) uint8. Small pictures are enlarged to
-    about `side` pixels by whole factors, without smoothing."""
+    """Captioned rows of pictures as one image: caption -> (N, 3, H, W) uint8.
+
+    Small pictures are enlarged to about `side` pixels by whole factors, without smoothing.
+    """
     factor = max(1, round(side / next(iter(rows.values())).shape[-1]))
     strips = [row.cpu().permute(2, 0, 3, 1).flatten(1, 2).numpy() for row in rows.values()]  # (H, N W, 3)
     strips = [strip.repeat(factor, 0).repeat(factor, 1) for strip in strips]
@@ -114,7 +121,7 @@ def picture_grid(rows: dict[str, torch.Tensor], side: int = 96) -> Image.Image:
 
 
 def write_file(path: str, write) -> None:
-    """Call write(temporary path), flush to disk, then rename to path: whole or not at all. Raises OSError."""
+    """Call write(temporary path), flush to disk, then rename to path. Raises OSError."""
     temporary, folder = f"{path}.{os.getpid()}.part", os.path.dirname(path) or "."
     try:
         os.makedirs(folder, exist_ok=True)
@@ -135,13 +142,13 @@ def flush(path: str) -> None:
 
 
 def write_tensors(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, whole or not at all."""
+    """A safetensors file by `write_file`."""
     cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_file(path, lambda temporary: save_file(cpu, temporary, metadata))
 
 
 def write_picture(path: str, picture: Image.Image) -> None:
-    """A PNG, whole or not at all."""
+    """A PNG by `write_file`."""
     write_file(path, lambda temporary: picture.save(temporary, "PNG"))
 
 
@@ -178,6 +185,10 @@ def _group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32 if channels >= 128 else 1, channels, eps=1e-6)
 
 
+def _named(**parts: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(parts))  # one after the other, under the names of the published files
+
+
 class ResnetBlock(nn.Module):
     """(B, channels_in, H, W) -> (B, channels_out, H, W)."""
 
@@ -211,43 +222,16 @@ class AttentionBlock(nn.Module):
         return x + self.proj_out(attend(q, k, v).transpose(1, 2).reshape(x.shape))
 
 
-class Downsample(nn.Module):
-    """Halve each side by a convolution padded on the right and below only, as SD's autoencoders do."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, channels, H, W) -> (B, channels, H/2, W/2)."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+def _level(channels_in: int, channels_out: int, blocks: int) -> nn.Sequential:
+    widths = ((channels_out if i else channels_in, channels_out) for i in range(blocks))
+    return _named(block=nn.Sequential(*(ResnetBlock(*pair) for pair in widths)))
 
 
-class Upsample(nn.Module):
-    """Double each side: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, channels, H, W) -> (B, channels, 2H, 2W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-def _level(channels_in: int, channels_out: int, blocks: int) -> nn.Module:
-    level = nn.Module()
-    widths = [channels_in] + [channels_out] * blocks
-    level.block = nn.ModuleList(map(ResnetBlock, widths, widths[1:]))
-    return level
-
-
-def _middle(channels: int) -> nn.Module:
-    middle = nn.Module()
-    middle.block_1, middle.attn_1, middle.block_2 = (
-        ResnetBlock(channels, channels), AttentionBlock(channels), ResnetBlock(channels, channels)
+def _middle(channels: int) -> nn.Sequential:
+    return _named(
+        block_1=ResnetBlock(channels, channels), attn_1=AttentionBlock(channels),
+        block_2=ResnetBlock(channels, channels),
     )
-    return middle
 
 
 class VAEEncoder(nn.Module):
@@ -257,23 +241,17 @@ class VAEEncoder(nn.Module):
         super().__init__()
         widths = config.channels
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        levels = (_level(widths[max(i - 1, 0)], width, config.blocks) for i, width in enumerate(widths))
-        self.down = nn.ModuleList(levels)
-        for level, width in zip(self.down[:-1], widths):
-            level.downsample = Downsample(width)
+        before = (widths[0], *widths)
+        self.down = nn.Sequential(*(_level(*pair, config.blocks) for pair in zip(before, widths)))
+        for level, width in zip(self.down[:-1], widths):  # padded on the right and below only, as SD does
+            pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2)
+            level.downsample = _named(pad=pad, conv=conv)
         self.mid = _middle(widths[-1])
         self.norm_out = _group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv_in(x)
-        for i, level in enumerate(self.down):
-            for block in level.block:
-                x = block(x)
-            if i < len(self.down) - 1:
-                x = level.downsample(x)
-        x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(self.mid(self.down(self.conv_in(x))))))
 
 
 class VAEDecoder(nn.Module):
@@ -284,22 +262,19 @@ class VAEDecoder(nn.Module):
         widths = config.channels
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.mid = _middle(widths[-1])
-        # up.0 is the FULL resolution: the list is built in that order and walked backwards
-        self.up = nn.ModuleList(
-            _level(widths[min(i + 1, len(widths) - 1)], w, config.blocks + 1) for i, w in enumerate(widths)
-        )
+        # up[0] is the FULL resolution: the list is built in that order and walked backwards
+        before = (*widths[1:], widths[-1])
+        self.up = nn.ModuleList(_level(*pair, config.blocks + 1) for pair in zip(before, widths))
         for level, width in zip(self.up[1:], widths[1:]):
-            level.upsample = Upsample(width)
+            nearest, conv = nn.Upsample(scale_factor=2.0), nn.Conv2d(width, width, 3, padding=1)
+            level.upsample = _named(nearest=nearest, conv=conv)
         self.norm_out = _group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(self.conv_in(x))))
-        for i, level in reversed(list(enumerate(self.up))):
-            for block in level.block:
-                x = block(x)
-            if i:
-                x = level.upsample(x)
+        x = self.mid(self.conv_in(x))
+        for level in reversed(self.up):
+            x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -324,19 +299,20 @@ class VAE(nn.Module):
         return self.decoder(latents.to(dtype, memory_format=torch.channels_last))
 
 
+_VAE_DIFFUSERS_WORDS = {  # parts of the single file's keys -> diffusers'; the number behind up_blocks differs
+    "mid.block_1.": "mid_block.resnets.0.", "mid.block_2.": "mid_block.resnets.1.",
+    "mid.attn_1.norm.": "mid_block.attentions.0.group_norm.", "mid.attn_1.": "mid_block.attentions.0.",
+    "down.": "down_blocks.", "up.": "up_blocks.", ".block.": ".resnets.",
+    ".downsample.": ".downsamplers.0.", ".upsample.": ".upsamplers.0.",
+    ".q.": ".to_q.", ".k.": ".to_k.", ".v.": ".to_v.", ".proj_out.": ".to_out.0.",
+    "nin_shortcut": "conv_shortcut", "norm_out": "conv_norm_out",
+}
+
+
 def _vae_diffusers_name(name: str, levels: int) -> str:
-    # The single file's name of a VAE tensor -> diffusers', whose decoder starts at the lowest resolution.
-    name = re.sub(r"mid\.block_(\d)", lambda m: f"mid_block.resnets.{int(m[1]) - 1}", name)
-    name = re.sub(r"down\.(\d)", r"down_blocks.\1", name)
-    name = re.sub(r"up\.(\d)", lambda m: f"up_blocks.{levels - 1 - int(m[1])}", name)
-    for ours, theirs in (
-        (".block.", ".resnets."), (".downsample.", ".downsamplers.0."), (".upsample.", ".upsamplers.0."),
-        (".attn_1.norm.", ".attn_1.group_norm."), (".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."),
-        (".proj_out.", ".to_out.0."), ("mid.attn_1.", "mid_block.attentions.0."),
-        ("nin_shortcut", "conv_shortcut"), ("norm_out", "conv_norm_out"),
-    ):
-        name = name.replace(ours, theirs)
-    return name
+    # diffusers' decoder starts at the lowest resolution
+    name = renamed(name, _VAE_DIFFUSERS_WORDS)
+    return re.sub(r"(?<=up_blocks\.)\d", lambda number: str(levels - 1 - int(number[0])), name)
 
 
 def _config_beside(path: str) -> dict:
@@ -352,36 +328,28 @@ def load_vae(path: str, dtype: torch.dtype = torch.float32, device: str | torch.
     the very same shapes: only a diffusers config.json beside it gives it away.
     """
     wanted = "the VAE of SD3 or SD3.5 (sd3.5_medium.safetensors, or the model's vae folder)"
-    if os.path.isdir(os.path.join(path, "vae")):
-        path = os.path.join(path, "vae")
-    source, entries = TensorFiles(path), _config_beside(path)
+    source = TensorFiles(path, "vae", "first_stage_model.")
+    entries = _config_beside(source.path)
     shift, scale = entries.get("shift_factor"), entries.get("scaling_factor")
     if "scaling_factor" in entries and (shift, scale) != (VAE.SHIFT, VAE.SCALE):
-        found = f"{path} is a VAE with shift_factor {shift} and scaling_factor {scale}"
-        raise UserError(f"{found}, and {wanted} is needed, with {VAE.SHIFT} and {VAE.SCALE}")
-    prefix = "first_stage_model."
-    prefix = prefix if any(key.startswith(prefix) for key in source.shapes) else ""
+        found = f"shift_factor {shift!r:.40} and scaling_factor {scale!r:.40}"
+        raise source.unlike(wanted, f"it has {found} in place of {VAE.SHIFT} and {VAE.SCALE}")
     diffusers = any("down_blocks." in key for key in source.shapes)
-    pattern = rf"{prefix}encoder\.down(?:_blocks)?\.(\d)\.(?:block|resnets)\.(\d)\.conv1\.weight"
-    blocks = {m.groups(): s[0] for key, s in source.shapes.items() if (m := re.fullmatch(pattern, key))}
-    channels = tuple(width for (_, number), width in sorted(blocks.items()) if number == "0")
-    conv_in = source.shapes.get(f"{prefix}decoder.conv_in.weight")
-    if not channels or conv_in is None:
-        raise UserError(f"{path} looks like {describe_keys(source.shapes)}, and {wanted} is needed")
-    with torch.device("meta"):
-        vae = VAE(VAEConfig(channels, len(blocks) // len(channels), conv_in[1])).to(dtype)
+    pattern = r"encoder\.down(?:_blocks)?\.(\d)\.(?:block|resnets)\.(\d)\.conv1\.weight"
+    with source.building(wanted):
+        latents = source.shapes["decoder.conv_in.weight"][1]
+        blocks = {m.groups(): s[0] for key, s in source.shapes.items() if (m := re.fullmatch(pattern, key))}
+        channels = tuple(width for (_, number), width in sorted(blocks.items()) if number == "0")
+        vae = VAE(VAEConfig(channels, len(blocks) // len(channels), latents)).to(dtype)
 
     def as_convolution(weight):  # attention's projections are Linear in diffusers, 1x1 convolutions here
         return weight[:, :, None, None] if weight.ndim == 2 else weight
 
-    if diffusers:
-        names = {name: _vae_diffusers_name(name, len(channels)) for name in vae.state_dict()}
-        mapping = {name: from_keys(theirs, make=as_convolution) for name, theirs in names.items()}
-    else:
-        mapping = {name: from_keys(prefix + name) for name in vae.state_dict()}
-    # Not used: the rest of the single file, when the VAE is read out of it.
-    unused = r"(model\.diffusion_model|text_encoders|(model\.)?model_sampling)\." if prefix else r"^$"
-    return load_tensors(vae, source, mapping, wanted, unused, device)
+    mapping = {}
+    for name in vae.state_dict():
+        theirs = _vae_diffusers_name(name, len(channels)) if diffusers else name
+        mapping[name] = from_keys(theirs, make=as_convolution)
+    return load_tensors(vae, source, mapping, wanted, device=device)
 
 
 # ------------------------------------------------------------------------------------ SigLIP's vision tower
@@ -440,11 +408,11 @@ class SigLIP(nn.Module):
     def __init__(self, config: SigLIPConfig):
         super().__init__()
         self.config = config
-        self.embeddings = nn.Module()
-        self.embeddings.patch_embedding = nn.Conv2d(3, config.width, config.patch, config.patch)
-        self.embeddings.position_embedding = nn.Embedding(config.grid**2, config.width)
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(SigLIPLayer(config) for _ in range(config.depth))
+        self.embeddings = nn.ModuleDict({
+            "patch_embedding": nn.Conv2d(3, config.width, config.patch, config.patch),
+            "position_embedding": nn.Embedding(config.grid**2, config.width),
+        })
+        self.encoder = _named(layers=nn.Sequential(*(SigLIPLayer(config) for _ in range(config.depth))))
         self.post_layernorm = nn.LayerNorm(config.width, eps=1e-6)
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -452,11 +420,9 @@ class SigLIP(nn.Module):
         side = self.config.side
         if pictures.shape[-2:] != (side, side):
             pictures = F.interpolate(pictures, (side, side), mode="bilinear", antialias=True)
-        patches = self.embeddings.patch_embedding(pictures.to(self.post_layernorm.weight.dtype))
+        patches = self.embeddings["patch_embedding"](pictures.to(self.post_layernorm.weight.dtype))
         x = patches.flatten(2).transpose(1, 2)  # (B, grid^2, width)
-        x = x + self.embeddings.position_embedding.weight
-        for layer in self.encoder.layers:
-            x = layer(x)
+        x = self.encoder(x + self.embeddings["position_embedding"].weight)
         return self.post_layernorm(x).transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid))
 
 
@@ -470,29 +436,24 @@ def load_siglip(path: str, dtype: torch.dtype = torch.float32, device: str | tor
     config.json beside the file, else from the published sizes. Raises UserError for other files.
     """
     wanted = "the vision tower of SigLIP or SigLIP 2 (such as siglip2-base-patch16-256, no NaFlex)"
-    source = TensorFiles(path)
-    prefix = "vision_model." if any(key.startswith("vision_model.") for key in source.shapes) else ""
-    patches = source.shapes.get(f"{prefix}embeddings.patch_embedding.weight", ())
-    positions = source.shapes.get(f"{prefix}embeddings.position_embedding.weight")
-    hidden = source.shapes.get(f"{prefix}encoder.layers.0.mlp.fc1.weight")
-    clip = f"{prefix}embeddings.class_embedding" in source.shapes
-    if len(patches) != 4 or positions is None or hidden is None or clip:  # NaFlex has patches of 2 dimensions
-        raise UserError(f"{path} looks like {describe_keys(source.shapes)}, and {wanted} is needed")
-    (width, _, patch, _), grid = patches, round(positions[0] ** 0.5)
-    depth = sum(key.startswith(prefix) and key.endswith(".layer_norm1.weight") for key in source.shapes)
-    entries = _config_beside(path)
-    model = str(entries.get("model_type", entries.get("_class_name", "siglip")))  # or another's, beside it
-    entries = entries.get("vision_config", entries) if model.startswith("siglip") else {}
-    heads = entries.get("num_attention_heads", _SIGLIP_HEADS.get(width))
-    size = entries.get("image_size", 384 if (patch, grid) == (14, 27) else 0)
-    if heads is None or width % heads:
-        found = f"{path} is {width} wide and its number of heads is unknown"
-        raise UserError(f"{found}: put the model's config.json beside it")
-    with torch.device("meta"):
-        tower = SigLIP(SigLIPConfig(width, depth, heads, hidden[0], patch, grid, size % patch)).to(dtype)
-    mapping = {name: from_keys(prefix + name) for name in tower.state_dict()}
-    # Not used: the pooling head (SemTok pools by the mean), the text tower, the loss's two scalars.
-    unused = rf"{prefix}head\.|text_model\.|logit_(scale|bias)$|{prefix}embeddings\.position_ids$"
+    source, entries = TensorFiles(path, prefix="vision_model."), _config_beside(path)
+    with source.building(wanted):
+        patches = source.shapes["embeddings.patch_embedding.weight"]
+        if len(patches) != 4:
+            raise ValueError("it takes pictures of any size")  # NaFlex
+        width, _, patch, _ = patches
+        grid = math.isqrt(source.shapes["embeddings.position_embedding.weight"][0])
+        hidden = source.shapes["encoder.layers.0.mlp.fc1.weight"][0]
+        depth = sum(key.endswith(".layer_norm1.weight") for key in source.shapes)
+        model = str(entries.get("model_type", entries.get("_class_name", "siglip")))
+        entries = entries.get("vision_config", entries) if model.startswith("siglip") else {}  # another's
+        heads = entries.get("num_attention_heads", _SIGLIP_HEADS.get(width))
+        size = entries.get("image_size", 384 if (patch, grid) == (14, 27) else 0)
+        if type(heads) is not int or heads < 1 or width % heads:
+            raise ValueError(f"it is {width} wide and its heads are unknown: put its config.json beside it")
+        tower = SigLIP(SigLIPConfig(width, depth, heads, hidden, patch, grid, int(size) % patch)).to(dtype)
+    mapping = {name: from_keys(name) for name in tower.state_dict()}
+    unused = r"head\.|embeddings\.position_ids$"  # SemTok pools by the mean
     return load_tensors(tower, source, mapping, wanted, unused, device)
 
 
@@ -529,6 +490,9 @@ class SemTokConfig:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if self.image_size % (side := self.vae.factor * self.patch):
             raise ValueError(f"image_size {self.image_size} is no multiple of {side}, a patch's pixels")
+        for name, value in {"tokens and patches": self.tokens + self.grid**2, "bits": self.bits}.items():
+            if value > 8192:  # rotations and masks are made before anything shows that they fit
+                raise ValueError(f"{name} must be at most 8192, not {value}")
         if self.bits % self.entropy_group:
             raise ValueError(f"entropy_group {self.entropy_group} must divide the {self.bits} bits")
         for part in ("encoder", "decoder"):  # a head's channels are halves, for rows and columns, of pairs
@@ -571,9 +535,7 @@ class LossWeights:
 class Encoder(MMDiT):
     """Eq. 1: latents and K learnable mask tokens through an MMDiT without timestep -> x and z.
 
-    With config.causal the token stream is sequential, as in SelfTok (Wang et al. 2025; Table 5). A token
-    attends to the image, to itself and to the tokens before it. The image attends to no token: it would pass
-    later tokens on to earlier ones.
+    With config.causal the token stream is sequential, as in SelfTok (Wang et al. 2025; Table 5).
     """
 
     def __init__(self, config: SemTokConfig):
@@ -597,7 +559,11 @@ class Encoder(MMDiT):
 
 
 def causal_mask(tokens: int, patches: int) -> torch.Tensor:
-    """Who may attend to whom, rows to columns, tokens first: (tokens + patches, tokens + patches) bool."""
+    """Who may attend to whom, rows to columns, tokens first: (tokens + patches, tokens + patches) bool.
+
+    A token attends to the image, to itself and to the tokens before it. The image attends to no token: it
+    would pass later tokens on to earlier ones.
+    """
     mask = torch.ones(tokens + patches, tokens + patches, dtype=torch.bool, device="cpu")
     mask[:tokens, :tokens] = mask[:tokens, :tokens].tril()
     mask[tokens:, :tokens] = False
@@ -661,16 +627,20 @@ class SemTok(nn.Module):
         self.w_z = nn.Linear(config.tokens * config.bits, config.semantic_width)
         self.log_t = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))  # not (): FSDP shards no scalars
 
+    def quantise(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Latents (B, channels, h, w) -> x (B, grid^2, encoder width), codes (B, K, d), u (B, K, d)."""
+        x, z = self.encoder(latents)
+        return x, *self.quantizer(z)
+
     # ---- training
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, siglip: SigLIP) -> tuple[dict, dict]:
-        """What a training step needs and no gradient reaches, from this rank's pictures (B, 3, H, W).
+        """What a training step needs without gradient, from this rank's pictures (B, 3, H, W) in [-1, 1].
 
         Returns what has a row for each picture: `latents` (B, channels, h, w), `features` (B, C, g, g) and
         `positive` (B,), its place among the candidates; and what all share: `candidates` (ranks * B, C), the
-        pooled features of the global batch, among which the contrast finds the right one. Pictures are in
-        [-1, 1].
+        pooled features of the global batch, among which the contrast finds the right one.
         """
         # CLIP clamps the temperature in place. A clamp in `forward` would have no gradient beyond it.
         self.log_t.clamp_(max=math.log(100))
@@ -702,8 +672,7 @@ class SemTok(nn.Module):
         """
         x, codes, u = self.quantise(latents)
         times = t[:, None, None, None]
-        noisy = times * noise + (1 - times) * latents  # Eq. 5
-        velocity = self.decoder(codes, noisy, t)
+        velocity = self.decoder(codes, times * noise + (1 - times) * latents, t)  # Eq. 5: D(x_t, codes, t)
         flow_loss = F.mse_loss(velocity.float(), latents - noise)  # Eq. 5: the target is x_v - eps
         out = self.regularisers(x, codes, u, features, positive, candidates, weights)
         return out | {"flow_loss": flow_loss, "loss": flow_loss + out.pop("regulariser")}
@@ -718,18 +687,12 @@ class SemTok(nn.Module):
         x, codes, u = self.quantise(latents)
         return self.decoder(codes), self.regularisers(x, codes, u, features, positive, candidates, weights)
 
-    def quantise(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Latents (B, channels, h, w) -> x (B, grid^2, encoder width), codes (B, K, d), u (B, K, d)."""
-        x, z = self.encoder(latents)
-        return x, *self.quantizer(z)
-
     def regularisers(self, x, codes, u, features, positive, candidates, weights: LossWeights) -> dict:
-        """The terms that both stages share, and their weighted sum `regulariser`."""
+        """Eq. 2 and 4, the terms that both stages share, and their weighted sum `regulariser`."""
         out = self.quantizer.entropy_loss(u) | self.alignment_losses(x, codes, features, positive, candidates)
         semantic_loss = weights.distill * out["distill_loss"] + weights.contrast * out["contrast_loss"]
-        entropy_loss = weights.lambda_q * out["entropy_loss"]
-        out["regulariser"] = entropy_loss + weights.lambda_s * semantic_loss  # Eq. 6
-        return out | {"codes": codes}
+        regulariser = weights.lambda_q * out["entropy_loss"] + weights.lambda_s * semantic_loss  # Eq. 6
+        return out | {"codes": codes, "regulariser": regulariser}
 
     def alignment_losses(self, x, codes, features, positive, candidates) -> dict[str, torch.Tensor]:
         """Eq. 2: x (B, grid^2, encoder width), codes (B, K, d) and what `prepare` returns -> two scalars."""
@@ -743,16 +706,20 @@ class SemTok(nn.Module):
         # Eq. 2 is printed without its minus sign. To maximise the log ratio is to minimise this (InfoNCE).
         return {"distill_loss": distill_loss, "contrast_loss": F.cross_entropy(similarity, positive)}
 
+    @torch.no_grad()
     def start_refiner(self) -> None:
         """Stage II's mask tokens start as the embedding of nearly zero noise. Its first output is stage I's
         mean prediction at t = 1. A tenth of a noise sample stays: it makes the places differ."""
-        side = self.config.grid * self.config.patch
-        with torch.no_grad():
-            noise = 0.1 * torch.randn(1, self.config.vae.latent_channels, side, side)
-            embedder = self.decoder.x_embedder
-            self.decoder.mask_tokens.copy_(embedder(noise.to(embedder.proj.weight))[0])
+        embedder = self.decoder.x_embedder
+        noise = 0.1 * torch.randn(self.latent_shape(1))
+        self.decoder.mask_tokens.copy_(embedder(noise.to(embedder.proj.weight))[0])
 
     # ---- use
+
+    def latent_shape(self, count: int) -> tuple[int, int, int, int]:
+        """The shape of `count` pictures' latents."""
+        side = self.config.grid * self.config.patch
+        return count, self.config.vae.latent_channels, side, side
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -778,13 +745,9 @@ class SemTok(nn.Module):
 
         shift s moves the times to s t / (1 + (s - 1) t) (Esser et al. 2024); 1 is right at 256 x 256.
         """
-        side = self.config.grid * self.config.patch
-        shape = (len(codes), self.config.vae.latent_channels, side, side)
-        noise = torch.randn(shape, generator=generator, device=codes.device)
+        noise = torch.randn(self.latent_shape(len(codes)), generator=generator, device=codes.device)
         return euler(lambda x, t: self.decoder(codes, x, t.expand(len(x))), noise, steps, shift)
 
-
-    @torch.no_grad()
     def reconstruct(
         self, pictures: torch.Tensor, generator: torch.Generator | None = None, steps: int = 25
     ) -> torch.Tensor:

@@ -1,0 +1,148 @@
+"""Broken files: readers of weights and pictures succeed or raise UserError, in little time and memory."""
+
+import io
+import json
+import random
+import resource
+import struct
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import ar  # noqa: E402
+import mmdit  # noqa: E402
+import semtok  # noqa: E402
+
+ROUNDS = pytest.mark.parametrize("rounds", [50, pytest.param(800, marks=pytest.mark.full)])
+SIZES = replace(
+    semtok.PRESETS["tiny"], image_size=16, tokens=4, bits=6, encoder_depth=1, encoder_width=16,
+    encoder_heads=2, decoder_depth=1, decoder_width=16, decoder_heads=2, decoder_dual_depth=1,
+    vae=semtok.VAEConfig((8, 16), 1, 4),
+)
+AR, SIGLIP = ar.ARConfig(1, 16, 2, tokens=4, bits=6, classes=2), semtok.SigLIPConfig(16, 1, 2, 16, 8, 2)
+ABSURD = [
+    None, True, -1, 0, 1, 2, 1000, 10**5, 10**9, 2**40, 2**70, 10**400, 0.5, 1e308, float("nan"), "", "x\n",
+    "F4", "C64", "F8_E8M0", [], [1], [10**9] * 3, [2] * 40, [None], {}, {"x": 1}, "[" * 3000, "9" * 5000,
+]
+SHAPES = [(0, 2**40), (2**40, 0), (), (1,), (100_000, 16), (16, 100_000), (1, 1, 1, 1), (3_000_000,)]
+BESIDE = {"model_type": "siglip", "scaling_factor": 1.5305, "shift_factor": 0.0609}  # config.json
+BESIDE |= {"vision_config": {"num_attention_heads": 2, "image_size": 16}}
+
+
+def load_sd35(path):
+    with torch.device("meta"):
+        decoder = semtok.Decoder(SIZES)
+    mmdit.load_sd35(decoder, path)
+
+
+def whole():
+    """(loader, tensors, metadata) of a file of each kind that we read."""
+    for load, form, model in (
+        (semtok.load_semtok, "semtok-tokenizer", semtok.SemTok(SIZES)),
+        (ar.load_ar, "semtok-ar", ar.MaskedAR(AR)),
+        (semtok.load_vae, "", semtok.VAE(SIZES.vae)), (semtok.load_siglip, "", semtok.SigLIP(SIGLIP)),
+        (load_sd35, "", semtok.Decoder(SIZES)),
+    ):
+        about = {"format": form, "config": json.dumps(asdict(model.config)) if form else ""}
+        tensors = {n: t for n, t in model.state_dict().items() if load is not load_sd35 or "token" not in n}
+        if load is load_sd35:
+            shapes = {"0.bias": (16,), "2.weight": (16, 16), "2.bias": (16,)}
+            tensors |= {f"y_embedder.mlp.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+        yield load, tensors, about | {"classes": '["a", "b"]', "fingerprint": "f", "tokenizer": "t"}
+
+
+def damaged(data, rng):
+    """Bytes with one of the usual accidents."""
+    data, where = bytearray(data), min(rng.randrange(len(data)), rng.randrange(len(data)))  # rather in front
+    kind, many = rng.randrange(5), rng.choice([1, 8, 500])
+    if kind < 4:  # the rest is lost, or a stretch is lost, zero or there twice
+        new = [b"", b"", bytes(many), bytes(data[where:][: 2 * many])][kind]
+        data[where : where + (many if kind else len(data))] = new
+    for place in rng.sample(range(len(data)), min(len(data), many)) if kind == 4 else ():
+        data[place] = rng.choice([0, 255, rng.randrange(256), data[place] ^ 1 << rng.randrange(8)])
+    return bytes(data)
+
+
+def edited(table, rng):
+    """A JSON table with one entry, at any depth, gone, absurd or new."""
+    key = rng.choice([*table, "new"])
+    if isinstance(table.get(key), dict) and rng.random() < 0.7:
+        return table | {key: edited(table[key], rng)}
+    if key == "config" and table[key] and rng.random() < 0.9:  # a table as text
+        return table | {key: json.dumps(edited(json.loads(table[key]), rng))}
+    rest = {name: value for name, value in table.items() if name != key}
+    return rest | {key: rng.choice(ABSURD)} if rng.random() < 0.8 else rest
+
+
+def broken_weights(tensors, metadata, rng):
+    """A safetensors file with damage in its metadata, tensors, header or bytes."""
+    kind, name = rng.randrange(4), rng.choice(sorted(tensors))
+    if kind == 0:
+        metadata = edited(metadata, rng)
+        metadata = {key: text if type(text) is str else json.dumps(text) for key, text in metadata.items()}
+    if kind == 1:
+        other = rng.choice([torch.zeros(rng.choice(SHAPES)), tensors[name].bool(), tensors[name].cfloat()])
+        tensors = tensors | {rng.choice([name, name, name + "\n"]): other}
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    if kind == 2:
+        length = struct.unpack("<Q", data[:8])[0]
+        header = json.dumps(edited(json.loads(data[8 : 8 + length]), rng)).encode()
+        return struct.pack("<Q", len(header)) + header + data[8 + length :]
+    return damaged(data, rng) if kind == 3 else data
+
+
+def attempt(read, *arguments):
+    """Success or a UserError of one line, in 5 s of work and half a gigabyte."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    try:
+        read(*arguments)
+    except mmdit.UserError as error:
+        assert "\n" not in str(error)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert time.process_time() - start < 5 and grown < 5e5
+
+
+@ROUNDS
+@pytest.mark.filterwarnings("ignore")
+def test_broken_weights(tmp_path, rounds):
+    path, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    for load, tensors, metadata in whole():
+        path.write_bytes(save(tensors, metadata))
+        config.write_text(json.dumps(BESIDE))
+        load(str(path))  # as it is, each is taken
+        for seed in range(rounds):
+            print(load.__name__, seed)
+            rng, beside = random.Random(seed), seed % 5 == 0  # is the damage in config.json?
+            path.write_bytes(save(tensors, metadata) if beside else broken_weights(tensors, metadata, rng))
+            text = json.dumps(edited(BESIDE, rng) if beside else BESIDE).encode()
+            config.write_bytes(damaged(text, rng) if seed % 25 == 0 else text)
+            attempt(load, str(path))
+
+
+@ROUNDS
+@pytest.mark.filterwarnings("ignore")
+def test_broken_pictures(tmp_path, rounds):
+    Image.init()
+    noise, files, path = Image.effect_noise((70, 50), 90), {}, tmp_path / "picture.png"
+    for form in sorted(Image.SAVE):
+        for mode in ("RGB", "L", "P", "RGBA", "1", "CMYK", "I;16", "F"):
+            try:
+                noise.convert(mode).save(file := io.BytesIO(), form)
+                files[form, mode] = file.getvalue()
+            except Exception:  # this format does not have this mode
+                continue
+    assert {"PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "DDS"} <= {form for form, _ in files}
+    for (form, mode), data in files.items():
+        for seed in range(rounds // 8):
+            print(form, mode, seed)
+            rng = random.Random(seed)
+            path.write_bytes(damaged(data, rng) if seed and data else data)
+            attempt(semtok.read_picture, str(path), rng.choice([None, 32]))
