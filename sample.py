@@ -73,8 +73,9 @@ class Sampler:
         self.device, self.batch_size = device, args.batch_size
         self.ar, metadata = load(args.run, "ar", device)
         self.tokenizer, about = load(args.run, "stage2", device)
-        self.classes, config = json.loads(metadata["classes"]), self.ar.config
-        if metadata["tokenizer"] != about["fingerprint"]:
+        self.classes, config, made = json.loads(metadata["classes"]), self.ar.config, self.tokenizer.config
+        sizes = (config.tokens, config.bits) == (made.tokens, made.bits)
+        if metadata["tokenizer"] != about["fingerprint"] or not sizes:
             raise UserError(
                 f"ar.safetensors in {args.run} was trained on another stage2.safetensors than the one beside "
                 "it: train it again with python train.py --stage ar --overwrite"
