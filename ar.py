@@ -62,6 +62,7 @@ AR_PRESETS = {
     "L": ARConfig(),
     "XL": ARConfig(depth=36, width=1280, heads=20, guidance=5.3),
     "XXL": ARConfig(depth=24, width=2048, heads=32, guidance=4.9),
+    "base": ARConfig(depth=14, width=768, heads=12, tokens=128),
     # guidance: best of four scales
     "tiny": ARConfig(depth=4, width=128, heads=2, tokens=16, bits=24, classes=10, guidance=9.0),
 }

@@ -513,6 +513,10 @@ class SemTokConfig:
 
 PRESETS = {
     "paper": SemTokConfig(),
+    "base": SemTokConfig(  # one GPU, a day: half the tokens, a decoder from scratch
+        tokens=128, encoder_depth=6, encoder_width=512, encoder_heads=8,
+        decoder_depth=10, decoder_width=640, decoder_heads=10, decoder_dual_depth=2,
+    ),
     "tiny": SemTokConfig(
         image_size=32, tokens=16, bits=24,
         encoder_depth=2, encoder_width=64, encoder_heads=4,
