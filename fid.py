@@ -171,20 +171,17 @@ def precision_recall(reference, samples, k=3, block=512):
         squares = (x.norm(dim=1).square() for x in (rows, columns))
         return torch.addmm(next(squares)[:, None] + next(squares), rows, columns.T, alpha=-2)
 
-    def radii(features):  # the nearest of its own set is the feature itself, hence k + 1
-        return torch.cat([distances(part, features).topk(k + 1, largest=False).values[:, -1]
-                          for part in features.split(block)])
-
     # Equal distances are a tie, and inside: the slack is above float64's rounding, below real differences.
     slack = 1e-11 * max(x.norm(dim=1).max().square() for x in (reference, samples))
-    reference_radii, sample_radii = radii(reference) + slack, radii(samples) + slack
-    covered = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
-    found = []  # per block of references: is it inside some sample's ball?
-    for part, radius in zip(reference.split(block), reference_radii.split(block)):
-        between = distances(part, samples)  # (b, M)
-        covered |= (between <= radius[:, None]).any(0)
-        found.append((between <= sample_radii).any(1))
-    return covered.double().mean().item(), torch.cat(found).double().mean().item()
+
+    def share_inside(points, centres):
+        # The nearest centre to a centre is itself, hence k + 1.
+        radii = torch.cat([distances(part, centres).topk(k + 1, largest=False).values[:, -1]
+                           for part in centres.split(block)]) + slack
+        inside = [(distances(part, centres) <= radii).any(1) for part in points.split(block)]
+        return torch.cat(inside).double().mean().item()
+
+    return share_inside(samples, reference), share_inside(reference, samples)
 
 
 # ----------------------------------------------------------------------------------------------- the networks
@@ -245,47 +242,56 @@ class LPIPS(nn.Module):
         return distance
 
 
-# The 2015 Inception (Szegedy et al. 2016) as FID uses it, in steps. A step is a pool's name, a convolution
-# (name, width, kernel, stride 1, padding "same"), or branches to concatenate, each a list of steps.
+def _inception(x, conv):
+    """The 2015 Inception (Szegedy et al. 2016) as FID uses it: (B, 3, 299, 299) -> pool_3, spatial.
 
+    conv(x, name, width, kernel, stride 1, padding "same") is the convolution of that name.
+    """
+    def chain(x, name, *convolutions):
+        for i, convolution in enumerate(convolutions, 1):
+            x = conv(x, f"{name}_{i}", *convolution)
+        return x
 
-def _chain(name, *convolutions):
-    return [(f"{name}_{i}", *convolution) for i, convolution in enumerate(convolutions, 1)]
+    def average(x):
+        return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)  # unlike torchvision's
 
-
-BLOCKS = {"": [
-    ("Conv2d_1a_3x3", 32, 3, 2, 0), ("Conv2d_2a_3x3", 32, 3, 1, 0), ("Conv2d_2b_3x3", 64, 3), "reduce",
-    ("Conv2d_3b_1x1", 80, 1), ("Conv2d_4a_3x3", 192, 3, 1, 0), "reduce"]}
-for block, w in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
-    BLOCKS[block] = [[
-        [("branch1x1", 64, 1)],
-        _chain("branch5x5", (48, 1), (64, 5)),
-        _chain("branch3x3dbl", (64, 1), (96, 3), (96, 3)),
-        ["average", ("branch_pool", w, 1)]]]
-BLOCKS["Mixed_6a"] = [[
-    [("branch3x3", 384, 3, 2, 0)],
-    _chain("branch3x3dbl", (64, 1), (96, 3), (96, 3, 2, 0)),
-    ["reduce"]]]
-for block, w in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
-    BLOCKS[block] = [[
-        [("branch1x1", 192, 1)],
-        _chain("branch7x7", (w, 1), (w, (1, 7)), (192, (7, 1))),
-        _chain("branch7x7dbl", (w, 1), (w, (7, 1)), (w, (1, 7)), (w, (7, 1)), (192, (1, 7))),
-        ["average", ("branch_pool", 192, 1)]]]
-BLOCKS["Mixed_7a"] = [[
-    _chain("branch3x3", (192, 1), (320, 3, 2, 0)),
-    _chain("branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2, 0)),
-    ["reduce"]]]
-# The last block pools by maximum: a slip of the 2015 graph that every published FID contains.
-for block, pool in (("Mixed_7b", "average"), ("Mixed_7c", "maximum")):
-    BLOCKS[block] = [[
-        [("branch1x1", 320, 1)],
-        [("branch3x3_1", 384, 1), [[("branch3x3_2a", 384, (1, 3))], [("branch3x3_2b", 384, (3, 1))]]],
-        [*_chain("branch3x3dbl", (448, 1), (384, 3)),
-         [[("branch3x3dbl_3a", 384, (1, 3))], [("branch3x3dbl_3b", 384, (3, 1))]]],
-        [pool, ("branch_pool", 192, 1)]]]
-POOLS = {"reduce": nn.MaxPool2d(3, 2), "maximum": nn.MaxPool2d(3, 1, 1),
-         "average": nn.AvgPool2d(3, 1, 1, count_include_pad=False)}  # unlike torchvision's
+    x = conv(conv(x, "Conv2d_1a_3x3", 32, 3, 2, 0), "Conv2d_2a_3x3", 32, 3, 1, 0)
+    x = F.max_pool2d(conv(x, "Conv2d_2b_3x3", 64, 3), 3, 2)
+    x = conv(conv(x, "Conv2d_3b_1x1", 80, 1), "Conv2d_4a_3x3", 192, 3, 1, 0)
+    x = F.max_pool2d(x, 3, 2)
+    for block, w in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
+        x = torch.cat([
+            conv(x, f"{block}.branch1x1", 64, 1),
+            chain(x, f"{block}.branch5x5", (48, 1), (64, 5)),
+            chain(x, f"{block}.branch3x3dbl", (64, 1), (96, 3), (96, 3)),
+            conv(average(x), f"{block}.branch_pool", w, 1)], 1)
+    x = torch.cat([
+        conv(x, "Mixed_6a.branch3x3", 384, 3, 2, 0),
+        chain(x, "Mixed_6a.branch3x3dbl", (64, 1), (96, 3), (96, 3, 2, 0)),
+        F.max_pool2d(x, 3, 2)], 1)
+    for block, w in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
+        x = torch.cat([
+            conv(x, f"{block}.branch1x1", 192, 1),
+            chain(x, f"{block}.branch7x7", (w, 1), (w, (1, 7)), (192, (7, 1))),
+            chain(x, f"{block}.branch7x7dbl", (w, 1), (w, (7, 1)), (w, (1, 7)), (w, (7, 1)), (192, (1, 7))),
+            conv(average(x), f"{block}.branch_pool", 192, 1)], 1)
+        if block == "Mixed_6d":
+            spatial = x[:, :7]  # of branch1x1
+    x = torch.cat([
+        chain(x, "Mixed_7a.branch3x3", (192, 1), (320, 3, 2, 0)),
+        chain(x, "Mixed_7a.branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2, 0)),
+        F.max_pool2d(x, 3, 2)], 1)
+    for block in ("Mixed_7b", "Mixed_7c"):
+        a = conv(x, f"{block}.branch3x3_1", 384, 1)
+        b = chain(x, f"{block}.branch3x3dbl", (448, 1), (384, 3))
+        # The last block pools by maximum: a slip of the 2015 graph that every published FID contains.
+        pooled = average(x) if block == "Mixed_7b" else F.max_pool2d(x, 3, 1, 1)
+        x = torch.cat([
+            conv(x, f"{block}.branch1x1", 320, 1),
+            conv(a, f"{block}.branch3x3_2a", 384, (1, 3)), conv(a, f"{block}.branch3x3_2b", 384, (3, 1)),
+            conv(b, f"{block}.branch3x3dbl_3a", 384, (1, 3)), conv(b, f"{block}.branch3x3dbl_3b", 384, (3, 1)),
+            conv(pooled, f"{block}.branch_pool", 192, 1)], 1)
+    return x.mean((2, 3)), spatial
 
 
 class Inception(nn.Module):
@@ -293,49 +299,23 @@ class Inception(nn.Module):
 
     def __init__(self):
         super().__init__()
-        channels = 3
-        for name, steps in BLOCKS.items():
-            if name:
-                self.add_module(name, nn.Module())
-            channels = self._build(self.get_submodule(name), steps, channels)
-        self.fc = nn.Linear(channels, 1008)
+        self.fc = nn.Linear(2048, 1008)
 
-    def _build(self, parent, steps, channels):
-        for step in steps:
-            if isinstance(step, list):
-                channels = sum(self._build(parent, branch, channels) for branch in step)
-            elif isinstance(step, tuple):
-                name, width, kernel, *rest = step
-                stride, padding = rest or (1, "same")
-                parent.add_module(name, nn.Sequential(OrderedDict(
-                    conv=nn.Conv2d(channels, width, kernel, stride, padding, bias=False),
-                    bn=nn.BatchNorm2d(width, eps=1e-3), relu=nn.ReLU(inplace=True))))
-                channels = width
-        return channels
+        def build(x, name, width, kernel, stride=1, padding="same"):
+            block, _, branch = name.rpartition(".")
+            if block and not hasattr(self, block):
+                self.add_module(block, nn.Module())
+            conv = nn.Conv2d(x.shape[1], width, kernel, stride, padding, bias=False)
+            self.get_submodule(block).add_module(branch, nn.Sequential(OrderedDict(
+                conv=conv, bn=nn.BatchNorm2d(width, eps=1e-3), relu=nn.ReLU(inplace=True))))
+            return F.conv2d(x, conv.weight.to("meta"), None, stride, padding)
 
-    def _run(self, parent, steps, x):
-        for step in steps:
-            if isinstance(step, list):
-                x = torch.cat([self._run(parent, branch, x) for branch in step], 1)
-            else:
-                x = (POOLS[step] if isinstance(step, str) else parent.get_submodule(step[0]))(x)
-        return x
+        _inception(torch.empty(1, 3, 299, 299, device="meta"), build)
 
     def forward(self, x):
         """(B, 3, 299, 299) in [-1, 1] -> pool_3 (B, 2048), spatial (B, 17 * 17 * 7) for sFID."""
-        for name, steps in BLOCKS.items():
-            x = self._run(self.get_submodule(name), steps, x)
-            if name == "Mixed_6d":  # its output begins with branch1x1; ADM flattens channels last
-                spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
-        return x.mean((2, 3)), spatial
-
-    def for_evaluation(self):
-        """Freeze, fold the batch norms, turn to channels-last: about twice as fast on CPU. Returns self."""
-        self.eval().requires_grad_(False)
-        for module in self.modules():
-            if isinstance(module, nn.Sequential):
-                module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
-        return self.to(memory_format=torch.channels_last)
+        pool, spatial = _inception(x, lambda x, name, *_: self.get_submodule(name)(x))
+        return pool, spatial.permute(0, 2, 3, 1).flatten(1)  # channels last, as in TensorFlow
 
 
 def prepare(pictures, size=299, resize="adm", device="cpu"):
@@ -367,7 +347,6 @@ VGG = ("vgg16-397923af.pth", "397923af", "https://download.pytorch.org/models/vg
 HEADS = ("lpips_vgg.pth", "a78928a0",
          "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth")
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # never PostScript, which starts a program
 MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")
 BATCH_BYTES = 2**25  # of pixels at once, unless a single picture has more
@@ -397,7 +376,7 @@ def read_tensors(path):
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         for key, value in tensors.items():
             # A sparse tensor has no storage. A meta or an expanded one claims more bytes than it has.
-            if not (isinstance(key, str) and value.dtype in (torch.int64, *FLOATS)
+            if not (isinstance(key, str) and (value.is_floating_point() or value.dtype == torch.int64)
                     and value.device.type == "cpu" and 0 < value.nbytes <= value.untyped_storage().nbytes()):
                 raise ValueError(f"{key!r} names no plain tensor")
         return tensors, {}
@@ -416,21 +395,25 @@ def check_keys(tensors, expected, path, what):
         raise UserError(f"{path} is not {what}: {', '.join(faults[:5])}{', ...' if len(faults) > 5 else ''}")
 
 
-def _fill(network, tensors, path, what):
-    """A network on the meta device, where random weights take no time, filled with tensors after a check."""
+def _fill(make, tensors, path, what):
+    """The network that `make` returns, without time for random weights, filled with tensors after a check."""
+    with torch.device("meta"):
+        network = make()
     # How many batches were tracked, nobody reads, and older files do not say.
     tensors, shapes = ({key: value for key, value in each.items() if not key.endswith("_tracked")}
                        for each in (tensors, network.state_dict()))
     check_keys(tensors, {key: value.shape for key, value in shapes.items()}, path, what)
     network.to_empty(device="cpu").load_state_dict(tensors, strict=False)
-    return network.eval()
+    return network.eval().requires_grad_(False)
 
 
 def load_inception(path):
-    """Read FID's Inception from pytorch-fid's file; UserError naming the keys of another kind."""
-    with torch.device("meta"):
-        network = Inception()
-    return _fill(network, read_tensors(path)[0], path, "FID's Inception")
+    """Read FID's Inception from pytorch-fid's file, frozen; UserError naming the keys of another kind."""
+    network = _fill(Inception, read_tensors(path)[0], path, "FID's Inception")
+    for module in network.modules():  # folded norms and channels-last: about twice as fast on CPU
+        if isinstance(module, nn.Sequential):
+            module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
+    return network.to(memory_format=torch.channels_last)
 
 
 def load_lpips(vgg_path, heads_path):
@@ -442,9 +425,7 @@ def load_lpips(vgg_path, heads_path):
     tensors = {key: value for key, value in tensors.items() if not key.startswith("classifier.")}
     last = [tensors.get(f"features.{i}.bias") for i in (2, 7, 14, 21, 28)]  # each stage's last convolution
     widths = [real if bias is None else bias.numel() for real, bias in zip(VGG_WIDTHS, last)]
-    with torch.device("meta"):
-        vgg = VGG16Features(widths)
-    vgg = _fill(vgg, tensors, vgg_path, "VGG16's convolutions")
+    vgg = _fill(lambda: VGG16Features(widths), tensors, vgg_path, "VGG16's convolutions")
     names = {f"lin{i}.model.1.weight": (1, width, 1, 1) for i, width in enumerate(widths)}
     check_keys(heads, names, heads_path, f"the LPIPS heads of a VGG16 with {widths} channels")
     return LPIPS(vgg, [heads[name] for name in names])
@@ -503,11 +484,10 @@ def _open_pictures(archive):
     """(Stream of the pixels, shape (N, H, W, 3)) of an npz's `arr_0`; ValueError for another array."""
     info = archive.getinfo("arr_0.npy")
     stream = archive.open(info)
-    if np.lib.format.read_magic(stream) != (1, 0):  # the header of a later version may claim gigabytes
-        raise ValueError("`arr_0` is of a later version of .npy than numpy writes for pictures")
+    version = np.lib.format.read_magic(stream)  # the header of a later one may claim gigabytes
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    if not (dtype == np.uint8 and not fortran and len(shape) == 4 and shape[3] == 3 and min(shape) > 0
-            and shape[1] * shape[2] <= Image.MAX_IMAGE_PIXELS
+    if not (version == (1, 0) and dtype == np.uint8 and not fortran and len(shape) == 4 and shape[3] == 3
+            and min(shape) > 0 and shape[1] * shape[2] <= Image.MAX_IMAGE_PIXELS
             and math.prod(shape) == info.file_size - stream.tell()):
         raise ValueError(f"`arr_0` is {dtype} {shape} in {info.file_size} bytes, expected uint8 (N, H, W, 3)")
     return stream, shape
@@ -525,18 +505,16 @@ def open_source(path, pairs=False):
         if not files:
             raise UserError(f"no pictures under {path}: expected files ending in {', '.join(PICTURES)}")
         return Source(path, files, len(files), read_picture(os.path.join(path, files[0])).size[::-1])
-    source = Source(path)
+    source, arrays = Source(path), {}
     with _reading(path, "a folder of pictures or an .npz"), zipfile.ZipFile(path) as archive:
-        names, arrays = archive.namelist(), {}
-        if "arr_0.npy" in names:
-            source.count, height, width, _ = _open_pictures(archive)[1]
-            source.size = height, width
-        for key in () if pairs else (*MOMENTS, "made_with"):
-            if f"{key}.npy" in names:
-                if archive.getinfo(f"{key}.npy").file_size > ARRAY_BYTES:
-                    raise ValueError(f"`{key}` has more than {ARRAY_BYTES} bytes")
-                member = io.BytesIO(archive.read(f"{key}.npy"))
-                arrays[key] = np.lib.format.read_array(member, allow_pickle=False)
+        names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+        if "arr_0" in names:
+            source.count, *size, _ = _open_pictures(archive)[1]
+            source.size = tuple(size)
+        for key in () if pairs else {"made_with", *MOMENTS} & {*names}:
+            if archive.getinfo(f"{key}.npy").file_size > ARRAY_BYTES:
+                raise ValueError(f"`{key}` has more than {ARRAY_BYTES} bytes")
+            arrays[key] = np.lib.format.read_array(io.BytesIO(archive.read(f"{key}.npy")), allow_pickle=False)
         if "made_with" in arrays:
             note = json.loads(str(arrays.pop("made_with")))
             source.note = {"n": int(note["n"]), "resize": str(note["resize"]), "sha256": str(note["sha256"])}
@@ -547,7 +525,7 @@ def open_source(path, pairs=False):
                              and all(x.dtype.kind == "f" and np.abs(x).max() < 1e100 for x in pair)):
                 raise ValueError(f"`{mu}` and `{sigma}` are not finite floats (D,) and (D, D)")
         if not source.count and "mu" not in arrays:
-            raise ValueError(f"it holds {names[:5]}, not what is needed of `arr_0`, `mu` and `sigma`")
+            raise ValueError(f"it holds {names[:5]}, neither `arr_0` nor `mu` and `sigma`")
     source.statistics = arrays
     return source
 
@@ -595,8 +573,8 @@ def match(originals, recons):
         for source, stem in zip((originals, recons), stems):
             source.files, source.count = [stem[key] for key in both], len(both)
     if originals.count != recons.count or not recons.count or originals.size != recons.size:
-        raise UserError(f"{originals.path} and {recons.path} are no pairs: {originals.count} and "
-                        f"{recons.count} pictures match, (H, W) = {originals.size} and {recons.size} (--size N)")
+        raise UserError(f"{originals.path} and {recons.path} are no pairs: {originals.count} and {recons.count} "
+                        f"pictures, (H, W) = {originals.size} and {recons.size}; see --size")
     return alone - 2 * recons.count
 
 
@@ -660,24 +638,25 @@ def compare_pairs(originals, recons, network, lpips, args):
     return metrics | {name: torch.cat(parts).double().mean().item() for name, parts in values.items()}
 
 
-def save_statistics(out, source, network, sha256, args):
+def save_statistics(out, source, network, digest, args):
     """Write mu, sigma, mu_s, sigma_s of a Source's pictures to `out`, whole or not at all.
 
     Up to 10,000 pictures, evenly spaced, go along as `arr_0`: ADM's evaluator insists on them, and precision
     and recall need them. pytorch-fid reads mu and sigma and ignores the rest.
     """
-    note = json.dumps({"n": source.count, "resize": args.resize, "sha256": sha256})
+    note = {"n": source.count, "resize": args.resize, "sha256": digest}
     step = math.ceil(source.count / FEW)
     shape = (math.ceil(source.count / step), *source.size, 3)
     part = os.path.join(os.path.dirname(out), f".{os.path.basename(out)}.{os.getpid()}.part")
     try:
         with zipfile.ZipFile(part, "w") as archive:
-            for key, array in (measure(source, network, args) | {"made_with": np.array(note)}).items():
+            arrays = measure(source, network, args) | {"made_with": np.array(json.dumps(note))}
+            for key, array in arrays.items():
                 with archive.open(f"{key}.npy", "w") as member:
                     np.lib.format.write_array(member, array, allow_pickle=False)
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(member, header)
+                np.lib.format.write_array_header_1_0(
+                    member, {"descr": "|u1", "fortran_order": False, "shape": shape})
                 for pictures in read_batches(source, args.batch_size, args.workers, step):
                     member.write(pictures.tobytes())
         os.replace(part, out)
@@ -701,23 +680,20 @@ def evaluate(args):
         raise UserError(f"{args.inputs[0]} holds one picture, or statistics already: nothing to save")
 
     wanted = ["inception"] if any(source.count for source in sources) else []
-    wanted += ["vgg", "heads"] if args.pairs else []
     paths, absent = {}, {}
-    for name in wanted:
+    for name in wanted + ["vgg", "heads"] if args.pairs else wanted:
         file, _, url = KNOWN[name]
-        places = [f"weights/{file}", f"{torch.hub.get_dir()}/checkpoints/{file}"]
-        paths[name] = getattr(args, name) or next(filter(os.path.isfile, places), None)
-        if not paths[name]:
-            metric = {"inception": "rFID"}.get(name, "LPIPS")
-            absent[metric] = f"no {name} weights: `curl -fL --create-dirs -o weights/{file} {url}`"
+        places = (f"weights/{file}", f"{torch.hub.get_dir()}/checkpoints/{file}")
+        if path := getattr(args, name) or next(filter(os.path.isfile, places), None):
+            paths[name] = path
+        else:
+            absent["rFID" if name == "inception" else "LPIPS"] = (
+                f"no {name} weights: `curl -fL --create-dirs -o weights/{file} {url}`")
     if "rFID" in absent and not args.pairs:
         raise UserError(f"{absent['rFID']}, or give --inception PATH")
-    network = lpips = None
-    if paths.get("inception"):
-        network = load_inception(paths["inception"]).for_evaluation().to(args.device)
-    if args.pairs and "LPIPS" not in absent:
-        lpips = load_lpips(paths["vgg"], paths["heads"]).to(args.device)
-    hashes = {name: sha256(path) for name, path in paths.items() if path}
+    network = load_inception(paths["inception"]).to(args.device) if "inception" in paths else None
+    lpips = load_lpips(paths["vgg"], paths["heads"]).to(args.device) if {"vgg", "heads"} <= {*paths} else None
+    hashes = {name: sha256(path) for name, path in paths.items()}
     for note in filter(None, (source.note for source in sources)):
         if (hashes.setdefault("inception", note["sha256"]), args.resize) != (note["sha256"], note["resize"]):
             raise UserError(f"statistics of Inception {note['sha256'][:8]} with --resize {note['resize']} do "
@@ -774,7 +750,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     if len(args.inputs) != (1 if args.save_stats else 2) or (args.pairs and args.save_stats):
         fail("give REFERENCE SAMPLES, or --pairs ORIGINALS RECONS, or --save-stats OUT.npz FOLDER")
-    if not all(0 < number <= 4096 for number in (args.batch_size, args.workers, args.size or 1)):
+    if not all(n is None or 0 < n <= 4096 for n in (args.batch_size, args.workers, args.size)):
         fail("--batch-size, --size and --workers go from 1 to 4096")
     if out := args.save_stats:
         if not out.endswith(".npz") or (os.path.exists(out) and not os.path.isfile(out)):
@@ -793,23 +769,24 @@ def main(argv=None):
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one sentence is enough
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             args = parse(argv)
             report = evaluate(args)
-        for name, value in () if args.json else report.items():
-            print(f"{name:18s} {format(value, '.6g') if isinstance(value, float) else plain(value)}")
         if args.json:
             print(json.dumps(report))
+        for name, value in () if args.json else report.items():
+            print(f"{name:18s} {format(value, '.6g') if isinstance(value, float) else plain(value)}")
         return 0
     except KeyboardInterrupt:
         code, text = 130, "interrupted, nothing was written"
-    except UserError as error:
-        code, text = 2, str(error)
-    except (OSError, MemoryError, RuntimeError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise  # a bug, not a lack of memory
-        code, text = 2, f"{type(error).__name__}: {error}".splitlines()[0]
+        code, text = 2, str(error)
+        if not isinstance(error, UserError):
+            text = f"{type(error).__name__}: {text}".split("\n")[0]
     print("fid.py:", plain(text), file=sys.stderr)
     return code
 

@@ -75,9 +75,6 @@ class Small(torch.nn.Module):
         torch.nn.init.constant_(self.fc.bias, 30)  # a score that used the bias would show it
         self.fc.bias.data[0] = 0
 
-    def for_evaluation(self):
-        return self.requires_grad_(False)
-
     def forward(self, x):
         maps = F.adaptive_avg_pool2d(x, 4).flatten(1)
         return self.pool(maps).relu(), maps[:, :9] ** 2
@@ -243,7 +240,7 @@ def test_features_equal_pytorch_fid(weights, monkeypatch):
     monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url",
                         lambda *_, **__: torch.load(weights, weights_only=True))
     theirs = pytorch_fid.inception.InceptionV3([3]).eval()
-    ours, pictures, maps = fid.load_inception(weights).for_evaluation(), drawn(3, 96, 80, seed=6), []
+    ours, pictures, maps = fid.load_inception(weights), drawn(3, 96, 80, seed=6), []
     hook = theirs.blocks[2][6].branch1x1.register_forward_hook(lambda *event: maps.append(event[2]))
     with torch.no_grad():
         # Whole pipelines with their resize, then our resize through their network.
@@ -745,7 +742,7 @@ def bad_inputs(folder, weights):
         "a folder as output": (["--save-stats", write_folder(folder / "f.npz", drawn(1, 9)), good], "cannot"),
         "output over input": (["--save-stats", four, folder / "good/../four.npz"], "is an input"),
         "output over a link's input": (["--save-stats", four, folder / "link.npz"], "is an input"),
-        "no weights": ([good, good], "curl -fL"), "pairs of nothing": (["--pairs", good, folder / "one"], "no pairs"),
+        "no weights": ([good, good], "curl -fL"), "pairs of nothing": (["--pairs", good, folder / "corrupt/b"], "no pairs"),
         "weights not there": (["--inception", folder / "absent.pth", good, good], "absent.pth"),
         "unlike pairs": (["--pairs", good, folder / "whole.npz"], "no pairs"),
     }
