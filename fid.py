@@ -243,9 +243,9 @@ class LPIPS(nn.Module):
 
 
 def _inception(x, conv):
-    """The 2015 Inception (Szegedy et al. 2016) as FID uses it: (B, 3, 299, 299) -> pool_3, spatial.
+    """The 2015 Inception (Szegedy et al. 2016): (B, 3, 299, 299) -> pool_3, spatial (B, 7, 17, 17).
 
-    conv(x, name, width, kernel, stride 1, padding "same") is the convolution of that name.
+    conv(x, name, width, kernel, stride 1, padding "same") is the convolution, norm and ReLU of that name.
     """
     def chain(x, name, *convolutions):
         for i, convolution in enumerate(convolutions, 1):
@@ -282,15 +282,13 @@ def _inception(x, conv):
         chain(x, "Mixed_7a.branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2, 0)),
         F.max_pool2d(x, 3, 2)], 1)
     for block in ("Mixed_7b", "Mixed_7c"):
-        a = conv(x, f"{block}.branch3x3_1", 384, 1)
-        b = chain(x, f"{block}.branch3x3dbl", (448, 1), (384, 3))
+        parts = [conv(x, f"{block}.branch1x1", 320, 1)]
+        for name, y in ((f"{block}.branch3x3_2", conv(x, f"{block}.branch3x3_1", 384, 1)),
+                        (f"{block}.branch3x3dbl_3", chain(x, f"{block}.branch3x3dbl", (448, 1), (384, 3)))):
+            parts += [conv(y, f"{name}a", 384, (1, 3)), conv(y, f"{name}b", 384, (3, 1))]
         # The last block pools by maximum: a slip of the 2015 graph that every published FID contains.
         pooled = average(x) if block == "Mixed_7b" else F.max_pool2d(x, 3, 1, 1)
-        x = torch.cat([
-            conv(x, f"{block}.branch1x1", 320, 1),
-            conv(a, f"{block}.branch3x3_2a", 384, (1, 3)), conv(a, f"{block}.branch3x3_2b", 384, (3, 1)),
-            conv(b, f"{block}.branch3x3dbl_3a", 384, (1, 3)), conv(b, f"{block}.branch3x3dbl_3b", 384, (3, 1)),
-            conv(pooled, f"{block}.branch_pool", 192, 1)], 1)
+        x = torch.cat([*parts, conv(pooled, f"{block}.branch_pool", 192, 1)], 1)
     return x.mean((2, 3)), spatial
 
 
@@ -573,8 +571,8 @@ def match(originals, recons):
         for source, stem in zip((originals, recons), stems):
             source.files, source.count = [stem[key] for key in both], len(both)
     if originals.count != recons.count or not recons.count or originals.size != recons.size:
-        raise UserError(f"{originals.path} and {recons.path} are no pairs: {originals.count} and {recons.count} "
-                        f"pictures, (H, W) = {originals.size} and {recons.size}; see --size")
+        raise UserError(f"{originals.path} and {recons.path} make no pairs: {originals.count} and "
+                        f"{recons.count} pictures, (H, W) = {originals.size} and {recons.size}; see --size")
     return alone - 2 * recons.count
 
 
@@ -621,10 +619,10 @@ def compare(reference, samples, network, args):
 @torch.no_grad()
 def compare_pairs(originals, recons, network, lpips, args):
     """rFID, PSNR, SSIM and LPIPS of matched Sources by name, those that the networks and sizes allow."""
-    metrics, functions = {}, {"PSNR": psnr}
-    if min(originals.size) >= 11:
+    metrics, functions, side = {}, {"PSNR": psnr}, min(originals.size)
+    if side >= 11:
         functions["SSIM"] = ssim
-    if min(originals.size) >= 16 and lpips:
+    if side >= 16 and lpips:
         functions["LPIPS"] = lambda recon, original: lpips(recon / 127.5 - 1, original / 127.5 - 1)
     if originals.count > 1 and network:
         a, b = measure(originals, network, args), measure(recons, network, args)
@@ -765,8 +763,9 @@ def main(argv=None):
     """The command line. Returns the exit code: 0, 2 after a fault, 130 after Ctrl-C."""
     torch.backends.cudnn.allow_tf32 = False  # cuDNN's default would round convolutions to 10 bits
 
-    def plain(text):  # what a terminal cannot show, newlines too, as escapes
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    def say(name, text, stream):  # what a terminal cannot show, newlines too, as escapes
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        print(name, text, file=stream, flush=True)
 
     try:
         with warnings.catch_warnings():
@@ -777,7 +776,7 @@ def main(argv=None):
         if args.json:
             print(json.dumps(report))
         for name, value in () if args.json else report.items():
-            print(f"{name:18s} {format(value, '.6g') if isinstance(value, float) else plain(value)}")
+            say(f"{name:18s}", value if isinstance(value, str) else f"{value:.6g}", sys.stdout)
         return 0
     except KeyboardInterrupt:
         code, text = 130, "interrupted, nothing was written"
@@ -787,7 +786,7 @@ def main(argv=None):
         code, text = 2, str(error)
         if not isinstance(error, UserError):
             text = f"{type(error).__name__}: {text}".split("\n")[0]
-    print("fid.py:", plain(text), file=sys.stderr)
+    say("fid.py:", text, sys.stderr)
     return code
 
 
