@@ -712,7 +712,7 @@ def evaluate(args):
         size = "{1} x {0} pixels".format(*source.size) if source.size else "no pictures"
         report[role] = f"{source.path}, N = {n or 'unknown'}, {size}{', others fitted' if source.fit else ''}"
         if n and n < FEW:
-            warned.append(f"fewer than {FEW:,} {role} pictures: FID and sFID come out too high")
+            warned.append(f"{role}: fewer than {FEW:,} pictures, FID and sFID come out too high")
     if other := [name for name, digest in hashes.items() if not digest.startswith(KNOWN[name][1])]:
         warned.append(f"not the standard weights ({', '.join(other)}): compares with no published number")
     report |= {f"{name} weights": f"sha256 {digest}" for name, digest in hashes.items()}

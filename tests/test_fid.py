@@ -444,7 +444,7 @@ def test_all_metrics_against_numpy(kinds, small, capsys, tmp_path):
     assert expected["IS"] > 1.001 and "N = 12, 32 x 32" in report["reference"]
     assert report["inception weights"] == f"sha256 {fid.sha256(small[1])}" and report["resize to 299"] == "adm"
     warned = " ".join(value for name, value in report.items() if name.startswith("warning"))
-    assert "not the standard weights (inception)" in warned and "fewer than 10,000 samples" in warned
+    assert "not the standard weights (inception)" in warned and "samples: fewer than 10,000" in warned
     other = call(capsys, *small, paths["folder"], paths["others"], "--resize", "pytorch-fid")
     assert abs(other["FID"] / report["FID"] - 1) > 1e-4 and other["resize to 299"] == "pytorch-fid"
     # Statistics in a file go before its pictures, while the manifold is that of the pictures.
