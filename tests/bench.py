@@ -82,9 +82,7 @@ def metrics(options):
         torch.save(settle(fid.Inception()).state_dict(), weights)
         pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: torch.load(weights, weights_only=True)
         theirs = pytorch_fid.inception.InceptionV3([3])
-        ours = fid.Inception()
-        ours.load_state_dict(torch.load(weights, weights_only=True))
-        ours = ours.for_evaluation()
+        ours = fid.load_inception(weights)
         files = sorted(Path(folder).glob("*.jpg"))
         source = fid.open_source(folder)
 
