@@ -76,7 +76,7 @@ def child(arguments, output, prepare, place):
     torch.set_num_threads(1)
     os.environ |= place
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background inherits it ignored
-    train.measure = lambda *_: (None, {"flops": 1e9})  # for the log's tflops: seconds of every start
+    train.measure = lambda *_: {"flops": 1e9}  # for the log's tflops: seconds of every start
     with open(output, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         os.dup2(file.fileno(), 2)
         if prepare:
@@ -134,7 +134,7 @@ def state_like(path, other):
     """The tensors of a state that any number of ranks has written, in the shapes of one that one rank has."""
     source = semtok.TensorFiles(str(other))
     tensors = {name: torch.zeros_like(source.get(name)) for name in source.shapes}
-    dcp.load(tensors, storage_reader=train.HuggingFaceStorageReader(str(path)), no_dist=True)
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
     return tensors
 
 
