@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import datetime
 import fcntl
+import functools
 import glob
 import hashlib
 import json
@@ -88,10 +89,8 @@ class Recipe:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if name in POSITIVE and value <= 0:
-                raise ValueError(f"{name} must be above 0, not {value}")
-            if name in SHARES and value > 1:
-                raise ValueError(f"{name} is a share: it must be at most 1, not {value}")
+            if (name in POSITIVE and value <= 0) or (name in SHARES and value > 1):
+                raise ValueError(f"{name} {value} must be {'above 0' if value <= 0 else 'a share: at most 1'}")
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ RECIPES = {
 # The tiny preset's stand-ins for published networks, and its discriminator: the arguments of their classes.
 TINY_SIGLIP = SigLIPConfig(width=64, depth=2, heads=2, hidden=128, patch=8, grid=4)
 TINY_VGG, TINY_RESNET, TINY_DISCRIMINATOR = (8, 8, 16, 24, 24), (8, (1, 1, 1, 1), 10), (16, 3, 4)
-TOKENIZER_FIELDS = [field.name for field in fields(SemTokConfig) if field.name not in ("vae", "semantic_width")]
+TOKENIZER_FIELDS = [f.name for f in fields(SemTokConfig) if f.name not in ("vae", "semantic_width")]
 AR_FIELDS = ["depth", "width", "heads", "group_bits", "guidance"]  # tokenizer and data decide the others
 
 
@@ -163,17 +162,16 @@ def setting_names(stage: str) -> list[str]:
 
 def changed(settings, changes: dict[str, str]):
     """A dataclass with the fields that `changes` names set, each read as its type. Raises UserError."""
-    values = {}
+    values, numbers = {}, {int: "a whole number of 0 or more", float: "a number of 0 or more"}
     for name, kind in ((field.name, field.type) for field in fields(settings) if field.name in changes):
         text, choices = changes[name], typing.get_args(kind) or ("0", "1")
-        wanted = {int: "a whole number of 0 or more", float: "a number of 0 or more"}
         try:
-            values[name] = kind(text) if kind in wanted else text == "1" if kind is bool else text
-            fits = 0 <= values[name] < 2**53 if kind in wanted else text in choices
+            values[name] = kind(text) if kind in numbers else text == "1" if kind is bool else text
+            fits = 0 <= values[name] < 2**53 if kind in numbers else text in choices
         except ValueError:
             fits = False
         if not fits:
-            needed = wanted.get(kind, f"one of {', '.join(choices)}")
+            needed = numbers.get(kind, f"one of {', '.join(choices)}")
             raise UserError(f"{name}={text} cannot be set: {needed} is needed")
     try:
         return replace(settings, **values)
@@ -217,9 +215,8 @@ SHAPES = tuple(OUTLINES)
 def draw_shape(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray, int]:
     """Picture `index` of the built-in world: (size, size, 3) uint8 and its class, index % 10 of SHAPES.
 
-    A function of (split, seed, index) alone; "train" and "val" are disjoint. A shape of random colour, size,
-    place and rotation (within 17 degrees) on a gradient, stripes or a woven texture, of moderate contrast.
-    """
+    By (split, seed, index) alone: a shape of random colour, size, place and rotation (within 17 degrees) on a
+    gradient, stripes or a woven texture, of moderate contrast."""
     rng = np.random.default_rng([list(DRAWN).index(split), seed, index])
     label, kind, direction = index % len(SHAPES), rng.integers(3), rng.uniform(0, 2 * np.pi)
     rows, columns = np.mgrid[:size, :size] / (size - 1) - 0.5
@@ -248,19 +245,16 @@ def draw_shape(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray
 class Pictures(Dataset):
     """The pictures of a split, "train" or "val": item (index, flip) -> ((3, size, size) uint8, label).
 
-    They come from FOLDER/CLASS/**/picture, classes in alphabetical order, or from the built-in world. A
-    damaged one is named and replaced by the next. Raises UserError for another layout, or 50 damaged in a row.
-    """
+    They come from FOLDER/CLASS/**/picture, or else from the built-in world. A damaged one is named and the
+    next takes its place. Raises UserError for another layout, or 50 damaged in a row."""
 
     def __init__(self, folder: str | None, split: str, seed: int, size: int, workers: int = 0):
         self.split, self.seed, self.size, self.workers, self.memory = split, seed, size, workers, None
         self.skipped = torch.zeros(1, dtype=torch.long).share_memory_()  # loader processes count here too
-        if folder:
-            self.classes, self.paths, self.labels, self.fingerprint = find_pictures(folder, split)
-        else:
-            self.classes, self.paths = list(SHAPES), None
-            self.labels = [index % len(SHAPES) for index in range(DRAWN[split])]
-            self.fingerprint = f"{DRAWN[split]} drawn, seed {seed}"
+        drawn = [index % len(SHAPES) for index in range(DRAWN[split])]
+        found = list(SHAPES), None, drawn, f"{len(drawn)} drawn, seed {seed}"
+        found = find_pictures(folder, split) if folder else found
+        self.classes, self.paths, self.labels, self.fingerprint = found
         if len(self) * 3 * size**2 <= IN_MEMORY:
             every = [(index, False) for index in range(len(self))]
             loader = DataLoader(self, 64, sampler=every, num_workers=workers, generator=torch.Generator())
@@ -274,20 +268,18 @@ class Pictures(Dataset):
         index, flip = item
         for place in (number % len(self) for number in range(index, index + 50)):
             try:
-                picture = self.read(place)
+                if self.memory is not None:
+                    picture = self.memory[place]
+                elif self.paths is not None:
+                    picture = read_picture(self.paths[place], self.size)
+                else:
+                    drawn = draw_shape(self.split, self.seed, place, self.size)[0]
+                    picture = torch.from_numpy(drawn).permute(2, 0, 1)
                 return picture.flip(-1) if flip else picture, self.labels[place]
             except UserError as error:
                 self.skipped += 1
                 tqdm.write(f"skipped ({int(self.skipped)} so far): {error}", file=sys.stderr)
         raise UserError("50 pictures in a row could not be read: check the folder given as --data")
-
-    def read(self, index: int) -> torch.Tensor:
-        """Picture `index` as it is: (3, size, size) uint8."""
-        if self.memory is not None:
-            return self.memory[index]
-        if self.paths is not None:
-            return read_picture(self.paths[index], self.size)
-        return torch.from_numpy(draw_shape(self.split, self.seed, index, self.size)[0]).permute(2, 0, 1)
 
     def spread(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The same `count` pictures every time, over all classes: (N, 3, H, W) uint8 and labels (N,)."""
@@ -297,10 +289,9 @@ class Pictures(Dataset):
 
 
 def find_pictures(folder: str, split: str) -> tuple[list[str], list[str], list[int], str]:
-    """Classes, paths, labels and fingerprint of a split of FOLDER/CLASS/**/picture. Raises UserError.
+    """Classes in alphabetical order, paths, labels and fingerprint of a split of FOLDER/CLASS/**/picture.
 
-    Every 50th picture of a class (at most 1000 in all) is "val". The fingerprint knows each file's size and
-    time of change."""
+    Every 50th picture of a class (at most 1000 in all) is "val". Raises UserError for another layout."""
     layout = "FOLDER/CLASS/picture.jpg, one subfolder for each class"
     if not os.path.isdir(folder):
         raise UserError(f"--data {folder} is no folder: give one laid out as {layout}")
@@ -312,23 +303,20 @@ def find_pictures(folder: str, split: str) -> tuple[list[str], list[str], list[i
         held_out = set(found[::50][: max(1, 1000 // len(classes))]) if len(found) > 1 else set()
         for path in found:
             if (path in held_out) == (split == "val"):
-                stamp = os.lstat(path)
-                about = f"{os.path.relpath(path, folder)} {stamp.st_size} {stamp.st_mtime_ns}\n"
-                digest.update(about.encode(errors="surrogateescape"))
+                name, stamp = os.path.relpath(path, folder), os.lstat(path)
+                digest.update(os.fsencode(f"{name} {stamp.st_size} {stamp.st_mtime_ns}\n"))
                 paths.append(path)
                 labels.append(label)
     if not paths:
-        raise UserError(
-            f"--data {folder} has no {split} pictures in {len(classes)} subfolders: it must be {layout}"
-        )
+        where = f"in {len(classes)} subfolders"
+        raise UserError(f"--data {folder} has no {split} pictures {where}: it must be {layout}")
     return classes, paths, labels, f"{len(paths)} files, {digest.hexdigest()[:16]}"
 
 
 def schedule(count: int, recipe: Recipe, seed: int, first: int) -> Iterator[list[tuple[int, bool]]]:
-    """Which of `count` pictures this rank sees in each step from `first` on: batches of (index, flip).
+    """Which of `count` pictures this rank sees in each step from `first` on, by (seed, step): (index, flip).
 
-    They follow from (seed, step) alone. Every epoch is a new permutation, and batches run across its end.
-    """
+    Every epoch is a new permutation, and batches run across its end."""
     (rank, world), size, drawn = ranks(), recipe.batch_size, -1
     for step in range(first, recipe.steps):
         batch = []
@@ -343,9 +331,8 @@ def schedule(count: int, recipe: Recipe, seed: int, first: int) -> Iterator[list
 class Tokens(Dataset):
     """The tokenised training pictures: item (index, flip) -> (bits (K, d) bool, label).
 
-    A table in a mapped .npy file, with the mirror images too if the recipe flips: 1.5 GB for ImageNet. The
-    .json beside it says what it was made of and how far. A table of anything else is made again.
-    """
+    A table in a mapped .npy file, of both flips: 1.5 GB for ImageNet. The .json beside it says what it was
+    made of and how far. A table of anything else is made again."""
 
     PART = 256  # pictures between two notes of progress: an interruption costs one part
 
@@ -419,10 +406,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-50 (He et al. 2016), torchvision's names: (B, 3, H, W) in [-1, 1] -> logits (B, classes).
-
-    size: the side that pictures are resized to (224 for ImageNet's weights).
-    """
+    """ResNet-50 (He et al. 2016), torchvision's names: (B, 3, H, W) in [-1, 1], resized -> (B, classes)."""
 
     def __init__(self, width: int = 64, layers=(3, 4, 6, 3), classes: int = 1000, size: int = 224):
         super().__init__()
@@ -448,9 +432,7 @@ class ResNet(nn.Module):
 
 
 def load_resnet(path: str) -> ResNet:
-    """ResNet-50, frozen, from torchvision's `resnet50-0676ba61.pth` or a safetensors file of the same keys.
-
-    Sizes are read off the shapes. Raises fid.UserError for another file."""
+    """torchvision's ResNet-50, from .pth or .safetensors, of any width. Raises fid.UserError."""
     tensors, metadata = fid.read_tensors(path)
     layers = tuple(len({k.split(".")[1] for k in tensors if k.startswith(f"layer{i}.")}) for i in range(1, 5))
     width, classes = (len(tensors.get(name, ())) for name in ("conv1.weight", "fc.weight"))
@@ -462,7 +444,7 @@ def load_resnet(path: str) -> ResNet:
     shapes = {name: tensor.shape for name, tensor in expected.items()}
     fid.check_keys(tensors, shapes, path, "torchvision's ResNet-50")
     resnet.load_state_dict(tensors, strict=False)
-    return resnet.requires_grad_(False).eval()
+    return resnet.eval()
 
 
 class Discriminator(nn.Module):
@@ -520,15 +502,9 @@ class Job:
     val: Pictures | None = None
     planned: bool = False
 
-    @property
-    def tiny(self) -> bool:
-        """Whether stage 0's stand-ins take the place of published networks."""
-        return self.args.preset == "tiny"
-
-    @property
-    def config(self) -> SemTokConfig:
-        """The tokenizer's sizes: the preset's, changed by --set."""
-        return changed(PRESETS[self.args.preset], self.args.changes)
+    def __post_init__(self):
+        self.tiny = self.args.preset == "tiny"  # stage 0's stand-ins take the place of published networks
+        self.config = changed(PRESETS[self.args.preset], self.args.changes)  # the tokenizer's sizes
 
     def path(self, name: str) -> str:
         """A file in the run's folder."""
@@ -544,13 +520,10 @@ class Job:
 
     def ar_config(self, tokens: SemTokConfig) -> ARConfig:
         """The transformer's sizes, changed by --set, for a tokenizer's tokens and the pictures' classes."""
-        preset = AR_PRESETS[self.args.ar_size]
-        sizes = replace(
-            preset, tokens=tokens.tokens, bits=tokens.bits, causal=tokens.causal,
-            spherical=tokens.quantizer == "bsq",
-            classes=len(self.train.classes) if self.train else preset.classes,
-        )
-        return changed(sizes, {name: text for name, text in self.args.changes.items() if name in AR_FIELDS})
+        sizes = {name: getattr(tokens, name) for name in ("tokens", "bits", "causal")}
+        sizes |= {"classes": len(self.train.classes)} if self.train else {}
+        preset = replace(AR_PRESETS[self.args.ar_size], spherical=tokens.quantizer == "bsq", **sizes)
+        return changed(preset, {name: text for name, text in self.args.changes.items() if name in AR_FIELDS})
 
     def settings(self, stage: str) -> dict:
         """All that decides a stage's result, by name: what results and states carry, and what is compared."""
@@ -560,27 +533,27 @@ class Job:
 
     def weights(self, name: str) -> str:
         """Where a frozen network's file is: as given, else the tiny preset's stand-in, else in weights/."""
-        given = getattr(self.args, name)
-        if name == "vae" and not given and os.path.exists(self.weights("sd35")):
+        if name == "vae" and not self.args.vae and os.path.exists(self.weights("sd35")):
             return self.weights("sd35")
-        stand_in = self.tiny and name in STAND_INS
-        return given or (self.path(STAND_INS[name]) if stand_in else os.path.join("weights", WEIGHTS[name][0]))
+        stand_in = self.path(STAND_INS[name]) if self.tiny and name in STAND_INS else ""
+        return getattr(self.args, name) or stand_in or os.path.join("weights", WEIGHTS[name][0])
 
     def network(self, name: str) -> nn.Module:
         """A frozen network, "vae", "siglip", "lpips" or "resnet", out of its file; planned, of its sizes."""
         tiny, file, widths = self.tiny, self.weights, TINY_VGG if self.tiny else fid.VGG_WIDTHS
-        heads, siglip = [torch.zeros(1, width, 1, 1) for width in widths], TINY_SIGLIP if tiny else SigLIPConfig()
-        make, load = {
-            "vae": (lambda: VAE(self.config.vae), lambda: load_vae(file("vae"), device=self.device)),
-            "siglip": (lambda: SigLIP(siglip), lambda: load_siglip(file("siglip"), device=self.device)),
-            "lpips": (
-                lambda: fid.LPIPS(fid.VGG16Features(widths), heads),
-                lambda: fid.load_lpips(file("vgg"), file("lpips")),
-            ),
-            "resnet": (lambda: ResNet(*TINY_RESNET if tiny else ()), lambda: load_resnet(file("resnet"))),
-        }[name]
-        network = make() if self.planned else load().to(self.device)
-        return network.requires_grad_(False).eval()
+        make = {
+            "vae": lambda: VAE(self.config.vae),
+            "siglip": lambda: SigLIP(TINY_SIGLIP if tiny else SigLIPConfig()),
+            "lpips": lambda: fid.LPIPS(fid.VGG16Features(widths), [torch.zeros(1, w, 1, 1) for w in widths]),
+            "resnet": lambda: ResNet(*TINY_RESNET if tiny else ()),
+        }
+        load = {
+            "vae": lambda: load_vae(file("vae"), device=self.device),
+            "siglip": lambda: load_siglip(file("siglip"), device=self.device),
+            "lpips": lambda: fid.load_lpips(file("vgg"), file("lpips")).to(self.device),
+            "resnet": lambda: load_resnet(file("resnet")).to(self.device),
+        }
+        return (make if self.planned else load)[name]().requires_grad_(False).eval()
 
     def new_tokenizer(self, siglip: SigLIP) -> SemTok:
         """A tokenizer at its start. Its VAE and, from SD3.5, its decoder are pretrained; the rest is new."""
@@ -613,17 +586,19 @@ class Job:
 
     def missing(self, stage: str) -> list[str]:
         """A sentence for each thing that a stage reads and does not find."""
-        recipe, earlier = self.recipe(stage), {"2": "1", "ar": "2"}.get(stage)
-        if getattr(recipe, "init", "") == "scratch":
-            earlier = None
-        judges = getattr(recipe, "perceptual", "")
-        needed = ["vae" if self.tiny else "sd35"] * (stage in "12" and not earlier) + ["siglip"] * (stage in "12")
-        needed += ["vgg", "lpips"] * (judges in ("both", "lpips")) + ["resnet"] * (judges in ("both", "resnet"))
+        recipe = self.recipe(stage)
+        scratch, judges = getattr(recipe, "init", "") == "scratch", getattr(recipe, "perceptual", "")
+        earlier = None if scratch else {"2": "1", "ar": "2"}.get(stage)
+        needed = {
+            "vae" if self.tiny else "sd35": stage == "1" or scratch, "siglip": stage in "12",
+            "vgg": judges in ("both", "lpips"), "lpips": judges in ("both", "lpips"),
+            "resnet": judges in ("both", "resnet"),
+        }
         sentences = [
             f"{self.weights(name)} is missing ({WEIGHTS[name][1]}, {WEIGHTS[name][2]}): "
             + (f"{self.command('0')} makes it" if self.tiny and not getattr(self.args, name) else
                f"README's section on other people's weights says how to get it; or give --{name} PATH")
-            for name in needed if not os.path.exists(self.weights(name))
+            for name in needed if needed[name] and not os.path.exists(self.weights(name))
         ]
         if earlier and not os.path.isfile(result := self.path(STAGES[earlier].result)):
             sentences.append(f"{result} is missing: make it first with {self.command(earlier)}")
@@ -649,7 +624,6 @@ class Pretraining(nn.Module):
     """Stage I, Eq. 6: flow matching through the tokens, entropy of the codes, alignment with SigLIP."""
 
     stage, title, result = "1", "flow-matching pre-training", "stage1.safetensors"
-    shown = ("loss", "flow_loss", "distill_loss", "contrast_loss", "used")
     look_for = "samples should show each original's shape and colours"
     caption = "stage 1: 25-step sample"
     before = {}  # rows of the preview
@@ -703,7 +677,6 @@ class Refining(Pretraining):
     """Stage II, Eq. 7: from mask tokens to latents in one step, judged by pixels, and Eq. 6's other terms."""
 
     stage, title, result = "2", "one-step refiner", "stage2.safetensors"
-    shown = ("loss", "pixel_loss", "lpips_loss", "resnet_loss", "discriminator_loss", "used")
     look_for = "the refiner's row should have clean edges where stage 1 has grain"
     caption = "stage 2: refiner"
 
@@ -750,11 +723,10 @@ class Refining(Pretraining):
         return out | {"loss": loss}
 
     def adversarial_losses(self, real: torch.Tensor, output: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Hinge losses of both players in one graph, on pictures (B, 3, H, W) in [-1, 1], and mean logits.
+        """Hinge losses of both players on pictures (B, 3, H, W) in [-1, 1], and mean logits.
 
-        The generator is judged by detached weights, and the discriminator sees detached pictures. So one
-        backward pass gives each player its own gradient.
-        """
+        Detached weights judge the generator; the discriminator sees detached pictures. So one backward pass
+        gives each player its own gradient."""
         detached = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         gan_loss = -torch.func.functional_call(self.discriminator, detached, (output,)).float().mean()
         on_real, on_fake = self.discriminator(real).float(), self.discriminator(output.detach()).float()
@@ -765,15 +737,14 @@ class Refining(Pretraining):
         self.real_mean.lerp_(d_real.detach(), 1 - decay)
         self.fake_mean.lerp_(d_fake.detach(), 1 - decay)
         discriminator_loss = hinge_loss + self.recipe.lambda_lecam * penalty
-        losses = {"gan_loss": gan_loss, "discriminator_loss": discriminator_loss}
-        return losses | {"d_real": d_real, "d_fake": d_fake}
+        means = {"d_real": d_real, "d_fake": d_fake}
+        return {"gan_loss": gan_loss, "discriminator_loss": discriminator_loss} | means
 
 
 class Generating(nn.Module):
     """Section 3.3: the masked AR transformer on the tokens of stage II. Table 5: next-token prediction."""
 
     stage, title, result = "ar", "masked AR", "ar.safetensors"
-    shown = ("loss", "nll", "accuracy")
     look_for = "each picture should show its class at a glance"
 
     def __init__(self, job: Job):
@@ -821,12 +792,10 @@ class Generating(nn.Module):
 class StandIns(nn.Module):
     """Stage 0: small twins of the networks that cannot be had offline, under the real files' key names.
 
-    A VAE (reconstruction + KL) and a SigLIP tower (sigmoid loss against class-name embeddings) are trained.
-    VGG16 and ResNet stay random, which judges pictures almost as well (Zhang et al. 2018, section 4).
-    """
+    A VAE (reconstruction + KL) and a SigLIP tower (sigmoid loss against class names) are trained. VGG16 and
+    ResNet stay random, which judges pictures almost as well (Zhang et al. 2018, section 4)."""
 
     stage, title, result = "0", "stand-ins", STAND_INS["vae"]
-    shown = ("vae_loss", "siglip_loss", "accuracy")
     look_for = "the VAE's row should be as sharp as the originals"
     caption, before, frozen = "VAE", {}, {}
     preview, validate = Pretraining.preview, Pretraining.validate
@@ -1003,7 +972,8 @@ def write_model(path: str, kind: str, model: nn.Module, metadata: dict[str, str]
             tensors[name] = tensor.cpu().contiguous()
             digest.update(tensors[name].numpy())
     if ranks()[0] == 0:
-        about = {"format": kind, "config": json.dumps(asdict(model.config)), "fingerprint": digest.hexdigest()[:16]}
+        sizes, fingerprint = json.dumps(asdict(model.config)), digest.hexdigest()[:16]
+        about = {"format": kind, "config": sizes, "fingerprint": fingerprint}
         write_tensors(path, tensors, metadata | about)
 
 
@@ -1019,16 +989,17 @@ def checksums(folder: str) -> dict[str, str]:
     """The sha256 of every shard in a state's folder."""
     found = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 
 def save_state(folder: str, step: int, tensors: dict[str, torch.Tensor], settings: dict) -> None:
     """Write a training state, whole or not at all: each rank its shards, rank 0 a table. Two are kept."""
-    (rank, world), path = ranks(), os.path.join(folder, f"step-{step:07d}")
-    part = path + ".part"
-    dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(part, save_distributed=True), no_dist=world == 1)
+    path = os.path.join(folder, f"step-{step:07d}")
+    part, (rank, world) = path + ".part", ranks()
+    writer = dcp.HuggingFaceStorageWriter(part, save_distributed=True)
+    dcp.save(tensors, storage_writer=writer, no_dist=world == 1)
     if rank == 0:
         about = {"step": step, "settings": settings, "sha256": checksums(part)}
         write_text(os.path.join(part, "state.json"), json.dumps(about))
@@ -1066,28 +1037,22 @@ def load_state(folder: str, tensors: dict[str, torch.Tensor], settings: dict) ->
     return step
 
 
-def read_log(path: str) -> list[dict]:
-    """The entries of a log.jsonl; damaged lines are left out."""
-    entries = []
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        for line in file:
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                entry = json.loads(line)
-                entry["stage"], entry["step"]
-                entries.append(entry)
-    return entries
+def append_log(path: str, entry: dict) -> None:
+    """A line of log.jsonl, by rank 0."""
+    if ranks()[0] == 0:
+        with open(path, "a", encoding="utf-8") as file:
+            print(json.dumps(entry), file=file)
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Inside `with`, Ctrl-C and SIGTERM only leave a note in the list."""
-    noted, numbers = [], (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda number, _: noted.append(number)) for number in numbers]
-    try:
-        yield noted
-    finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
+def prune_log(path: str, stage: str, step: int) -> None:
+    """Drop from log.jsonl what a stage logged after the step that it goes on from, and damaged lines."""
+    kept = []
+    for line in Path(path).read_bytes().splitlines() if os.path.exists(path) else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            entry = json.loads(line)
+            if entry["stage"] != stage or (entry["step"] <= step and "loss" in entry):
+                kept.append(json.dumps(entry) + "\n")
+    write_text(path, "".join(kept))
 
 
 # --------------------------------------------------------------------------------------------------- the loop
@@ -1113,12 +1078,11 @@ def is_finished(name: str, job: Job) -> bool:
 
 def micro_batch(recipe: Recipe, world: int, accumulate: int) -> int:
     """The pictures that a rank has at once. Raises UserError for a batch that does not divide."""
-    if recipe.batch_size % (world * accumulate):
-        raise UserError(
-            f"a batch of {recipe.batch_size} does not divide by {world} processes with --accumulate "
-            f"{accumulate}: change --batch-size"
-        )
-    return recipe.batch_size // world // accumulate
+    size, left = divmod(recipe.batch_size, world * accumulate)
+    if left:
+        parts = f"{world} processes with --accumulate {accumulate}"
+        raise UserError(f"a batch of {recipe.batch_size} does not divide by {parts}: change --batch-size")
+    return size
 
 
 def make_optimizer(stage: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
@@ -1145,13 +1109,15 @@ def make_optimizer(stage: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 
 def train_stage(name: str, job: Job) -> None:
     """Train one stage from where it stands to its end. Raises UserError when it stops before."""
-    args, recipe, (rank, world), started = job.args, job.recipe(name), ranks(), time.time()
-    say = print if rank == 0 else (lambda *_: None)
+    args, recipe, device, (rank, world) = job.args, job.recipe(name), job.device, ranks()
+    started, say = time.time(), print if rank == 0 else (lambda *_: None)
+    result, states, log = (job.path(file) for file in (STAGES[name].result, f"state-{name}", "log.jsonl"))
+    settings = job.settings(name)
     if is_finished(name, job):
-        return say(f"stage {name} is finished: {job.path(STAGES[name].result)}. --overwrite starts it again")
-    device, states, settings, log = job.device, job.path(f"state-{name}"), job.settings(name), job.path("log.jsonl")
+        return say(f"stage {name} is finished: {result}. --overwrite starts it again")
     wait_for_all()  # whoever changes files below has been seen by all to find them as they were
-    say(f"stage {name}: {STAGES[name].title}, {recipe.steps} steps of {recipe.batch_size} on {world} x {device}")
+    title = STAGES[name].title
+    say(f"stage {name}: {title}, {recipe.steps} steps of {recipe.batch_size} on {world} x {device}")
 
     # ---- the stage, its data, its optimiser, its averages
     torch.manual_seed(args.seed)
@@ -1176,12 +1142,10 @@ def train_stage(name: str, job: Job) -> None:
     buffers = {n: b for n, b in stage.named_buffers() if n in stage.state_dict()}
     # Bad steps are counted where the gradients are: asking for them would make the host wait for the GPU.
     skipped, bad_in_a_row = (torch.zeros((), dtype=torch.long, device=device) for _ in range(2))
-    kinds = {"weights": parameters, "ema": average, "buffers": buffers} | {
-        f"adam/{kind}": {n: optimizer.state[p][kind] for n, p in parameters.items()}
-        for kind in ("step", "exp_avg", "exp_avg_sq")
-    }
-    state = {f"{kind}/{n}": tensor for kind, tensors in kinds.items() for n, tensor in tensors.items()}
-    state["skipped"] = skipped
+    state = {"skipped": skipped} | {f"buffers/{n}": buffer for n, buffer in buffers.items()}
+    state |= {f"weights/{n}": p for n, p in parameters.items()} | {f"ema/{n}": p for n, p in average.items()}
+    for n, parameter in parameters.items():
+        state |= {f"adam/{kind}/{n}": tensor for kind, tensor in optimizer.state[parameter].items()}
 
     # ---- where it stands
     step = 0
@@ -1189,30 +1153,25 @@ def train_stage(name: str, job: Job) -> None:
         step = load_state(states, state, settings)
         if step > recipe.steps:
             raise UserError(f"{states} stands at step {step} of {recipe.steps}: ask for more, or --overwrite")
+    elif rank == 0:
+        shutil.rmtree(states, ignore_errors=True)
     if rank == 0:
-        if not step:
-            shutil.rmtree(states, ignore_errors=True)
-        kept = (e for e in read_log(log) if e["stage"] != name or (e["step"] <= step and "loss" in e))
-        write_text(log, "".join(json.dumps(entry) + "\n" for entry in kept))
+        prune_log(log, name, step)
     batches = DataLoader(
         dataset, num_workers=dataset.workers, persistent_workers=dataset.workers > 0,
         pin_memory=device.type == "cuda",  # else each copy waits for the steps that are under way
         batch_sampler=schedule(len(dataset), recipe, args.seed, step),
     )
     teraflops = measure(name, job, recipe.batch_size)["flops"] / world / 1e12  # a step's, of each rank
-
-    def autocast():
-        return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-    def write(entry):
-        if rank == 0:
-            with open(log, "a", encoding="utf-8") as file:
-                print(json.dumps({"stage": name, "step": step} | entry), file=file)
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     # ---- the loop
     bar = tqdm(batches, f"stage {name}", initial=step, total=recipe.steps, unit="step", disable=rank > 0)
-    since = time.time(), step
-    with bar, stop_signals() as noted:
+    noted, since = [], (time.time(), step)  # signals: the step under way is taken and saved before the end
+    with bar, contextlib.ExitStack() as at_end:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.signal(number, lambda number, _: noted.append(number))
+            at_end.callback(signal.signal, number, handler)
         for batch in bar:
             warm = min(1.0, (step + 1) / recipe.warmup)
             for group in optimizer.param_groups:
@@ -1231,14 +1190,13 @@ def train_stage(name: str, job: Job) -> None:
                     out = stage({n: tensor.chunk(args.accumulate)[i] for n, tensor in rows.items()}, shared)
                 (out["loss"] / args.accumulate).backward()
                 outs.append({n: value.detach() for n, value in out.items()})
-            losses = {n: torch.stack([out[n].float() for out in outs]).mean() for n in outs[0] if n != "codes"}
+            losses = {n: torch.stack([out[n].float() for out in outs]).mean() for n in out if n != "codes"}
             for player, members in players.items():
                 if gradients := [p.grad for p in members if p.grad is not None]:
                     norm = full(nn.utils.get_total_norm(gradients, foreach=True))
                     nn.utils.clip_grads_with_norm_(members, 1.0, norm, foreach=True)
                     losses[f"grad_norm_{player}"] = norm
-            with torch.no_grad():
-                values = mean_over_ranks(torch.stack(list(losses.values())))  # all ranks see what one broke
+            values = mean_over_ranks(torch.stack(list(losses.values())))  # all ranks see what one broke
             losses = dict(zip(losses, values.unbind()))
 
             # the step, which a loss or gradient that is not finite makes a step of nothing
@@ -1252,9 +1210,8 @@ def train_stage(name: str, job: Job) -> None:
             skipped += bad
             bad_in_a_row.add_(1).mul_(bad)
             if average:  # warmed up: a short run would keep its initial weights
-                decay = min(recipe.ema, (1 + step) / (10 + step))
+                decay, live = min(recipe.ema, (1 + step) / (10 + step)), [parameters[n] for n in average]
                 with torch.no_grad():
-                    live = [parameters[n] for n in average]
                     torch._foreach_lerp_(list(average.values()), live, 1 - decay)
             step += 1
 
@@ -1270,9 +1227,9 @@ def train_stage(name: str, job: Job) -> None:
                     f"the last good training state: {good}; go on from it with --resume and a lower --lr"
                 )
             if look:
-                entry = {n: value.item() for n, value in losses.items()}
+                entry = {"stage": name, "step": step} | {n: value.item() for n, value in losses.items()}
                 entry |= {"lr": optimizer.param_groups[0]["lr"], "skipped": int(skipped)}
-                if "codes" in outs[0]:
+                if "codes" in out:
                     bits = codes_to_bits(torch.cat([out["codes"] for out in outs]))
                     entry |= code_usage(gather(bits.to(torch.uint8)).bool())  # gloo gathers no bool
                     if entry["dead_bits"] and step > recipe.warmup:
@@ -1281,8 +1238,8 @@ def train_stage(name: str, job: Job) -> None:
                 (then, first), since = since, (time.time(), step)
                 speed = (step - first) / (since[0] - then)  # with all that a step takes, previews and states
                 entry |= {"images_per_s": speed * recipe.batch_size, "tflops": speed * teraflops}
-                bar.set_postfix_str(" ".join(f"{k}={entry[k]:.3g}" for k in stage.shown if k in entry))
-                write(entry)
+                bar.set_postfix(loss=entry["loss"])
+                append_log(log, entry)
             if step % recipe.preview_every == 0 or last:
                 with averaged(stage, average), autocast():
                     picture = stage.preview()
@@ -1297,27 +1254,26 @@ def train_stage(name: str, job: Job) -> None:
     with averaged(stage, average):
         with autocast():
             figures = stage.validate()
-        write(figures)
+        append_log(log, {"stage": name, "step": step} | figures)
         about = {"stage": name, "preset": args.preset, "classes": json.dumps(job.train.classes)}
         stage.export(about | {"settings": json.dumps(settings), "figures": json.dumps(figures)})
     if rank == 0:
-        entries = [e for e in read_log(log) if e["stage"] == name and "loss" in e]
-        write_picture(job.path(f"curves-{name}.png"), draw_curves(entries))
+        write_picture(job.path(f"curves-{name}.png"), draw_curves(log, name))
     shown, following = ", ".join(f"{k} {v:.4g}" for k, v in figures.items()), {"0": "1", "1": "2", "2": "ar"}
-    run = "" if args.out == os.path.join("runs", "tiny") else f" --run {args.out}"
-    after = job.command(following[name]) if name in following else f"python sample.py --class 1{run}"
+    sampling = f"python sample.py --class 1 --run {args.out}"
     say(
-        f"stage {name} done in {time.time() - started:.0f} s: {shown} on held-out pictures -> {job.path(stage.result)}\n"
+        f"stage {name} done in {time.time() - started:.0f} s: {shown} on held-out pictures -> {result}\n"
         f"  look at {job.path(f'preview-{name}-{step:07d}.png')}: {stage.look_for}; at curves-{name}.png\n"
-        f"  next: {after}"
+        f"  next: {job.command(following[name]) if name in following else sampling}"
     )
     wait_for_all()
 
 
-def draw_curves(entries: list[dict]) -> Image.Image:
-    """Small multiples of entries of log.jsonl: a panel for each number, over the steps."""
-    names = dict.fromkeys(name for entry in entries for name in entry)
-    names = [name for name in names if name not in ("stage", "step", "skipped")]
+def draw_curves(log: str, stage: str) -> Image.Image:
+    """What a stage wrote into log.jsonl: a panel for each number, over the steps."""
+    entries = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
+    entries = [entry for entry in entries if entry["stage"] == stage and "loss" in entry]
+    names = [name for name in entries[-1] if name not in ("stage", "step", "skipped")]
     sheet, last = Image.new("RGB", (5 * 230, -(-len(names) // 5) * 120), "white"), entries[-1]["step"]
     pen = ImageDraw.Draw(sheet)
     for number, name in enumerate(names):
@@ -1365,25 +1321,23 @@ def measure(name: str, job: Job, batch: int) -> dict:
     backward pass: `activations`, and `checkpointed`, with the inputs of all blocks and the inside of one."""
     weights, kept, inputs, opened, forward, inside = set(), {}, {}, [], {}, {}
 
-    def size(storages):
-        return sum(storage.nbytes() for storage in storages.values())
-
     def keep(tensor, among=kept):  # storages, since views of one tensor are kept once
         storage = tensor.untyped_storage()
         if storage._cdata not in weights | kept.keys():
             among[storage._cdata] = storage
         return tensor
 
+    def so_far():
+        return np.array([counter.get_total_flops(), sum(s.nbytes() for s in kept.values())], dtype=object)
+
     def enter(module, args):
-        for tensor in args:
-            if module in blocks and isinstance(tensor, torch.Tensor):
-                keep(tensor, inputs)
-        opened.append((counter.get_total_flops(), size(kept)))
+        for tensor in args if module in blocks else ():
+            keep(tensor, inputs) if isinstance(tensor, torch.Tensor) else None
+        opened.append(so_far())
 
     def leave(module, *_):
-        flops, before = opened.pop()
-        forward[module] = forward.get(module, 0) + counter.get_total_flops() - flops
-        inside[module] = size(kept) - before
+        flops, inside[module] = so_far() - opened.pop()
+        forward[module] = forward.get(module, 0) + flops
 
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         stage = STAGES[name](replace(job, planned=True, device=torch.device("cpu")))
@@ -1391,29 +1345,28 @@ def measure(name: str, job: Job, batch: int) -> dict:
         for module in (*blocks, *(parts[part] for part in PARTS if part in parts)):
             module.register_forward_pre_hook(enter)
             module.register_forward_hook(leave)
-        for module in parts.values():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):  # autocast's copies: the plan counts them apart
-                for parameter in module.parameters():
-                    parameter.data = parameter.data.bfloat16()
+        for layer in (part for part in parts.values() if isinstance(part, (nn.Linear, nn.Conv2d))):
+            for parameter in layer.parameters():  # the plan counts autocast's copies apart
+                parameter.data = parameter.data.bfloat16()
         for root in (stage, *stage.frozen.values()):
             weights |= {t.untyped_storage()._cdata for t in (*root.parameters(), *root.buffers())}
-        side, labels = job.config.image_size, torch.zeros(batch, dtype=torch.long)
-        pictures = torch.zeros(batch, 3, side, side, dtype=torch.uint8)
-        if name == "ar":
-            pictures = torch.zeros(batch, job.config.tokens, job.config.bits, dtype=torch.bool)
+        side, config, labels = job.config.image_size, job.config, torch.zeros(batch, dtype=torch.long)
+        shape = (config.tokens, config.bits) if name == "ar" else (3, side, side)
         saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with torch.autocast("cpu", torch.bfloat16), AsOnCUDA(), saved:
-            step = stage.prepare(pictures, labels, torch.Generator(), stage.recipe.steps - 1)
+            data = torch.zeros(batch, *shape, dtype=torch.bool if name == "ar" else torch.uint8)
+            step = stage.prepare(data, labels, torch.Generator(), stage.recipe.steps - 1)
             stage(*step)["loss"].backward()
-        within = [inside[block] for block in blocks if block in inside]
-        lean = size(kept) + size(inputs) - sum(within) + max(within, default=0)
-    costs = {"flops": counter.get_total_flops(), "activations": size(kept), "checkpointed": lean}
-    return {"stage": stage, "forward": forward} | costs
+        flops, activations = so_far()
+        within = [inside[block] for block in blocks if block in inside] or [0]
+        lean = activations + sum(s.nbytes() for s in inputs.values()) - sum(within) + max(within)
+    sizes = {"activations": activations, "checkpointed": lean}
+    return {"stage": stage, "flops": flops, "forward": forward} | sizes
 
 
-def plan(job: Job, name: str) -> str:
-    """What --dry-run prints of a stage: parameters, FLOPs, memory, length and missing files."""
-    args, config, recipe = job.args, job.config, job.recipe(name)
+def plan(job: Job, name: str) -> None:
+    """Print what a stage takes (--dry-run): parameters, FLOPs, memory, length and missing files."""
+    args, config, recipe, missing = job.args, job.config, job.recipe(name), job.missing(name)
     gpus = args.gpus or (1 if job.tiny else 8)
     batch = micro_batch(recipe, gpus, args.accumulate)
     cost = measure(name, job, batch)
@@ -1423,25 +1376,26 @@ def plan(job: Job, name: str) -> str:
         parameters = {p for module in modules for p in module.parameters()}
         return [sum(p.numel() for p in parameters if p.requires_grad == trained) for trained in (True, False)]
 
-    lines = [
+    print(
         f"stage {name}, {stage.title}, {args.preset} preset: {recipe.steps:,} steps of {recipe.batch_size} "
-        f"pictures of {config.image_size} x {config.image_size}, {batch} at once on each of {gpus} GPUs",
-        f"{config.tokens} tokens of {config.bits} bits: {config.bits_per_pixel:.3f} bits per pixel", "",
-        f"{'network':20}{'trained, M':>12}{'frozen, M':>12}{'published':>12}{'forward, TFLOP a picture':>28}",
-    ]
+        f"pictures of {config.image_size} x {config.image_size}, {batch} at once on each of {gpus} GPUs\n"
+        f"{config.tokens} tokens of {config.bits} bits: {config.bits_per_pixel:.3f} bits per pixel\n\n"
+        f"{'network':20}{'trained, M':>12}{'frozen, M':>12}{'published':>12}{'forward, TFLOP a picture':>28}"
+    )
     found = dict(stage.named_modules()) | stage.frozen
     rows = {part: (sizes(found[part]), forward.get(found[part], 0)) for part in PARTS if part in found}
     rows["all"] = sizes(stage, *stage.frozen.values()), sum(work for _, work in rows.values())
     for part, ((trained, frozen), work) in rows.items():
         known = "-" if job.tiny else PUBLISHED.get(f"ar {args.ar_size}" if part == "ar" else part, "-")
         tera = f"{work / batch / 1e12:.4g}" if work else "-"
-        lines.append(f"{part:20}{trained / 1e6:12.2f}{frozen / 1e6:12.2f}{known:>12}{tera:>28}")
-    lines.append(f"with the backward passes: {flops / batch / 1e12:.4g} TFLOP a picture")
+        print(f"{part:20}{trained / 1e6:12.2f}{frozen / 1e6:12.2f}{known:>12}{tera:>28}")
+    print(f"with the backward passes: {flops / batch / 1e12:.4g} TFLOP a picture")
     if not job.tiny and name != "ar":
-        width = config.decoder_width
-        before = (sum(sizes(stage.semtok.decoder)) + (2048 + 1 + width + 1) * width) / 1e6
-        lines.append(f"the decoder has {before:.0f}M before SD3.5's pooled-text embedder becomes a bias")
+        pooled = (2048 + 1 + config.decoder_width + 1) * config.decoder_width
+        before = (sum(sizes(stage.semtok.decoder)) + pooled) / 1e6
+        print(f"the decoder has {before:.0f}M before SD3.5's pooled-text embedder becomes a bias")
 
+    print("\nGiB on a GPU, what is trained sharded; context and fragments come on top, a few GiB")
     blocks = {block: sum(sizes(block)) for block in blocks_of(stage) if sizes(block)[0]}
     memory = {
         "trained weights, float32": 4 * trained / gpus, "frozen weights, float32": 4 * frozen,
@@ -1453,17 +1407,14 @@ def plan(job: Job, name: str) -> str:
     fixed = sum(memory.values())
     for note, kept in (("", cost["activations"]), (", checkpointed", cost["checkpointed"])):
         memory |= {f"activations{note}": kept, f"total{note}": fixed + kept}
-    lines += ["", "GiB on a GPU, what is trained sharded; context and fragments come on top, a few GiB"]
     for label, amount in memory.items():
         over = f"  more than the {ROOM / 2**30:.0f} of an {CARD}" * ("total" in label and amount > ROOM)
-        lines.append(f"{label:28}{amount / 2**30:12.4g}{over}")
-    lines.append("")
+        print(f"{label:28}{amount / 2**30:12.4g}{over}")
+    print(f"\nlength at {UTILISATION:.0%} of an {CARD}'s {PEAK / 1e12:.0f} TFLOP/s")
     for note, work in (("", flops), (", checkpointed", flops + sum(forward[block] for block in blocks))):
         hours = recipe.steps * recipe.batch_size * work / batch / (PEAK * UTILISATION) / 3600
-        lines.append(f"length{note}: {hours:.4g} GPU-hours, {hours / gpus:.3g} hours on {gpus} GPUs")
-    lines += [f"  at {UTILISATION:.0%} of an {CARD}'s {PEAK / 1e12:.0f} TFLOP/s", ""]
-    missing = job.missing(name)
-    return "\n".join([*lines, f"missing: {len(missing) or 'nothing'}", *(f"- {text}" for text in missing)])
+        print(f"length{note}: {hours:.4g} GPU-hours, {hours / gpus:.3g} hours on {gpus} GPUs")
+    print(f"\nmissing: {len(missing) or 'nothing'}", *missing, sep="\n- ", end="\n\n")
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -1481,12 +1432,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data", metavar="FOLDER", help="pictures in class subfolders; tiny draws shapes when there is none")
     add("--out", metavar="FOLDER", help="results, previews, log and states (default: runs/PRESET)")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change settings above")
-    for name, about in {
-        "steps": "of training; warm-up and GAN start keep their share", "batch_size": "pictures a step",
-        "lr": "peak learning rate",
-    }.items():
-        flag, setting = "--" + name.replace("_", "-"), (name + "={}").format
-        add(flag, dest="set", action="append", type=setting, metavar="N", help=f"short for --set {name}=N: {about}")
+    for flag, name in {"--steps": "steps", "--batch-size": "batch_size", "--lr": "lr"}.items():
+        setting = f"{name}={{}}".format
+        add(flag, dest="set", action="append", type=setting, metavar="N", help=f"short for --set {name}=N")
     add("--ar-size", choices=["L", "XL", "XXL"], help="the paper preset's transformer, by name (default L)")
     add("--seed", type=int, default=0, help="everything random follows from it (default 0)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
@@ -1535,7 +1483,7 @@ def main(arguments: list[str] | None = None) -> None:
         micro_batch(job.recipe(stage), args.gpus or int(os.environ.get("WORLD_SIZE", 1)), args.accumulate)
     job.ar_config(job.config)
     if args.dry_run:
-        return print("\n\n".join(plan(job, stage) for stage in args.stages))
+        return [plan(job, stage) for stage in args.stages]
     if missing := job.missing(stages[0]):
         raise UserError("; ".join(missing))
     job.device = choose_device(args.device)
@@ -1591,7 +1539,7 @@ def command_line(arguments: list[str] | None = None) -> int:
         elif isinstance(error, RuntimeError):
             raise  # a bug
         else:
-            text = f"{reason}: free some space or change the path; what has been saved is whole, --resume goes on"
+            text = f"{reason}: free some space or change the path; what is saved is whole, --resume goes on"
     if ranks()[0] > 0:
         time.sleep(20)  # rank 0 has mostly stopped for the same reason, and its end is this process's end
     else:
