@@ -17,8 +17,9 @@ The models and the method are in semtok.py and ar.py. This file is the engineeri
     command
 
 A stage is a module. `prepare(pictures, labels, rng, step) -> rows, shared` makes all that needs no gradient,
-and `forward(rows, shared) -> losses` the rest. `rows` has a row for each picture of this rank, so a
-micro-batch is a slice of it. `preview()`, `validate()` and `export(metadata)` show, score and save.
+of uint8 pictures (B, 3, H, W) or of tokens' bits (B, K, d), and `forward(rows, shared) -> losses` the rest.
+`rows` has a row for each picture of this rank, so a micro-batch is a slice of it. `preview()` is a picture,
+`validate()` is held-out figures by name, and `export(metadata)` writes the result; all ranks call them.
 """
 
 import argparse
@@ -89,8 +90,10 @@ class Recipe:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if (name in POSITIVE and value <= 0) or (name in SHARES and value > 1):
-                raise ValueError(f"{name} {value} must be {'above 0' if value <= 0 else 'a share: at most 1'}")
+            if name in POSITIVE and value <= 0:
+                raise ValueError(f"{name} must be above 0, not {value}")
+            if name in SHARES and value > 1:
+                raise ValueError(f"{name} is a share: it must be at most 1, not {value}")
 
 
 @dataclass(frozen=True)
@@ -589,17 +592,15 @@ class Job:
         recipe = self.recipe(stage)
         scratch, judges = getattr(recipe, "init", "") == "scratch", getattr(recipe, "perceptual", "")
         earlier = None if scratch else {"2": "1", "ar": "2"}.get(stage)
-        needed = {
-            "vae" if self.tiny else "sd35": stage == "1" or scratch, "siglip": stage in "12",
-            "vgg": judges in ("both", "lpips"), "lpips": judges in ("both", "lpips"),
-            "resnet": judges in ("both", "resnet"),
-        }
-        sentences = [
-            f"{self.weights(name)} is missing ({WEIGHTS[name][1]}, {WEIGHTS[name][2]}): "
-            + (f"{self.command('0')} makes it" if self.tiny and not getattr(self.args, name) else
-               f"README's section on other people's weights says how to get it; or give --{name} PATH")
-            for name in needed if needed[name] and not os.path.exists(self.weights(name))
-        ]
+        needed = ["vae" if self.tiny else "sd35"] * (stage == "1" or scratch) + ["siglip"] * (stage in "12")
+        needed += ["vgg", "lpips"] * (judges in ("both", "lpips")) + ["resnet"] * (judges in ("both", "resnet"))
+        sentences = []
+        for name in needed:
+            path, (_, about, size) = self.weights(name), WEIGHTS[name]
+            if not os.path.exists(path):
+                how = f"README says how to get it; or give --{name} PATH"
+                how = f"{self.command('0')} makes it" if path.startswith(self.path("standins")) else how
+                sentences.append(f"{path} is missing ({about}, {size}): {how}")
         if earlier and not os.path.isfile(result := self.path(STAGES[earlier].result)):
             sentences.append(f"{result} is missing: make it first with {self.command(earlier)}")
         if not self.tiny and not os.path.isdir(self.args.data or ""):
@@ -611,10 +612,9 @@ def check_settings(path: str, found: dict, asked: dict, free: tuple[str, ...] = 
     """Raises UserError naming the first setting, but for free ones, in which a file is of another run."""
     for name, value in asked.items():
         if name not in free and found.get(name) != value:
-            raise UserError(
-                f"{path} was made with {name} {found.get(name)}, this run has {name} {value}: ask for the "
-                "same (--set changes settings), or take another --out, or start again with --overwrite"
-            )
+            advice = "ask for the same with --set, take another --out, or start again with --overwrite"
+            was = f"{path} was made with {name} {found.get(name)}"
+            raise UserError(f"{was}, this run has {name} {value}: {advice}")
 
 
 # ----------------------------------------------------------- the stages: what each one feeds, loses and shows
@@ -641,12 +641,10 @@ class Pretraining(nn.Module):
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
-        """pictures (B, 3, H, W) uint8 -> rows, shared."""
         rows, shared = self.semtok.prepare(to_signed(pictures), self.frozen["siglip"])
         return rows | self.semtok.draw_noise(rows["latents"], rng), shared
 
     def forward(self, rows: dict, shared: dict) -> dict[str, torch.Tensor]:
-        """Eq. 6's loss and terms, and codes."""
         return self.semtok.pretraining_losses(**rows, **shared, weights=self.recipe)
 
     def reconstruct(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -656,20 +654,17 @@ class Pretraining(nn.Module):
 
     @torch.no_grad()
     def preview(self) -> Image.Image:
-        """Held-out pictures, in stage II stage I's samples of them, and this stage's reconstructions."""
         pictures, _ = self.job.val.spread(10)
         made = self.reconstruct(pictures.to(self.job.device))
         return picture_grid({"original": pictures} | self.before | {self.caption: made})
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean PSNR (dB) and SSIM of the reconstructions of held-out pictures."""
         pictures, _ = self.job.val.spread(200)
         made = self.reconstruct(pictures.to(self.job.device)).cpu()
         return {metric.__name__: metric(made, pictures).mean().item() for metric in (fid.psnr, fid.ssim)}
 
     def export(self, metadata: dict[str, str]) -> None:
-        """Write the tokenizer with all that sample.py needs to know."""
         write_model(self.job.path(self.result), "semtok-tokenizer", self.semtok, metadata)
 
 
@@ -698,13 +693,11 @@ class Refining(Pretraining):
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
-        """pictures (B, 3, H, W) uint8 -> rows, shared."""
         pictures = to_signed(pictures)
         rows, shared = self.semtok.prepare(pictures, self.frozen["siglip"])
         return rows | {"pictures": pictures}, shared | {"adversarial": step >= self.recipe.gan_start}
 
     def forward(self, rows: dict, shared: dict) -> dict[str, torch.Tensor]:
-        """Eq. 7's loss and terms, and codes."""
         recipe, real = self.recipe, rows["pictures"]
         latents, out = self.semtok.refiner_losses(
             rows["latents"], rows["features"], rows["positive"], shared["candidates"], recipe
@@ -756,16 +749,13 @@ class Generating(nn.Module):
         self.ar = MaskedAR(job.ar_config(tokenizer.config))
 
     def prepare(self, bits: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
-        """bits (B, K, d), labels (B,) -> rows, shared."""
         return self.ar.prepare(bits, labels, rng, self.recipe.least_masked, self.recipe.class_dropout)
 
     def forward(self, rows: dict, shared: dict) -> dict[str, torch.Tensor]:
-        """Eq. 8's loss."""
         return self.ar.loss(**rows, **shared, smoothing=self.recipe.smoothing)
 
     @torch.no_grad()
     def preview(self) -> Image.Image:
-        """One sample of each class (of the first 20)."""
         tokenizer, config = self.frozen["tokenizer"], self.ar.config
         labels = torch.arange(min(20, config.classes), device=self.job.device)
         rng = torch.Generator(labels.device).manual_seed(0)
@@ -775,7 +765,6 @@ class Generating(nn.Module):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Held-out pictures' masked tokens: nats a bit, share of bits guessed right."""
         pictures, labels = (tensor.to(self.job.device) for tensor in self.job.val.spread(500))
         bits = codes_to_bits(in_batches(self.frozen["tokenizer"].encode, to_signed(pictures)))
         rng = step_generator(0, "validation", 0, bits.device)
@@ -784,9 +773,8 @@ class Generating(nn.Module):
         return {"val_nll_per_bit": losses["nll"].item(), "val_bit_accuracy": losses["accuracy"].item()}
 
     def export(self, metadata: dict[str, str]) -> None:
-        """Write the transformer, which remembers the tokenizer that its tokens are of."""
-        about = metadata | {"tokenizer": self.fingerprint}
-        write_model(self.job.path(self.result), "semtok-ar", self.ar, about)
+        metadata = metadata | {"tokenizer": self.fingerprint}
+        write_model(self.job.path(self.result), "semtok-ar", self.ar, metadata)
 
 
 class StandIns(nn.Module):
@@ -818,7 +806,6 @@ class StandIns(nn.Module):
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
-        """pictures (B, 3, H, W) uint8, labels (B,) -> rows, shared."""
         pictures, (rank, world), config = to_signed(pictures), ranks(), self.config.vae
         # The VAE is convolutional. It learns from windows, then from whole pictures.
         side, top, left = pictures.shape[-1], 0, 0
@@ -831,7 +818,6 @@ class StandIns(nn.Module):
         return {"pictures": pictures, "labels": labels, "windows": windows, "noise": noise}, {}
 
     def forward(self, rows: dict, shared: dict) -> dict[str, torch.Tensor]:
-        """Losses of the two networks."""
         windows, labels = rows["windows"], rows["labels"]
         moments = self.vae.encoder(windows.contiguous(memory_format=torch.channels_last))
         mean, log_variance = moments.chunk(2, 1)
@@ -848,12 +834,10 @@ class StandIns(nn.Module):
         return losses | {"siglip_loss": siglip_loss, "accuracy": (pairs.argmax(1) == labels).float().mean()}
 
     def reconstruct(self, pictures: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, 3, H, W) -> uint8, through the VAE."""
         return to_uint8(self.vae.decode(self.vae.encode(to_signed(pictures))))
 
     @torch.no_grad()
     def export(self, metadata: dict[str, str]) -> None:
-        """Write the networks as the real files look."""
         vae, siglip = VAE(self.config.vae), SigLIP(TINY_SIGLIP)
         for copy, trained in ((vae, self.vae), (siglip, self.siglip)):
             copy.load_state_dict({name: full(tensor) for name, tensor in trained.state_dict().items()})
@@ -942,11 +926,11 @@ def averaged(stage: nn.Module, average: dict[str, torch.Tensor]) -> Iterator[Non
     """Inside `with`, a stage is in eval mode and has its averaged weights, swapped with the live ones."""
     @torch.no_grad()
     def swap():
-        for name, parameter in stage.named_parameters():
-            if name in average:
-                live = parameter.clone()
-                parameter.copy_(average[name])
-                average[name].copy_(live)
+        for name, mean in average.items():
+            parameter = stage.get_parameter(name)
+            live = parameter.clone()
+            parameter.copy_(mean)
+            mean.copy_(live)
 
     swap()
     stage.eval()
@@ -977,11 +961,8 @@ def write_model(path: str, kind: str, model: nn.Module, metadata: dict[str, str]
         write_tensors(path, tensors, metadata | about)
 
 
-# ---- the training state, for --resume: a folder of safetensors shards, and state.json
-
-
 def saved_states(folder: str) -> list[str]:
-    """Training states in a folder, oldest first."""
+    """Training states in a folder, oldest first: folders of safetensors shards and a state.json."""
     return sorted(glob.glob(os.path.join(glob.escape(folder), "step-*[0-9]")))  # not .part
 
 
@@ -1037,13 +1018,6 @@ def load_state(folder: str, tensors: dict[str, torch.Tensor], settings: dict) ->
     return step
 
 
-def append_log(path: str, entry: dict) -> None:
-    """A line of log.jsonl, by rank 0."""
-    if ranks()[0] == 0:
-        with open(path, "a", encoding="utf-8") as file:
-            print(json.dumps(entry), file=file)
-
-
 def prune_log(path: str, stage: str, step: int) -> None:
     """Drop from log.jsonl what a stage logged after the step that it goes on from, and damaged lines."""
     kept = []
@@ -1063,14 +1037,12 @@ BAD_STEPS = 5  # steps in a row that are not finite, after which a run stops
 def is_finished(name: str, job: Job) -> bool:
     """Whether a stage has its result, by the settings of this run. UserError when a person must decide."""
     args, result, states = job.args, job.path(STAGES[name].result), saved_states(job.path(f"state-{name}"))
-    if args.overwrite:
-        return False
-    if os.path.exists(result):
+    if os.path.exists(result) and not args.overwrite:
         found, asked = json.loads(TensorFiles(result).metadata.get("settings", "{}")), job.settings(name)
         if not (args.resume and states):  # else load_state compares
             check_settings(result, found, asked, CADENCE)
         return all(found.get(key) == asked[key] for key in asked.keys() - set(CADENCE))
-    if states and not args.resume:
+    if states and not (args.resume or args.overwrite):
         how = f"--resume goes on from {states[-1]}, --overwrite starts again"
         raise UserError(f"stage {name} stopped before its end: {how}")
     return False
@@ -1091,19 +1063,17 @@ def make_optimizer(stage: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     The discriminator has its own learning rate. Moments are made at once: a training state has the same names
     before and after the discriminator joins."""
     matrices = {layer.weight for layer in stage.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
-    groups = {}
-    for name, parameter in stage.named_parameters():
-        if parameter.requires_grad:
+    groups, state = {}, {}
+    for name, p in stage.named_parameters():
+        if p.requires_grad:
             lr = recipe.discriminator_lr if name.startswith("discriminator.") else recipe.lr
-            decay = recipe.weight_decay * (parameter in matrices)
+            decay = recipe.weight_decay if p in matrices else 0.0
             group = groups.setdefault((lr, decay), {"params": [], "base_lr": lr, "weight_decay": decay})
-            group["params"].append(parameter)
+            group["params"].append(p)
+            state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
+            state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     optimizer = torch.optim.AdamW(groups.values(), recipe.lr, betas=(0.9, 0.95), fused=True)
-    for parameter in (parameter for group in groups.values() for parameter in group["params"]):
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter),
-        }
+    optimizer.state.update(state)
     return optimizer
 
 
@@ -1164,6 +1134,11 @@ def train_stage(name: str, job: Job) -> None:
     )
     teraflops = measure(name, job, recipe.batch_size)["flops"] / world / 1e12  # a step's, of each rank
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+    def write_log(**entry):
+        if rank == 0:
+            with open(log, "a", encoding="utf-8") as file:
+                print(json.dumps({"stage": name, "step": step} | entry), file=file)
 
     # ---- the loop
     bar = tqdm(batches, f"stage {name}", initial=step, total=recipe.steps, unit="step", disable=rank > 0)
@@ -1227,7 +1202,7 @@ def train_stage(name: str, job: Job) -> None:
                     f"the last good training state: {good}; go on from it with --resume and a lower --lr"
                 )
             if look:
-                entry = {"stage": name, "step": step} | {n: value.item() for n, value in losses.items()}
+                entry = {n: value.item() for n, value in losses.items()}
                 entry |= {"lr": optimizer.param_groups[0]["lr"], "skipped": int(skipped)}
                 if "codes" in out:
                     bits = codes_to_bits(torch.cat([out["codes"] for out in outs]))
@@ -1239,7 +1214,7 @@ def train_stage(name: str, job: Job) -> None:
                 speed = (step - first) / (since[0] - then)  # with all that a step takes, previews and states
                 entry |= {"images_per_s": speed * recipe.batch_size, "tflops": speed * teraflops}
                 bar.set_postfix(loss=entry["loss"])
-                append_log(log, entry)
+                write_log(**entry)
             if step % recipe.preview_every == 0 or last:
                 with averaged(stage, average), autocast():
                     picture = stage.preview()
@@ -1254,7 +1229,7 @@ def train_stage(name: str, job: Job) -> None:
     with averaged(stage, average):
         with autocast():
             figures = stage.validate()
-        append_log(log, {"stage": name, "step": step} | figures)
+        write_log(**figures)
         about = {"stage": name, "preset": args.preset, "classes": json.dumps(job.train.classes)}
         stage.export(about | {"settings": json.dumps(settings), "figures": json.dumps(figures)})
     if rank == 0:
@@ -1291,14 +1266,12 @@ def draw_curves(log: str, stage: str) -> Image.Image:
 # --------------------------------------------------------------------------------------------------- the plan
 
 CARD, PEAK, ROOM, UTILISATION = "H100", 989e12, 78 * 2**30, 0.4  # its dense bfloat16 FLOP/s, bytes, our share
-PUBLISHED = {  # parameters in millions, by the paper, and of the VAE by SD3.5's file
-    "semtok.encoder": 113, "semtok.decoder": 2236, "semtok.vae.encoder": 34.3, "semtok.vae.decoder": 49.5,
-    "ar L": 318, "ar XL": 746, "ar XXL": 1200,
+PARTS = {  # of the stages, as the code names them: millions of parameters in the paper, of the VAE in SD3.5
+    "semtok.vae.encoder": 34.3, "siglip": "-", "semtok.encoder": 113, "semtok.w_x": "-", "semtok.w_z": "-",
+    "semtok.decoder": 2236, "semtok.vae.decoder": 49.5, "lpips": "-", "resnet": "-", "discriminator": "-",
+    "tokenizer": "-", "ar": "-", "vae.encoder": "-", "vae.decoder": "-",
 }
-PARTS = (  # of the stages, as they are named in the code
-    "semtok.vae.encoder", "siglip", "semtok.encoder", "semtok.w_x", "semtok.w_z", "semtok.decoder",
-    "semtok.vae.decoder", "lpips", "resnet", "discriminator", "tokenizer", "ar", "vae.encoder", "vae.decoder",
-)
+PAPER_AR = {"L": 318, "XL": 746, "XXL": 1200}
 
 
 class AsOnCUDA(torch.overrides.TorchFunctionMode):
@@ -1386,7 +1359,7 @@ def plan(job: Job, name: str) -> None:
     rows = {part: (sizes(found[part]), forward.get(found[part], 0)) for part in PARTS if part in found}
     rows["all"] = sizes(stage, *stage.frozen.values()), sum(work for _, work in rows.values())
     for part, ((trained, frozen), work) in rows.items():
-        known = "-" if job.tiny else PUBLISHED.get(f"ar {args.ar_size}" if part == "ar" else part, "-")
+        known = "-" if job.tiny else PAPER_AR[args.ar_size] if part == "ar" else PARTS.get(part, "-")
         tera = f"{work / batch / 1e12:.4g}" if work else "-"
         print(f"{part:20}{trained / 1e6:12.2f}{frozen / 1e6:12.2f}{known:>12}{tera:>28}")
     print(f"with the backward passes: {flops / batch / 1e12:.4g} TFLOP a picture")
@@ -1397,10 +1370,10 @@ def plan(job: Job, name: str) -> None:
 
     print("\nGiB on a GPU, what is trained sharded; context and fragments come on top, a few GiB")
     blocks = {block: sum(sizes(block)) for block in blocks_of(stage) if sizes(block)[0]}
+    own = 4 * trained / gpus
     memory = {
-        "trained weights, float32": 4 * trained / gpus, "frozen weights, float32": 4 * frozen,
-        "gradients, float32": 4 * trained / gpus, "AdamW, two moments": 8 * trained / gpus,
-        "averaged weights": 4 * trained / gpus * bool(recipe.ema),
+        "trained weights, float32": own, "frozen weights, float32": 4 * frozen, "gradients, float32": own,
+        "AdamW, two moments": 2 * own, "averaged weights": own * bool(recipe.ema),
         # of all weights, or where they are sharded of two blocks, with their gradients
         "bfloat16 copies": 2 * trained if gpus == 1 else 8 * max(blocks.values(), default=0),
     }
@@ -1432,21 +1405,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data", metavar="FOLDER", help="pictures in class subfolders; tiny draws shapes when there is none")
     add("--out", metavar="FOLDER", help="results, previews, log and states (default: runs/PRESET)")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change settings above")
-    for flag, name in {"--steps": "steps", "--batch-size": "batch_size", "--lr": "lr"}.items():
-        setting = f"{name}={{}}".format
-        add(flag, dest="set", action="append", type=setting, metavar="N", help=f"short for --set {name}=N")
+    for name in ("steps", "batch_size", "lr"):
+        option, setting = {"dest": "set", "action": "append", "metavar": "N"}, f"{name}={{}}".format
+        add("--" + name.replace("_", "-"), type=setting, help=f"short for --set {name}=N", **option)
     add("--ar-size", choices=["L", "XL", "XXL"], help="the paper preset's transformer, by name (default L)")
     add("--seed", type=int, default=0, help="everything random follows from it (default 0)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--workers", type=int, default=min(4, os.cpu_count()), help="processes to read pictures")
-    add("--resume", action="store_true", help="go on from the last training state")
-    add("--overwrite", action="store_true", help="start again although there is a result or a state")
-    add("--checkpoint-activations", action="store_true", help="less memory, about a third more work")
-    add("--accumulate", type=int, default=1, metavar="N", help="micro-batches of a rank's share, "
-        "for less memory; only the entropy of the average code is then a micro-batch's")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile networks (default: on CUDA)")
-    add("--dry-run", action="store_true", help="print the plan (sizes, FLOPs, memory, missing files) only")
+    add("--accumulate", type=int, default=1, metavar="N", help="micro-batches: less memory, entropy of each")
     add("--gpus", type=int, help="in a --dry-run, how many share the batch (paper: 8; else 1)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile networks (default: on CUDA)")
+    for flag, about in {
+        "--resume": "go on from the last training state", "--overwrite": "start again all the same",
+        "--checkpoint-activations": "less memory, about a third more work",
+        "--dry-run": "only print the plan: sizes, FLOPs, memory, hours, missing files",
+    }.items():
+        add(flag, action="store_true", help=about)
     for name, (_, about, size) in WEIGHTS.items():
         add(f"--{name}", metavar="PATH", help=f"{about}, {size} (default: in weights/)")
     args = parser.parse_args(arguments)
@@ -1459,10 +1433,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args.stages = ["1", "2", "ar"] if args.stage == "all" else [args.stage]
     if args.stage == "all" and args.changes.get("init") == "scratch":
         args.stages = ["2", "ar"]  # Table 12
-    known = {name for stage in args.stages for name in setting_names(stage)}
-    if unknown := sorted(args.changes.keys() - known):
-        fields = ", ".join(sorted(known))
-        parser.error(f"--set {unknown[0]} changes nothing in stage {args.stage}, which has {fields}")
+    known = sorted({name for stage in args.stages for name in setting_names(stage)})
+    for name in args.changes.keys() - known:
+        parser.error(f"--set {name} changes nothing in stage {args.stage}, which has {', '.join(known)}")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     if args.ar_size and args.preset != "paper":
@@ -1474,7 +1447,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """The command. Raises UserError for what the person at the keyboard can mend."""
     args = parse_arguments(arguments)
-    job, stages = Job(args, torch.device("cpu")), args.stages
+    job, stages, several = Job(args, torch.device("cpu")), args.stages, "WORLD_SIZE" in os.environ  # torchrun
     if job.tiny and (stages[0] == "1" or args.changes.get("init") == "scratch"):
         stages = ["0"] * (not all(os.path.exists(job.weights(name)) for name in STAND_INS)) + stages
     for stage in stages:  # what does not fit is refused now, not after two stages
@@ -1487,22 +1460,22 @@ def main(arguments: list[str] | None = None) -> None:
     if missing := job.missing(stages[0]):
         raise UserError("; ".join(missing))
     job.device = choose_device(args.device)
-    if "WORLD_SIZE" in os.environ:  # torchrun sets it
-        if job.device.type == "cuda":
-            job.device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(job.device)
-        backend = "cpu:gloo,cuda:nccl" if job.device.type == "cuda" else "gloo"
+    cuda = job.device.type == "cuda"
+    if cuda and several:
+        job.device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(job.device)
+    if several:
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
-    args.compile = job.device.type == "cuda" if args.compile is None else args.compile
+    args.compile = cuda if args.compile is None else args.compile
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA, for what autocast leaves in float32
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a state of one process
     with lock(args.out):
-        job.train, job.val = (
-            Pictures(args.data, split, args.seed, job.config.image_size, args.workers) for split in DRAWN
-        )
+        size = job.config.image_size
+        job.train, job.val = (Pictures(args.data, split, args.seed, size, args.workers) for split in DRAWN)
         for stage in stages:
             train_stage(stage, job)
-    if dist.is_initialized():
+    if several:
         dist.destroy_process_group()
 
 
@@ -1522,7 +1495,7 @@ def lock(folder: str) -> Iterator[None]:
 
 
 def command_line(arguments: list[str] | None = None) -> int:
-    """`main` for a shell: returns the exit code, 2 with one sentence on stderr for what a person can mend."""
+    """`main` for a shell -> exit code: 2, and one sentence on stderr, for what a person can mend."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(arguments)
@@ -1533,13 +1506,12 @@ def command_line(arguments: list[str] | None = None) -> int:
         # An error out of a loader's worker carries its whole traceback. The last line is the sentence.
         text, code = str(error).strip().splitlines()[-1].removeprefix("mmdit.UserError: "), 2
     except (OSError, MemoryError, SafetensorError, dcp.api.CheckpointException, RuntimeError) as error:
-        reason, code = str(error).strip().splitlines()[-1], 2
+        advice = "free some space or change the path; what has been saved is whole, --resume goes on"
         if "memory" in str(error):
-            text = f"the memory ran out ({reason}): try --checkpoint-activations, --accumulate, more GPUs"
+            advice = "try --checkpoint-activations, --accumulate or more GPUs"
         elif isinstance(error, RuntimeError):
             raise  # a bug
-        else:
-            text = f"{reason}: free some space or change the path; what is saved is whole, --resume goes on"
+        text, code = f"{str(error).strip().splitlines()[-1]}: {advice}", 2
     if ranks()[0] > 0:
         time.sleep(20)  # rank 0 has mostly stopped for the same reason, and its end is this process's end
     else:
