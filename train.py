@@ -72,7 +72,6 @@ from semtok import (
 
 # ---------------------------------------------------------------------------------------------------- recipes
 
-
 @dataclass(frozen=True)
 class Recipe:
     """How a stage is trained. The defaults are the paper's (section 4.1, appendix A). Raises ValueError."""
@@ -304,15 +303,16 @@ def find_pictures(folder: str, split: str) -> tuple[list[str], list[str], list[i
         files = glob.iglob(os.path.join(glob.escape(folder), glob.escape(name), "**", "*"), recursive=True)
         found = sorted(path for path in files if path.lower().endswith(PICTURE_SUFFIXES))
         held_out = set(found[::50][: max(1, 1000 // len(classes))]) if len(found) > 1 else set()
-        for path in found:
-            if (path in held_out) == (split == "val"):
-                name, stamp = os.path.relpath(path, folder), os.lstat(path)
-                digest.update(os.fsencode(f"{name} {stamp.st_size} {stamp.st_mtime_ns}\n"))
-                paths.append(path)
-                labels.append(label)
+        chosen = [path for path in found if (path in held_out) == (split == "val")]
+        paths += chosen
+        labels += [label] * len(chosen)
     if not paths:
         where = f"in {len(classes)} subfolders"
         raise UserError(f"--data {folder} has no {split} pictures {where}: it must be {layout}")
+    for path in paths:  # a picture's size and time of change stand for it
+        stamp = os.lstat(path)
+        about = f"{os.path.relpath(path, folder)} {stamp.st_size} {stamp.st_mtime_ns}\n"
+        digest.update(os.fsencode(about))
     return classes, paths, labels, f"{len(paths)} files, {digest.hexdigest()[:16]}"
 
 
@@ -387,7 +387,6 @@ def in_batches(function, tensor: torch.Tensor, size: int = 64) -> torch.Tensor:
 
 
 # ----------------------------------------------------------------------------------------- judges of stage II
-
 
 class Bottleneck(nn.Module):
     """ResNet's 1x1, 3x3, 1x1 block, stride in the 3x3 (torchvision): (B, c, H, W) -> (B, 4 width, ...)."""
@@ -590,10 +589,11 @@ class Job:
     def missing(self, stage: str) -> list[str]:
         """A sentence for each thing that a stage reads and does not find."""
         recipe = self.recipe(stage)
-        scratch, judges = getattr(recipe, "init", "") == "scratch", getattr(recipe, "perceptual", "")
+        scratch = getattr(recipe, "init", "") == "scratch"
+        judges = {"lpips": ["vgg", "lpips"], "resnet": ["resnet"], "both": ["vgg", "lpips", "resnet"]}
         earlier = None if scratch else {"2": "1", "ar": "2"}.get(stage)
         needed = ["vae" if self.tiny else "sd35"] * (stage == "1" or scratch) + ["siglip"] * (stage in "12")
-        needed += ["vgg", "lpips"] * (judges in ("both", "lpips")) + ["resnet"] * (judges in ("both", "resnet"))
+        needed += judges.get(getattr(recipe, "perceptual", ""), [])
         sentences = []
         for name in needed:
             path, (_, about, size) = self.weights(name), WEIGHTS[name]
@@ -618,7 +618,6 @@ def check_settings(path: str, found: dict, asked: dict, free: tuple[str, ...] = 
 
 
 # ----------------------------------------------------------- the stages: what each one feeds, loses and shows
-
 
 class Pretraining(nn.Module):
     """Stage I, Eq. 6: flow matching through the tokens, entropy of the codes, alignment with SigLIP."""
@@ -688,8 +687,8 @@ class Refining(Pretraining):
         self.discriminator = Discriminator(*TINY_DISCRIMINATOR if job.tiny else ())
         self.register_buffer("real_mean", torch.zeros(()))
         self.register_buffer("fake_mean", torch.zeros(()))
-        self.terms = ("lpips", "resnet") if self.recipe.perceptual == "both" else (self.recipe.perceptual,)
-        self.frozen |= {name: job.network(name) for name in self.terms}
+        terms = ("lpips", "resnet") if self.recipe.perceptual == "both" else (self.recipe.perceptual,)
+        self.frozen |= {name: job.network(name) for name in terms}
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
@@ -708,7 +707,7 @@ class Refining(Pretraining):
             out["lpips_loss"] = lpips(output, real).mean()
         if resnet := self.frozen.get("resnet"):  # of logits
             out["resnet_loss"] = F.mse_loss(resnet(output).float(), resnet(real).float().detach())
-        perceptual_loss = sum(out[f"{name}_loss"] for name in self.terms)
+        perceptual_loss = sum(out[f"{name}_loss"] for name in ("lpips", "resnet") if name in self.frozen)
         loss = out["pixel_loss"] + recipe.lambda_p * perceptual_loss + out.pop("regulariser")  # Eq. 7
         if shared["adversarial"]:
             out |= self.adversarial_losses(real, output)
@@ -858,21 +857,20 @@ class StandIns(nn.Module):
             layer.weight *= factor
             layer.bias *= factor
         heads = {f"lin{i}.model.1.weight": torch.full((1, w, 1, 1), w**-0.5) for i, w in enumerate(TINY_VGG)}
-        files = {
-            "siglip": siglip.state_dict(prefix="vision_model."), "vgg": vgg.state_dict(), "lpips": heads,
-            "resnet": resnet.state_dict(), "vae": vae.state_dict(),  # the last: all is there
-        }
+        about = metadata | {"input_size": str(self.config.image_size)}
         if ranks()[0] == 0:
             write_text(self.job.path(STAND_INS["siglip"] + "/config.json"), '{"num_attention_heads": 2}')
-            for name, tensors in files.items():
-                path = self.job.path(STAND_INS[name] + "/model.safetensors" * (name == "siglip"))
-                write_tensors(path, tensors, metadata | {"input_size": str(self.config.image_size)})
+            for path, tensors in {
+                STAND_INS["siglip"] + "/model.safetensors": siglip.state_dict(prefix="vision_model."),
+                STAND_INS["vgg"]: vgg.state_dict(), STAND_INS["lpips"]: heads,
+                STAND_INS["resnet"]: resnet.state_dict(), STAND_INS["vae"]: vae.state_dict(),  # the last
+            }.items():
+                write_tensors(self.job.path(path), tensors, about)
 
 
 STAGES = {stage.stage: stage for stage in (StandIns, Pretraining, Refining, Generating)}
 
 # ----------------------------------------------------------------------------------------------------- engine
-
 
 def wait_for_all() -> None:
     """Every process arrives here before any goes on."""
@@ -927,10 +925,10 @@ def averaged(stage: nn.Module, average: dict[str, torch.Tensor]) -> Iterator[Non
     @torch.no_grad()
     def swap():
         for name, mean in average.items():
-            parameter = stage.get_parameter(name)
-            live = parameter.clone()
-            parameter.copy_(mean)
-            mean.copy_(live)
+            live = stage.get_parameter(name)
+            kept = live.clone()
+            live.copy_(mean)
+            mean.copy_(kept)
 
     swap()
     stage.eval()
@@ -1112,8 +1110,9 @@ def train_stage(name: str, job: Job) -> None:
     buffers = {n: b for n, b in stage.named_buffers() if n in stage.state_dict()}
     # Bad steps are counted where the gradients are: asking for them would make the host wait for the GPU.
     skipped, bad_in_a_row = (torch.zeros((), dtype=torch.long, device=device) for _ in range(2))
-    state = {"skipped": skipped} | {f"buffers/{n}": buffer for n, buffer in buffers.items()}
-    state |= {f"weights/{n}": p for n, p in parameters.items()} | {f"ema/{n}": p for n, p in average.items()}
+    state = {"skipped": skipped}  # one flat dict of live tensors, saved and filled in place
+    for kind, tensors in {"weights": parameters, "ema": average, "buffers": buffers}.items():
+        state |= {f"{kind}/{n}": tensor for n, tensor in tensors.items()}
     for n, parameter in parameters.items():
         state |= {f"adam/{kind}/{n}": tensor for kind, tensor in optimizer.state[parameter].items()}
 
@@ -1175,8 +1174,8 @@ def train_stage(name: str, job: Job) -> None:
             losses = dict(zip(losses, values.unbind()))
 
             # the step, which a loss or gradient that is not finite makes a step of nothing
-            decisive = [value for n, value in losses.items() if n == "loss" or "grad_norm" in n]
-            bad = ~torch.stack(decisive).isfinite().all()
+            decisive = torch.stack([value for n, value in losses.items() if n == "loss" or "grad_norm" in n])
+            bad = ~decisive.isfinite().all()
             optimizer.found_inf = bad.to(torch.float32)  # the fused AdamW skips without asking the device
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -1296,7 +1295,7 @@ def measure(name: str, job: Job, batch: int) -> dict:
 
     def keep(tensor, among=kept):  # storages, since views of one tensor are kept once
         storage = tensor.untyped_storage()
-        if storage._cdata not in weights | kept.keys():
+        if storage._cdata not in weights and storage._cdata not in kept:
             among[storage._cdata] = storage
         return tensor
 
@@ -1392,7 +1391,6 @@ def plan(job: Job, name: str) -> None:
 
 # ------------------------------------------------------------------------------------------------ the command
 
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line of this file. Exits with code 2 and one sentence for what it does not know."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.partition("\n")[0])
@@ -1406,8 +1404,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", metavar="FOLDER", help="results, previews, log and states (default: runs/PRESET)")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change settings above")
     for name in ("steps", "batch_size", "lr"):
-        option, setting = {"dest": "set", "action": "append", "metavar": "N"}, f"{name}={{}}".format
-        add("--" + name.replace("_", "-"), type=setting, help=f"short for --set {name}=N", **option)
+        about = {"metavar": "N", "help": f"short for --set {name}=N", "type": f"{name}={{}}".format}
+        add("--" + name.replace("_", "-"), dest="set", action="append", **about)
     add("--ar-size", choices=["L", "XL", "XXL"], help="the paper preset's transformer, by name (default L)")
     add("--seed", type=int, default=0, help="everything random follows from it (default 0)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
@@ -1440,7 +1438,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--resume and --overwrite exclude each other")
     if args.ar_size and args.preset != "paper":
         parser.error(f"--ar-size {args.ar_size} is the paper preset's: add --preset paper, or leave it out")
-    args.ar_size = args.ar_size or {"paper": "L"}.get(args.preset, args.preset)
+    args.ar_size = args.ar_size or ("L" if args.preset == "paper" else "tiny")
     return args
 
 
