@@ -36,12 +36,11 @@ import shutil
 import signal
 import sys
 import time
-import typing
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
@@ -166,7 +165,7 @@ def changed(settings, changes: dict[str, str]):
     """A dataclass with the fields that `changes` names set, each read as its type. Raises UserError."""
     values, numbers = {}, {int: "a whole number of 0 or more", float: "a number of 0 or more"}
     for name, kind in ((field.name, field.type) for field in fields(settings) if field.name in changes):
-        text, choices = changes[name], typing.get_args(kind) or ("0", "1")
+        text, choices = changes[name], get_args(kind) or ("0", "1")
         try:
             values[name] = kind(text) if kind in numbers else text == "1" if kind is bool else text
             fits = 0 <= values[name] < 2**53 if kind in numbers else text in choices
@@ -1105,9 +1104,9 @@ def train_stage(name: str, job: Job) -> None:
     for n, parameter in parameters.items():
         players.setdefault(n.split(".")[0], []).append(parameter)
     optimizer = make_optimizer(stage, recipe)
-    average = {n: p.detach().clone() for n, p in parameters.items() if not n.startswith("discriminator.")}
-    average = average if recipe.ema else {}
-    buffers = {n: b for n, b in stage.named_buffers() if n in stage.state_dict()}
+    shown = {n: p for n, p in parameters.items() if recipe.ema and not n.startswith("discriminator.")}
+    average, persistent = {n: p.detach().clone() for n, p in shown.items()}, stage.state_dict()
+    buffers = {n: b for n, b in stage.named_buffers() if n in persistent}
     # Bad steps are counted where the gradients are: asking for them would make the host wait for the GPU.
     skipped, bad_in_a_row = (torch.zeros((), dtype=torch.long, device=device) for _ in range(2))
     state = {"skipped": skipped}  # one flat dict of live tensors, saved and filled in place
@@ -1184,9 +1183,9 @@ def train_stage(name: str, job: Job) -> None:
             skipped += bad
             bad_in_a_row.add_(1).mul_(bad)
             if average:  # warmed up: a short run would keep its initial weights
-                decay, live = min(recipe.ema, (1 + step) / (10 + step)), [parameters[n] for n in average]
+                decay = min(recipe.ema, (1 + step) / (10 + step))
                 with torch.no_grad():
-                    torch._foreach_lerp_(list(average.values()), live, 1 - decay)
+                    torch._foreach_lerp_(list(average.values()), list(shown.values()), 1 - decay)
             step += 1
 
             # look, log, save
@@ -1206,7 +1205,7 @@ def train_stage(name: str, job: Job) -> None:
                 if "codes" in out:
                     bits = codes_to_bits(torch.cat([out["codes"] for out in outs]))
                     entry |= code_usage(gather(bits.to(torch.uint8)).bool())  # gloo gathers no bool
-                    if entry["dead_bits"] and step > recipe.warmup:
+                    if entry["dead_bits"] and step > recipe.warmup and rank == 0:
                         dead = f"{entry['dead_bits']} of {bits.shape[-1]} bits never change"
                         tqdm.write(f"step {step}: codes collapse ({dead}): raise lambda_q or lower --lr")
                 (then, first), since = since, (time.time(), step)
@@ -1233,10 +1232,10 @@ def train_stage(name: str, job: Job) -> None:
         stage.export(about | {"settings": json.dumps(settings), "figures": json.dumps(figures)})
     if rank == 0:
         write_picture(job.path(f"curves-{name}.png"), draw_curves(log, name))
-    shown, following = ", ".join(f"{k} {v:.4g}" for k, v in figures.items()), {"0": "1", "1": "2", "2": "ar"}
+    reached, following = ", ".join(f"{k} {v:.4g}" for k, v in figures.items()), {"0": "1", "1": "2", "2": "ar"}
     sampling = f"python sample.py --class 1 --run {args.out}"
     say(
-        f"stage {name} done in {time.time() - started:.0f} s: {shown} on held-out pictures -> {result}\n"
+        f"stage {name} done in {time.time() - started:.0f} s: {reached} on held-out pictures -> {result}\n"
         f"  look at {job.path(f'preview-{name}-{step:07d}.png')}: {stage.look_for}; at curves-{name}.png\n"
         f"  next: {job.command(following[name]) if name in following else sampling}"
     )
@@ -1402,7 +1401,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--preset", default="tiny", choices=list(RECIPES), help="sizes and recipe (default: tiny)")
     add("--data", metavar="FOLDER", help="pictures in class subfolders; tiny draws shapes when there is none")
     add("--out", metavar="FOLDER", help="results, previews, log and states (default: runs/PRESET)")
-    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change settings above")
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change settings below")
     for name in ("steps", "batch_size", "lr"):
         about = {"metavar": "N", "help": f"short for --set {name}=N", "type": f"{name}={{}}".format}
         add("--" + name.replace("_", "-"), dest="set", action="append", **about)
@@ -1424,7 +1423,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
 
     for name, least in {"seed": 0, "workers": 0, "accumulate": 1, "gpus": 1}.items():
-        if not least <= (number := getattr(args, name) or least) < 2**53:
+        if (number := getattr(args, name)) is not None and not least <= number < 2**53:
             parser.error(f"--{name} {number} must be at least {least}")
     args.out = os.path.normpath(args.out or os.path.join("runs", args.preset))
     args.changes = dict(text.partition("=")[::2] for text in args.set)
