@@ -1232,12 +1232,12 @@ def train_stage(name: str, job: Job) -> None:
         stage.export(about | {"settings": json.dumps(settings), "figures": json.dumps(figures)})
     if rank == 0:
         write_picture(job.path(f"curves-{name}.png"), draw_curves(log, name))
-    reached, following = ", ".join(f"{k} {v:.4g}" for k, v in figures.items()), {"0": "1", "1": "2", "2": "ar"}
-    sampling = f"python sample.py --class 1 --run {args.out}"
+    reached = ", ".join(f"{k} {v:.4g}" for k, v in figures.items())
+    following = {"0": "1", "1": "2", "2": "ar"}.get(name)
     say(
         f"stage {name} done in {time.time() - started:.0f} s: {reached} on held-out pictures -> {result}\n"
         f"  look at {job.path(f'preview-{name}-{step:07d}.png')}: {stage.look_for}; at curves-{name}.png\n"
-        f"  next: {job.command(following[name]) if name in following else sampling}"
+        f"  next: {job.command(following) if following else f'python sample.py --class 1 --run {args.out}'}"
     )
     wait_for_all()
 
