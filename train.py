@@ -17,13 +17,13 @@ The models and the method are in semtok.py and ar.py. This file is the engineeri
     command
 
 A stage is a module. `prepare(pictures, labels, rng, step) -> rows, shared` makes all that needs no gradient,
-and `forward(rows, shared) -> losses` the rest. `rows` has a row for each picture of this rank, so a
-micro-batch is a slice of it. `preview()`, `validate()` and `export(metadata)` show, score and save.
+of uint8 pictures (B, 3, H, W) or of tokens' bits (B, K, d), and `forward(rows, shared) -> losses` the rest.
+`rows` has a row for each picture of this rank, so a micro-batch is a slice of it. `preview()` is a picture,
+`validate()` is held-out figures by name, and `export(metadata)` writes the result; all ranks call them.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import datetime
 import fcntl
 import functools
@@ -32,17 +32,15 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
-import textwrap
 import time
-import typing
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, get_args
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
@@ -56,9 +54,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -76,12 +71,9 @@ from semtok import (
 
 # ---------------------------------------------------------------------------------------------------- recipes
 
-
 @dataclass(frozen=True)
 class Recipe:
-    """How a stage is trained. The defaults are the paper's: section 4.1, appendix A.1 and A.2.
-
-    Raises ValueError for a number out of its range."""
+    """How a stage is trained. The defaults are the paper's (section 4.1, appendix A). Raises ValueError."""
 
     steps: int
     batch_size: int  # of all ranks together
@@ -159,33 +151,29 @@ RECIPES = {
 # The tiny preset's stand-ins for published networks, and its discriminator: the arguments of their classes.
 TINY_SIGLIP = SigLIPConfig(width=64, depth=2, heads=2, hidden=128, patch=8, grid=4)
 TINY_VGG, TINY_RESNET, TINY_DISCRIMINATOR = (8, 8, 16, 24, 24), (8, (1, 1, 1, 1), 10), (16, 3, 4)
-TOKENIZER_FIELDS = [
-    field.name for field in dataclasses.fields(SemTokConfig) if field.name not in ("vae", "semantic_width")
-]
+TOKENIZER_FIELDS = [f.name for f in fields(SemTokConfig) if f.name not in ("vae", "semantic_width")]
 AR_FIELDS = ["depth", "width", "heads", "group_bits", "guidance"]  # tokenizer and data decide the others
 
 
 def setting_names(stage: str) -> list[str]:
     """What --set changes in a stage."""
-    names = [field.name for field in dataclasses.fields(RECIPES["tiny"][stage])]
+    names = [field.name for field in fields(RECIPES["tiny"][stage])]
     return names + TOKENIZER_FIELDS * (stage != "0") + AR_FIELDS * (stage == "ar")
 
 
 def changed(settings, changes: dict[str, str]):
     """A dataclass with the fields that `changes` names set, each read as its type. Raises UserError."""
-    hints, values = typing.get_type_hints(type(settings)), {}
-    for name, text in changes.items():
-        if name in hints:
-            kind, choices = hints[name], typing.get_args(hints[name]) or ("0", "1")
-            try:
-                values[name] = kind(text) if kind in (int, float) else text == "1" if kind is bool else text
-                fits = 0 <= values[name] < 2**53 if kind in (int, float) else text in choices
-            except ValueError:
-                fits = False
-            if not fits:
-                wanted = {int: "a whole number of 0 or more", float: "a number of 0 or more"}
-                needed = wanted.get(kind, f"one of {', '.join(choices)}")
-                raise UserError(f"{name}={text} cannot be set: {needed} is needed")
+    values, numbers = {}, {int: "a whole number of 0 or more", float: "a number of 0 or more"}
+    for name, kind in ((field.name, field.type) for field in fields(settings) if field.name in changes):
+        text, choices = changes[name], get_args(kind) or ("0", "1")
+        try:
+            values[name] = kind(text) if kind in numbers else text == "1" if kind is bool else text
+            fits = 0 <= values[name] < 2**53 if kind in numbers else text in choices
+        except ValueError:
+            fits = False
+        if not fits:
+            needed = numbers.get(kind, f"one of {', '.join(choices)}")
+            raise UserError(f"{name}={text} cannot be set: {needed} is needed")
     try:
         return replace(settings, **values)
     except ValueError as error:
@@ -194,7 +182,6 @@ def changed(settings, changes: dict[str, str]):
 
 # --------------------------------------------------------------------------------------------------- pictures
 
-SHAPES = ("circle", "ring", "square", "triangle", "star", "cross", "heart", "crescent", "arrow", "bar")
 DRAWN = {"train": 8_192, "val": 500}  # pictures of the built-in world
 IN_MEMORY = 512 * 2**20  # bytes: pictures up to this size are read once and kept
 
@@ -205,30 +192,32 @@ def polygon(corners: int, radius: float, start: float = -90.0) -> np.ndarray:
     return radius * np.stack([np.cos(angles), np.sin(angles)], 1)
 
 
-OUTLINES = dict.fromkeys(SHAPES, polygon(48, 0.92)) | {  # of about unit radius round the origin
+_turn = 2 * np.pi * np.arange(48) / 48
+_heart = 5 * np.cos(2 * _turn) + 2 * np.cos(3 * _turn) + np.cos(4 * _turn) - 13 * np.cos(_turn)
+OUTLINES = {  # a shape for each class, of about unit radius round the origin
+    "circle": polygon(48, 0.92), "ring": polygon(48, 0.92),
     "square": polygon(4, 1, 45), "triangle": polygon(3, 1.1),
     "star": np.stack([polygon(5, 1.1), polygon(5, 0.46, -54)], 1).reshape(10, 2),
     "cross": np.array([
         (-0.33, -1), (0.33, -1), (0.33, -0.33), (1, -0.33), (1, 0.33), (0.33, 0.33), (0.33, 1), (-0.33, 1),
         (-0.33, 0.33), (-1, 0.33), (-1, -0.33), (-0.33, -0.33),
     ]),
-    "heart": np.array([
-        (np.sin(t) ** 3, (5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t) - 13 * np.cos(t)) / 16 - 0.1)
-        for t in 2 * np.pi * np.arange(48) / 48
-    ]),
+    "heart": np.stack([np.sin(_turn) ** 3, _heart / 16 - 0.1], 1), "crescent": polygon(48, 0.92),
     "arrow": np.array([
         (0, -1.1), (0.85, -0.1), (0.3, -0.1), (0.3, 1), (-0.3, 1), (-0.3, -0.1), (-0.85, -0.1),
     ]),
     "bar": np.array([(-1.1, -0.33), (1.1, -0.33), (1.1, 0.33), (-1.1, 0.33)]),
 }
+# The crescent lies on its back: flipped, it is still one of its kind.
+HOLES = {"ring": polygon(48, 0.46), "crescent": polygon(48, 0.736) - (0, 0.42)}
+SHAPES = tuple(OUTLINES)
 
 
 def draw_shape(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray, int]:
     """Picture `index` of the built-in world: (size, size, 3) uint8 and its class, index % 10 of SHAPES.
 
-    A function of (split, seed, index) alone; "train" and "val" are disjoint. A shape of random colour, size,
-    place and rotation (within 17 degrees) on a gradient, stripes or a woven texture, of moderate contrast.
-    """
+    By (split, seed, index) alone: a shape of random colour, size, place and rotation (within 17 degrees) on a
+    gradient, stripes or a woven texture, of moderate contrast."""
     rng = np.random.default_rng([list(DRAWN).index(split), seed, index])
     label, kind, direction = index % len(SHAPES), rng.integers(3), rng.uniform(0, 2 * np.pi)
     rows, columns = np.mgrid[:size, :size] / (size - 1) - 0.5
@@ -246,16 +235,10 @@ def draw_shape(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray
     centre = rng.uniform(radius * 0.95, 1 - radius * 0.95, 2)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     mask = Image.new("L", (4 * size, 4 * size))  # four times too large, then averaged: smooth edges
-
-    def fill(corners, ink):
-        places = (corners @ rotation.T * radius + centre) * (4 * size)
-        ImageDraw.Draw(mask).polygon([tuple(place) for place in places], fill=ink)
-
-    fill(OUTLINES[SHAPES[label]], 255)
-    if SHAPES[label] == "ring":
-        fill(OUTLINES["circle"] * 0.5, 0)
-    if SHAPES[label] == "crescent":
-        fill(OUTLINES["circle"] * 0.8 - (0, 0.42), 0)  # on its back: flipped, it is still one of its kind
+    for outlines, ink in ((OUTLINES, 255), (HOLES, 0)):
+        if SHAPES[label] in outlines:
+            corners = (outlines[SHAPES[label]] @ rotation.T * radius + centre) * (4 * size)
+            ImageDraw.Draw(mask).polygon([*map(tuple, corners)], fill=ink)
     cover = np.asarray(mask.reduce(4), np.float64)[..., None] / 255
     return (background * (1 - cover) + colour * cover).clip(0, 255).round().astype(np.uint8), label
 
@@ -263,25 +246,20 @@ def draw_shape(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray
 class Pictures(Dataset):
     """The pictures of a split, "train" or "val": item (index, flip) -> ((3, size, size) uint8, label).
 
-    They come from FOLDER/CLASS/**/picture, with classes in alphabetical order, or without a folder from the
-    built-in world. A damaged one is named and replaced by the next. Raises UserError for a folder of another
-    layout, or 50 damaged in a row.
-    """
+    They come from FOLDER/CLASS/**/picture, or else from the built-in world. A damaged one is named and the
+    next takes its place. Raises UserError for another layout, or 50 damaged in a row."""
 
     def __init__(self, folder: str | None, split: str, seed: int, size: int, workers: int = 0):
         self.split, self.seed, self.size, self.workers, self.memory = split, seed, size, workers, None
         self.skipped = torch.zeros(1, dtype=torch.long).share_memory_()  # loader processes count here too
-        if folder:
-            self.classes, self.paths, self.labels, self.fingerprint = find_pictures(folder, split)
-        else:
-            self.classes, self.paths = list(SHAPES), None
-            self.fingerprint = f"{DRAWN[split]} drawn, seed {seed}"
-            self.labels = [index % len(SHAPES) for index in range(DRAWN[split])]
+        drawn = [index % len(SHAPES) for index in range(DRAWN[split])]
+        found = list(SHAPES), None, drawn, f"{len(drawn)} drawn, seed {seed}"
+        found = find_pictures(folder, split) if folder else found
+        self.classes, self.paths, self.labels, self.fingerprint = found
         if len(self) * 3 * size**2 <= IN_MEMORY:
             every = [(index, False) for index in range(len(self))]
             loader = DataLoader(self, 64, sampler=every, num_workers=workers, generator=torch.Generator())
-            title = f"{'reading' if folder else 'drawing'} {split} pictures"
-            pictures, labels = zip(*tqdm(loader, title, unit="x64", leave=False))
+            pictures, labels = zip(*tqdm(loader, f"{split} pictures", unit="x64", leave=False))
             self.memory, self.labels, self.workers = torch.cat(pictures), torch.cat(labels).tolist(), 0
 
     def __len__(self) -> int:
@@ -291,20 +269,18 @@ class Pictures(Dataset):
         index, flip = item
         for place in (number % len(self) for number in range(index, index + 50)):
             try:
-                picture = self.read(place)
+                if self.memory is not None:
+                    picture = self.memory[place]
+                elif self.paths is not None:
+                    picture = read_picture(self.paths[place], self.size)
+                else:
+                    drawn = draw_shape(self.split, self.seed, place, self.size)[0]
+                    picture = torch.from_numpy(drawn).permute(2, 0, 1)
                 return picture.flip(-1) if flip else picture, self.labels[place]
             except UserError as error:
                 self.skipped += 1
                 tqdm.write(f"skipped ({int(self.skipped)} so far): {error}", file=sys.stderr)
         raise UserError("50 pictures in a row could not be read: check the folder given as --data")
-
-    def read(self, index: int) -> torch.Tensor:
-        """Picture `index` as it is: (3, size, size) uint8."""
-        if self.memory is not None:
-            return self.memory[index]
-        if self.paths is not None:
-            return read_picture(self.paths[index], self.size)
-        return torch.from_numpy(draw_shape(self.split, self.seed, index, self.size)[0]).permute(2, 0, 1)
 
     def spread(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The same `count` pictures every time, over all classes: (N, 3, H, W) uint8 and labels (N,)."""
@@ -314,47 +290,42 @@ class Pictures(Dataset):
 
 
 def find_pictures(folder: str, split: str) -> tuple[list[str], list[str], list[int], str]:
-    """Classes, paths, labels and fingerprint of a split of FOLDER/CLASS/**/picture. Raises UserError.
+    """Classes in alphabetical order, paths, labels and fingerprint of a split of FOLDER/CLASS/**/picture.
 
-    Every 50th picture of a class (at most 1000 in all) is held out as "val". The fingerprint is of each
-    file's relative path, size and time of change."""
-    layout = "laid out as FOLDER/CLASS/picture.jpg, one subfolder for each class"
+    Every 50th picture of a class (at most 1000 in all) is "val". Raises UserError for another layout."""
+    layout = "FOLDER/CLASS/picture.jpg, one subfolder for each class"
     if not os.path.isdir(folder):
-        raise UserError(f"--data {folder} is no folder: give one {layout}")
+        raise UserError(f"--data {folder} is no folder: give one laid out as {layout}")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     paths, labels, digest = [], [], hashlib.sha256()
     for label, name in enumerate(classes):
-        walk = os.walk(os.path.join(folder, name))
-        files = [os.path.join(root, file) for root, _, found in walk for file in found if file[0] != "."]
+        files = glob.iglob(os.path.join(glob.escape(folder), glob.escape(name), "**", "*"), recursive=True)
         found = sorted(path for path in files if path.lower().endswith(PICTURE_SUFFIXES))
         held_out = set(found[::50][: max(1, 1000 // len(classes))]) if len(found) > 1 else set()
-        for path in found:
-            if (path in held_out) == (split == "val"):
-                about = os.stat(path) if os.path.exists(path) else None  # a dangling link is skipped later
-                stamp = about and (about.st_size, about.st_mtime_ns)
-                digest.update(f"{os.path.relpath(path, folder)} {stamp}\n".encode(errors="surrogateescape"))
-                paths.append(path)
-                labels.append(label)
+        chosen = [path for path in found if (path in held_out) == (split == "val")]
+        paths += chosen
+        labels += [label] * len(chosen)
     if not paths:
-        where = f"{len(classes)} subfolders"
-        raise UserError(f"--data {folder} has no {split} pictures in {where}: it must be {layout}")
+        where = f"in {len(classes)} subfolders"
+        raise UserError(f"--data {folder} has no {split} pictures {where}: it must be {layout}")
+    for path in paths:  # a picture's size and time of change stand for it
+        stamp = os.lstat(path)
+        about = f"{os.path.relpath(path, folder)} {stamp.st_size} {stamp.st_mtime_ns}\n"
+        digest.update(os.fsencode(about))
     return classes, paths, labels, f"{len(paths)} files, {digest.hexdigest()[:16]}"
 
 
 def schedule(count: int, recipe: Recipe, seed: int, first: int) -> Iterator[list[tuple[int, bool]]]:
-    """Which of `count` pictures this rank sees in each step from `first` on: batches of (index, flip).
+    """Which of `count` pictures this rank sees in each step from `first` on, by (seed, step): (index, flip).
 
-    They follow from (seed, step) alone. Every epoch is a new permutation, and batches run across its end.
-    """
-    (rank, world), size, epoch = ranks(), recipe.batch_size, -1
+    Every epoch is a new permutation, and batches run across its end."""
+    (rank, world), size, drawn = ranks(), recipe.batch_size, -1
     for step in range(first, recipe.steps):
         batch = []
-        for number in range(step * size, (step + 1) * size):
-            if number // count != epoch:
-                epoch = number // count
-                rng = np.random.default_rng([seed, epoch])
+        for epoch, place in (divmod(number, count) for number in range(step * size, (step + 1) * size)):
+            if epoch != drawn:
+                rng, drawn = np.random.default_rng([seed, epoch]), epoch
                 order, flips = rng.permutation(count), rng.integers(0, 2, count)
-            place = number % count
             batch.append((int(order[place]), bool(flips[place]) and recipe.flip))
         yield batch[rank * size // world : (rank + 1) * size // world]
 
@@ -362,12 +333,10 @@ def schedule(count: int, recipe: Recipe, seed: int, first: int) -> Iterator[list
 class Tokens(Dataset):
     """The tokenised training pictures: item (index, flip) -> (bits (K, d) bool, label).
 
-    They are a table in a .npy file that is mapped, not read, with the mirror images too if the recipe flips:
-    1.5 GB for ImageNet. A .json beside it says what they were made of and how far: an interruption costs one
-    part. A table of another tokenizer or of other pictures is made again.
-    """
+    A table in a mapped .npy file, of both flips: 1.5 GB for ImageNet. The .json beside it says what it was
+    made of and how far. A table of anything else is made again."""
 
-    PART = 256  # pictures between two notes of progress
+    PART = 256  # pictures between two notes of progress: an interruption costs one part
 
     @torch.no_grad()
     def __init__(self, path: str, tokenizer: SemTok, fingerprint: str, job: "Job", flip: bool):
@@ -375,9 +344,8 @@ class Tokens(Dataset):
         (rank, world), count, done = ranks(), len(job.train), 0
         about = {"tokenizer": fingerprint, "pictures": job.train.fingerprint, "flip": flip, "count": count}
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged
-            with open(path + ".json", encoding="utf-8") as file:
-                found = json.load(file)
-            if found == about | {"done": found["done"]} and len(np.load(path, mmap_mode="r")) == count:
+            found = json.loads(Path(path + ".json").read_text())
+            if found == found | about and len(np.load(path, mmap_mode="r")) == count:
                 done = found["done"]
         wait_for_all()  # every rank has read it before rank 0 writes
         if not done and rank == 0:
@@ -385,11 +353,10 @@ class Tokens(Dataset):
             np.lib.format.open_memmap(path, "w+", kind, (count, 1 + flip)).flush()
         wait_for_all()
         self.table = np.load(path, mmap_mode="r+")  # each rank fills its rows of every part
-        starts = range(done, count, self.PART)
-        parts = [range(start, min(start + self.PART, count)) for start in starts]
-        shares = [[(i, False) for i in part[rank::world] or part[:1]] for part in parts]
+        parts = [range(count)[start : start + self.PART] for start in range(done, count, self.PART)]
+        shares = [[(index, False) for index in part[rank::world] or part[:1]] for part in parts]
         own = torch.Generator()  # not the global one, which initialises networks
-        loader = DataLoader(job.train, batch_sampler=shares, num_workers=job.train.workers, generator=own)
+        loader = DataLoader(job.train, batch_sampler=shares, num_workers=self.workers, generator=own)
         bar = tqdm(loader, "tokenising", unit=f"x{self.PART}", leave=False, disable=rank > 0)
         for part, share, (pictures, labels) in zip(parts, shares, bar):
             rows, signed = [index for index, _ in share], to_signed(pictures.to(job.device))
@@ -420,7 +387,6 @@ def in_batches(function, tensor: torch.Tensor, size: int = 64) -> torch.Tensor:
 
 # ----------------------------------------------------------------------------------------- judges of stage II
 
-
 class Bottleneck(nn.Module):
     """ResNet's 1x1, 3x3, 1x1 block, stride in the 3x3 (torchvision): (B, c, H, W) -> (B, 4 width, ...)."""
 
@@ -441,10 +407,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-50 (He et al. 2016), torchvision's names: (B, 3, H, W) in [-1, 1] -> logits (B, classes).
-
-    size: the side that pictures are resized to (224 for ImageNet's weights).
-    """
+    """ResNet-50 (He et al. 2016), torchvision's names: (B, 3, H, W) in [-1, 1], resized -> (B, classes)."""
 
     def __init__(self, width: int = 64, layers=(3, 4, 6, 3), classes: int = 1000, size: int = 224):
         super().__init__()
@@ -470,21 +433,19 @@ class ResNet(nn.Module):
 
 
 def load_resnet(path: str) -> ResNet:
-    """ResNet-50 from torchvision's `resnet50-0676ba61.pth` or a safetensors file of the same keys, frozen.
-
-    Sizes are read off the shapes. Raises fid.UserError for another file."""
-    def without_counters(state):  # files differ in whether they keep these, which nothing reads
-        return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
-
+    """torchvision's ResNet-50, from .pth or .safetensors, of any width. Raises fid.UserError."""
     tensors, metadata = fid.read_tensors(path)
     layers = tuple(len({k.split(".")[1] for k in tensors if k.startswith(f"layer{i}.")}) for i in range(1, 5))
     width, classes = (len(tensors.get(name, ())) for name in ("conv1.weight", "fc.weight"))
     resnet = ResNet(width or 64, layers, classes or 1000, int(metadata.get("input_size", 224)))
-    tensors, expected = without_counters(tensors), without_counters(resnet.state_dict())
+    tensors, expected = (  # files differ in whether they keep this counter, which nothing reads
+        {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+        for state in (tensors, resnet.state_dict())
+    )
     shapes = {name: tensor.shape for name, tensor in expected.items()}
     fid.check_keys(tensors, shapes, path, "torchvision's ResNet-50")
     resnet.load_state_dict(tensors, strict=False)
-    return resnet.requires_grad_(False).eval()
+    return resnet.eval()
 
 
 class Discriminator(nn.Module):
@@ -542,10 +503,9 @@ class Job:
     val: Pictures | None = None
     planned: bool = False
 
-    @property
-    def tiny(self) -> bool:
-        """Whether stage 0's stand-ins take the place of published networks."""
-        return self.args.preset == "tiny"
+    def __post_init__(self):
+        self.tiny = self.args.preset == "tiny"  # stage 0's stand-ins take the place of published networks
+        self.config = changed(PRESETS[self.args.preset], self.args.changes)  # the tokenizer's sizes
 
     def path(self, name: str) -> str:
         """A file in the run's folder."""
@@ -559,35 +519,25 @@ class Job:
             changes[name] = str(max(1, round(getattr(preset, name) * share)))
         return changed(preset, changes)
 
-    @property
-    def config(self) -> SemTokConfig:
-        """The tokenizer's sizes: the preset's, changed by --set."""
-        return changed(PRESETS[self.args.preset], self.args.changes)
-
     def ar_config(self, tokens: SemTokConfig) -> ARConfig:
         """The transformer's sizes, changed by --set, for a tokenizer's tokens and the pictures' classes."""
-        preset = AR_PRESETS[self.args.ar_size]
-        classes = len(self.train.classes) if self.train else preset.classes
-        sizes = replace(
-            preset, tokens=tokens.tokens, bits=tokens.bits, classes=classes, causal=tokens.causal,
-            spherical=tokens.quantizer == "bsq",
-        )
-        return changed(sizes, {name: text for name, text in self.args.changes.items() if name in AR_FIELDS})
+        sizes = {name: getattr(tokens, name) for name in ("tokens", "bits", "causal")}
+        sizes |= {"classes": len(self.train.classes)} if self.train else {}
+        preset = replace(AR_PRESETS[self.args.ar_size], spherical=tokens.quantizer == "bsq", **sizes)
+        return changed(preset, {name: text for name, text in self.args.changes.items() if name in AR_FIELDS})
 
     def settings(self, stage: str) -> dict:
         """All that decides a stage's result, by name: what results and states carry, and what is compared."""
-        found = {"seed": self.args.seed, "pictures": self.train.fingerprint} | asdict(self.recipe(stage))
-        sizes = asdict(self.config) | asdict(self.ar_config(self.config))
-        return found | {name: sizes[name] for name in setting_names(stage) if name in sizes}
+        sizes = asdict(self.config) | asdict(self.ar_config(self.config)) | asdict(self.recipe(stage))
+        found = {name: sizes[name] for name in setting_names(stage)}
+        return {"seed": self.args.seed, "pictures": self.train.fingerprint} | found
 
     def weights(self, name: str) -> str:
         """Where a frozen network's file is: as given, else the tiny preset's stand-in, else in weights/."""
-        given = getattr(self.args, name)
-        if name == "vae" and not given and os.path.exists(self.weights("sd35")):
+        if name == "vae" and not self.args.vae and os.path.exists(self.weights("sd35")):
             return self.weights("sd35")
-        stand_in = self.tiny and name in STAND_INS
-        default = self.path(STAND_INS[name]) if stand_in else os.path.join("weights", WEIGHTS[name][0])
-        return given or default
+        stand_in = self.path(STAND_INS[name]) if self.tiny and name in STAND_INS else ""
+        return getattr(self.args, name) or stand_in or os.path.join("weights", WEIGHTS[name][0])
 
     def network(self, name: str) -> nn.Module:
         """A frozen network, "vae", "siglip", "lpips" or "resnet", out of its file; planned, of its sizes."""
@@ -597,27 +547,27 @@ class Job:
             "siglip": lambda: SigLIP(TINY_SIGLIP if tiny else SigLIPConfig()),
             "lpips": lambda: fid.LPIPS(fid.VGG16Features(widths), [torch.zeros(1, w, 1, 1) for w in widths]),
             "resnet": lambda: ResNet(*TINY_RESNET if tiny else ()),
-        } if self.planned else {
+        }
+        load = {
             "vae": lambda: load_vae(file("vae"), device=self.device),
             "siglip": lambda: load_siglip(file("siglip"), device=self.device),
-            "lpips": lambda: fid.load_lpips(file("vgg"), file("lpips")),
-            "resnet": lambda: load_resnet(file("resnet")),
+            "lpips": lambda: fid.load_lpips(file("vgg"), file("lpips")).to(self.device),
+            "resnet": lambda: load_resnet(file("resnet")).to(self.device),
         }
-        network = make[name]().requires_grad_(False).eval()
-        return network if self.planned else network.to(self.device)
+        return (make if self.planned else load)[name]().requires_grad_(False).eval()
 
     def new_tokenizer(self, siglip: SigLIP) -> SemTok:
         """A tokenizer at its start. Its VAE and, from SD3.5, its decoder are pretrained; the rest is new."""
         vae, decoder = self.network("vae"), None
         config = replace(self.config, semantic_width=siglip.config.width, vae=vae.config)
-        if not self.planned and (self.args.sd35 or self.args.preset == "paper"):
+        if not self.planned and (self.args.sd35 or not self.tiny):
             with torch.device("meta"):
                 decoder = Decoder(config)
             load_sd35(decoder, self.weights("sd35"), self.device)  # straight there: in float32 it is 9 GB
         return SemTok(config, vae, decoder)
 
     def tokenizer(self, stage: str) -> tuple[SemTok, dict[str, str]]:
-        """The tokenizer of an earlier stage, and its metadata. Its sizes must be those asked for now."""
+        """The tokenizer of an earlier stage, and its metadata. UserError for other sizes than those asked."""
         if self.planned:
             return self.new_tokenizer(self.network("siglip")), {"fingerprint": ""}
         path = self.path(STAGES[stage].result)
@@ -629,27 +579,29 @@ class Job:
     def command(self, stage: str) -> str:
         """The command line that runs another stage of the same run."""
         args, has = self.args, {*TOKENIZER_FIELDS} & {*setting_names(stage)}
-        sizes = [f"{name}={text}" for name, text in args.changes.items() if name in has]
-        words = ["python train.py --stage", stage, *["--preset", args.preset] * (not self.tiny)]
-        words += ["--data", args.data] * bool(args.data)
-        words += ["--out", args.out] * (args.out != os.path.join("runs", args.preset))
-        return " ".join(words + ["--set", *sizes] * bool(sizes))
+        sizes = [f" {name}={text}" for name, text in args.changes.items() if name in has]
+        text = f"python train.py --stage {stage}" + f" --preset {args.preset}" * (not self.tiny)
+        text += f" --data {args.data}" * bool(args.data)
+        text += f" --out {args.out}" * (args.out != os.path.join("runs", args.preset))
+        return text + " --set" * bool(sizes) + "".join(sizes)
 
     def missing(self, stage: str) -> list[str]:
         """A sentence for each thing that a stage reads and does not find."""
-        recipe, earlier = self.recipe(stage), {"2": "1", "ar": "2"}.get(stage)
-        scratch, terms = getattr(recipe, "init", "") == "scratch", getattr(recipe, "perceptual", "")
+        recipe = self.recipe(stage)
+        scratch = getattr(recipe, "init", "") == "scratch"
+        judges = {"lpips": ["vgg", "lpips"], "resnet": ["resnet"], "both": ["vgg", "lpips", "resnet"]}
+        earlier = None if scratch else {"2": "1", "ar": "2"}.get(stage)
         needed = ["vae" if self.tiny else "sd35"] * (stage == "1" or scratch) + ["siglip"] * (stage in "12")
-        needed += ["vgg", "lpips"] * (terms in ("both", "lpips")) + ["resnet"] * (terms in ("both", "resnet"))
-        sentences = [
-            f"{self.weights(name)} is missing ({WEIGHTS[name][1]}, {WEIGHTS[name][2]}): "
-            + (f"{self.command('0')} makes it" if self.tiny and not getattr(self.args, name) else
-               f"README's section on other people's weights says how to get it; or give --{name} PATH")
-            for name in needed if not os.path.exists(self.weights(name))
-        ]
-        if earlier and not scratch and not os.path.isfile(self.path(STAGES[earlier].result)):
-            made = f"make it first with {self.command(earlier)}"
-            sentences.append(f"{self.path(STAGES[earlier].result)} is missing: {made}")
+        needed += judges.get(getattr(recipe, "perceptual", ""), [])
+        sentences = []
+        for name in needed:
+            path, (_, about, size) = self.weights(name), WEIGHTS[name]
+            if not os.path.exists(path):
+                how = f"README says how to get it; or give --{name} PATH"
+                how = f"{self.command('0')} makes it" if path.startswith(self.path("standins")) else how
+                sentences.append(f"{path} is missing ({about}, {size}): {how}")
+        if earlier and not os.path.isfile(result := self.path(STAGES[earlier].result)):
+            sentences.append(f"{result} is missing: make it first with {self.command(earlier)}")
         if not self.tiny and not os.path.isdir(self.args.data or ""):
             sentences.append("--data needs a folder, FOLDER/CLASS/picture.jpg: README says how to get one")
         return sentences
@@ -659,30 +611,27 @@ def check_settings(path: str, found: dict, asked: dict, free: tuple[str, ...] = 
     """Raises UserError naming the first setting, but for free ones, in which a file is of another run."""
     for name, value in asked.items():
         if name not in free and found.get(name) != value:
-            raise UserError(
-                f"{path} was made with {name} {found.get(name)}, this run has {name} {value}: ask for the "
-                "same (--set changes settings), or take another --out, or start again with --overwrite"
-            )
+            advice = "ask for the same with --set, take another --out, or start again with --overwrite"
+            was = f"{path} was made with {name} {found.get(name)}"
+            raise UserError(f"{was}, this run has {name} {value}: {advice}")
 
 
 # ----------------------------------------------------------- the stages: what each one feeds, loses and shows
-
 
 class Pretraining(nn.Module):
     """Stage I, Eq. 6: flow matching through the tokens, entropy of the codes, alignment with SigLIP."""
 
     stage, title, result = "1", "flow-matching pre-training", "stage1.safetensors"
-    shown = ("loss", "flow_loss", "distill_loss", "contrast_loss", "used")
     look_for = "samples should show each original's shape and colours"
     caption = "stage 1: 25-step sample"
+    before = {}  # rows of the preview
 
     def __init__(self, job: Job):
         super().__init__()
         self.job, self.recipe = job, job.recipe(self.stage)
-        self.before = {}  # rows of the preview
         # Frozen networks stand in a dict, not among the submodules: never trained, averaged or saved.
         self.frozen = {"siglip": job.network("siglip")}
-        if self.stage == "2" and self.recipe.init == "stage1":
+        if getattr(self.recipe, "init", "") == "stage1":
             self.semtok = job.tokenizer("1")[0]
         else:
             self.semtok = job.new_tokenizer(self.frozen["siglip"])
@@ -690,43 +639,37 @@ class Pretraining(nn.Module):
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
-        """pictures (B, 3, H, W) uint8 -> rows, shared."""
         rows, shared = self.semtok.prepare(to_signed(pictures), self.frozen["siglip"])
         return rows | self.semtok.draw_noise(rows["latents"], rng), shared
 
     def forward(self, rows: dict, shared: dict) -> dict[str, torch.Tensor]:
-        """Eq. 6's loss and terms, and codes."""
         return self.semtok.pretraining_losses(**rows, **shared, weights=self.recipe)
 
-    @torch.no_grad()
     def reconstruct(self, pictures: torch.Tensor) -> torch.Tensor:
         """uint8 (N, 3, H, W) -> uint8: stage I's 25-step samples, with fixed noise, or the refiner's step."""
         rng = torch.Generator(self.job.device).manual_seed(0) if self.stage == "1" else None
-        return in_batches(lambda part: self.semtok.reconstruct(part, rng), pictures.to(self.job.device))
+        return in_batches(lambda part: self.semtok.reconstruct(part, rng), pictures)
 
+    @torch.no_grad()
     def preview(self) -> Image.Image:
-        """Held-out pictures, in stage II stage I's samples of them, and this stage's reconstructions."""
         pictures, _ = self.job.val.spread(10)
-        return picture_grid({"original": pictures} | self.before | {self.caption: self.reconstruct(pictures)})
+        made = self.reconstruct(pictures.to(self.job.device))
+        return picture_grid({"original": pictures} | self.before | {self.caption: made})
 
+    @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean PSNR (dB) and SSIM of the reconstructions of held-out pictures."""
         pictures, _ = self.job.val.spread(200)
-        return fidelity(self.reconstruct(pictures).cpu(), pictures)
+        made = self.reconstruct(pictures.to(self.job.device)).cpu()
+        return {metric.__name__: metric(made, pictures).mean().item() for metric in (fid.psnr, fid.ssim)}
 
-    def export(self, metadata: dict[str, str]) -> str:
-        """Write the tokenizer with all that sample.py needs to know; returns the path."""
-        path = self.job.path(self.result)
-        config = {"format": "semtok-tokenizer", "config": json.dumps(asdict(self.semtok.config))}
-        write_model(path, self.semtok, metadata | config)
-        return path
+    def export(self, metadata: dict[str, str]) -> None:
+        write_model(self.job.path(self.result), "semtok-tokenizer", self.semtok, metadata)
 
 
 class Refining(Pretraining):
     """Stage II, Eq. 7: from mask tokens to latents in one step, judged by pixels, and Eq. 6's other terms."""
 
     stage, title, result = "2", "one-step refiner", "stage2.safetensors"
-    shown = ("loss", "pixel_loss", "lpips_loss", "resnet_loss", "discriminator_loss", "used")
     look_for = "the refiner's row should have clean edges where stage 1 has grain"
     caption = "stage 2: refiner"
 
@@ -743,18 +686,16 @@ class Refining(Pretraining):
         self.discriminator = Discriminator(*TINY_DISCRIMINATOR if job.tiny else ())
         self.register_buffer("real_mean", torch.zeros(()))
         self.register_buffer("fake_mean", torch.zeros(()))
-        self.terms = ("lpips", "resnet") if self.recipe.perceptual == "both" else (self.recipe.perceptual,)
-        self.frozen |= {name: job.network(name) for name in self.terms}
+        terms = ("lpips", "resnet") if self.recipe.perceptual == "both" else (self.recipe.perceptual,)
+        self.frozen |= {name: job.network(name) for name in terms}
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
-        """pictures (B, 3, H, W) uint8 -> rows, shared."""
         pictures = to_signed(pictures)
         rows, shared = self.semtok.prepare(pictures, self.frozen["siglip"])
         return rows | {"pictures": pictures}, shared | {"adversarial": step >= self.recipe.gan_start}
 
     def forward(self, rows: dict, shared: dict) -> dict[str, torch.Tensor]:
-        """Eq. 7's loss and terms, and codes."""
         recipe, real = self.recipe, rows["pictures"]
         latents, out = self.semtok.refiner_losses(
             rows["latents"], rows["features"], rows["positive"], shared["candidates"], recipe
@@ -765,7 +706,7 @@ class Refining(Pretraining):
             out["lpips_loss"] = lpips(output, real).mean()
         if resnet := self.frozen.get("resnet"):  # of logits
             out["resnet_loss"] = F.mse_loss(resnet(output).float(), resnet(real).float().detach())
-        perceptual_loss = sum(out[f"{name}_loss"] for name in self.terms)
+        perceptual_loss = sum(out[f"{name}_loss"] for name in ("lpips", "resnet") if name in self.frozen)
         loss = out["pixel_loss"] + recipe.lambda_p * perceptual_loss + out.pop("regulariser")  # Eq. 7
         if shared["adversarial"]:
             out |= self.adversarial_losses(real, output)
@@ -773,11 +714,10 @@ class Refining(Pretraining):
         return out | {"loss": loss}
 
     def adversarial_losses(self, real: torch.Tensor, output: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Hinge losses of both players in one graph, on pictures (B, 3, H, W) in [-1, 1], and mean logits.
+        """Hinge losses of both players on pictures (B, 3, H, W) in [-1, 1], and mean logits.
 
-        The generator is judged by detached weights, and the discriminator sees detached pictures. So one
-        backward pass gives each player its own gradient.
-        """
+        Detached weights judge the generator; the discriminator sees detached pictures. So one backward pass
+        gives each player its own gradient."""
         detached = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         gan_loss = -torch.func.functional_call(self.discriminator, detached, (output,)).float().mean()
         on_real, on_fake = self.discriminator(real).float(), self.discriminator(output.detach()).float()
@@ -788,15 +728,14 @@ class Refining(Pretraining):
         self.real_mean.lerp_(d_real.detach(), 1 - decay)
         self.fake_mean.lerp_(d_fake.detach(), 1 - decay)
         discriminator_loss = hinge_loss + self.recipe.lambda_lecam * penalty
-        losses = {"gan_loss": gan_loss, "discriminator_loss": discriminator_loss}
-        return losses | {"d_real": d_real, "d_fake": d_fake}
+        means = {"d_real": d_real, "d_fake": d_fake}
+        return {"gan_loss": gan_loss, "discriminator_loss": discriminator_loss} | means
 
 
 class Generating(nn.Module):
     """Section 3.3: the masked AR transformer on the tokens of stage II. Table 5: next-token prediction."""
 
     stage, title, result = "ar", "masked AR", "ar.safetensors"
-    shown = ("loss", "nll", "accuracy")
     look_for = "each picture should show its class at a glance"
 
     def __init__(self, job: Job):
@@ -808,16 +747,13 @@ class Generating(nn.Module):
         self.ar = MaskedAR(job.ar_config(tokenizer.config))
 
     def prepare(self, bits: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
-        """bits (B, K, d), labels (B,) -> rows, shared."""
         return self.ar.prepare(bits, labels, rng, self.recipe.least_masked, self.recipe.class_dropout)
 
     def forward(self, rows: dict, shared: dict) -> dict[str, torch.Tensor]:
-        """Eq. 8's loss."""
         return self.ar.loss(**rows, **shared, smoothing=self.recipe.smoothing)
 
     @torch.no_grad()
     def preview(self) -> Image.Image:
-        """One sample of each class (of the first 20)."""
         tokenizer, config = self.frozen["tokenizer"], self.ar.config
         labels = torch.arange(min(20, config.classes), device=self.job.device)
         rng = torch.Generator(labels.device).manual_seed(0)
@@ -827,7 +763,6 @@ class Generating(nn.Module):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Held-out pictures' masked tokens: nats a bit, share of bits guessed right."""
         pictures, labels = (tensor.to(self.job.device) for tensor in self.job.val.spread(500))
         bits = codes_to_bits(in_batches(self.frozen["tokenizer"].encode, to_signed(pictures)))
         rng = step_generator(0, "validation", 0, bits.device)
@@ -835,30 +770,21 @@ class Generating(nn.Module):
         losses = self.ar.loss(bits, labels, masked, masked.sum(1).float().mean())
         return {"val_nll_per_bit": losses["nll"].item(), "val_bit_accuracy": losses["accuracy"].item()}
 
-    def export(self, metadata: dict[str, str]) -> str:
-        """Write `ar.safetensors`; returns its path."""
-        path, config = self.job.path(self.result), json.dumps(asdict(self.ar.config))
-        metadata = metadata | {"format": "semtok-ar", "config": config, "tokenizer": self.fingerprint}
-        write_model(path, self.ar, metadata)
-        return path
-
-
-def fidelity(outputs: torch.Tensor, pictures: torch.Tensor) -> dict[str, float]:
-    """Mean PSNR (dB) and SSIM of uint8 pictures (N, 3, H, W) against the originals."""
-    psnr, ssim = (metric(outputs, pictures).mean().item() for metric in (fid.psnr, fid.ssim))
-    return {"psnr": psnr, "ssim": ssim}
+    def export(self, metadata: dict[str, str]) -> None:
+        metadata = metadata | {"tokenizer": self.fingerprint}
+        write_model(self.job.path(self.result), "semtok-ar", self.ar, metadata)
 
 
 class StandIns(nn.Module):
     """Stage 0: small twins of the networks that cannot be had offline, under the real files' key names.
 
-    A VAE (reconstruction + KL) and a SigLIP tower (sigmoid loss against class-name embeddings) are trained.
-    VGG16 and ResNet stay random, which judges pictures almost as well (Zhang et al. 2018, section 4).
-    """
+    A VAE (reconstruction + KL) and a SigLIP tower (sigmoid loss against class names) are trained. VGG16 and
+    ResNet stay random, which judges pictures almost as well (Zhang et al. 2018, section 4)."""
 
-    stage, title, result = "0", "stand-ins", os.path.join("standins", "vae.safetensors")
-    shown = ("vae_loss", "siglip_loss", "accuracy")
+    stage, title, result = "0", "stand-ins", STAND_INS["vae"]
     look_for = "the VAE's row should be as sharp as the originals"
+    caption, before, frozen = "VAE", {}, {}
+    preview, validate = Pretraining.preview, Pretraining.validate
 
     def __init__(self, job: Job):
         super().__init__()
@@ -878,7 +804,6 @@ class StandIns(nn.Module):
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
-        """pictures (B, 3, H, W) uint8, labels (B,) -> rows, shared."""
         pictures, (rank, world), config = to_signed(pictures), ranks(), self.config.vae
         # The VAE is convolutional. It learns from windows of every third picture, then from whole ones.
         side, top, left = pictures.shape[-1], 0, 0
@@ -891,7 +816,6 @@ class StandIns(nn.Module):
         return {"pictures": pictures, "labels": labels, "windows": windows, "noise": noise}, {}
 
     def forward(self, rows: dict, shared: dict) -> dict[str, torch.Tensor]:
-        """Losses of the two networks."""
         windows, labels = rows["windows"], rows["labels"]
         moments = self.vae.encoder(windows.contiguous(memory_format=torch.channels_last))
         mean, log_variance = moments.chunk(2, 1)
@@ -907,22 +831,11 @@ class StandIns(nn.Module):
         losses = {"loss": vae_loss + siglip_loss + 1e-4 * kl_loss, "vae_loss": vae_loss, "kl_loss": kl_loss}
         return losses | {"siglip_loss": siglip_loss, "accuracy": (pairs.argmax(1) == labels).float().mean()}
 
-    @torch.no_grad()
-    def preview(self) -> Image.Image:
-        """Held-out pictures and what the VAE makes of them."""
-        pictures, _ = self.job.val.spread(10)
-        latents = self.vae.encode(to_signed(pictures.to(self.job.device)))
-        return picture_grid({"original": pictures, "VAE": to_uint8(self.vae.decode(latents))})
+    def reconstruct(self, pictures: torch.Tensor) -> torch.Tensor:
+        return to_uint8(self.vae.decode(self.vae.encode(to_signed(pictures))))
 
     @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """The VAE's fidelity on held-out pictures."""
-        pictures = self.job.val.spread(200)[0].to(self.job.device)
-        return fidelity(to_uint8(self.vae.decode(self.vae.encode(to_signed(pictures)))), pictures)
-
-    @torch.no_grad()
-    def export(self, metadata: dict[str, str]) -> str:
-        """Write the networks as the real files look; returns the folder."""
+    def export(self, metadata: dict[str, str]) -> None:
         vae, siglip = VAE(self.config.vae), SigLIP(TINY_SIGLIP)
         for copy, trained in ((vae, self.vae), (siglip, self.siglip)):
             copy.load_state_dict({name: full(tensor) for name, tensor in trained.state_dict().items()})
@@ -943,17 +856,15 @@ class StandIns(nn.Module):
             layer.weight *= factor
             layer.bias *= factor
         heads = {f"lin{i}.model.1.weight": torch.full((1, w, 1, 1), w**-0.5) for i, w in enumerate(TINY_VGG)}
-        folder = self.job.path("standins")
+        about = metadata | {"input_size": str(self.config.image_size)}
         if ranks()[0] == 0:
-            write_text(os.path.join(folder, "siglip", "config.json"), json.dumps({"num_attention_heads": 2}))
-            siglip = siglip.state_dict(prefix="vision_model.")
-            write_tensors(os.path.join(folder, "siglip", "model.safetensors"), siglip, metadata)
-            write_tensors(os.path.join(folder, "vgg16.safetensors"), vgg.state_dict(), metadata)
-            write_tensors(os.path.join(folder, "lpips.safetensors"), heads, metadata)
-            size = {"input_size": str(resnet.size)}
-            write_tensors(os.path.join(folder, "resnet50.safetensors"), resnet.state_dict(), metadata | size)
-            write_tensors(self.job.path(self.result), vae.state_dict(), metadata)  # last: all is there
-        return folder
+            write_text(self.job.path(STAND_INS["siglip"] + "/config.json"), '{"num_attention_heads": 2}')
+            for path, tensors in {
+                STAND_INS["siglip"] + "/model.safetensors": siglip.state_dict(prefix="vision_model."),
+                STAND_INS["vgg"]: vgg.state_dict(), STAND_INS["lpips"]: heads,
+                STAND_INS["resnet"]: resnet.state_dict(), STAND_INS["vae"]: vae.state_dict(),  # the last
+            }.items():
+                write_tensors(self.job.path(path), tensors, about)
 
 
 STAGES = {stage.stage: stage for stage in (StandIns, Pretraining, Refining, Generating)}
@@ -964,15 +875,6 @@ def wait_for_all() -> None:
     """Every process arrives here before any goes on."""
     if ranks()[1] > 1:
         dist.barrier()
-
-
-def any_rank(flag: bool) -> bool:
-    """Whether any rank says so."""
-    if ranks()[1] == 1:
-        return flag
-    note = torch.tensor(float(flag))  # on the CPU, by gloo: no wait for the GPU
-    dist.all_reduce(note, dist.ReduceOp.MAX)
-    return bool(note)
 
 
 def step_generator(seed: int, stage: str, step: int, device: torch.device) -> torch.Generator:
@@ -993,7 +895,7 @@ def shard(stage: nn.Module, device: torch.device) -> None:
     half = torch.bfloat16 if device.type == "cuda" else None
     # Inputs are not cast: times and rotations would lose digits that they need. Autocast casts the rest.
     policy = MixedPrecisionPolicy(half, torch.float32 if half else None, cast_forward_inputs=False)
-    options = {"mesh": init_device_mesh(device.type, (ranks()[1],)), "mp_policy": policy}
+    options = {"mesh": dist.init_device_mesh(device.type, (ranks()[1],)), "mp_policy": policy}
     frozen = {p for p in stage.parameters() if not p.requires_grad}
     for block in blocks_of(stage):
         if not frozen.issuperset(block.parameters()):
@@ -1001,13 +903,6 @@ def shard(stage: nn.Module, device: torch.device) -> None:
     fully_shard(stage, ignored_params=frozen, **options)
     for method in ("preview", "validate"):  # they gather as forward does
         register_fsdp_forward_method(stage, method)
-
-
-def set_checkpointing(stage: nn.Module, on: bool) -> None:
-    """Whether transformers recompute their blocks in the backward pass."""
-    for module in stage.modules():
-        if hasattr(module, "checkpoint_activations"):
-            module.checkpoint_activations = on
 
 
 def compile_blocks(stage: nn.Module) -> None:
@@ -1023,21 +918,16 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's rows of a sharded tensor, for work that needs no other rank; any other as it is."""
-    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
-
-
 @contextlib.contextmanager
 def averaged(stage: nn.Module, average: dict[str, torch.Tensor]) -> Iterator[None]:
     """Inside `with`, a stage is in eval mode and has its averaged weights, swapped with the live ones."""
+    @torch.no_grad()
     def swap():
-        for name, parameter in stage.named_parameters():
-            if name in average:
-                live, mean = local(parameter), local(average[name])
-                kept = live.clone()
-                live.copy_(mean)
-                mean.copy_(kept)
+        for name, mean in average.items():
+            live = stage.get_parameter(name)
+            kept = live.clone()
+            live.copy_(mean)
+            mean.copy_(kept)
 
     swap()
     stage.eval()
@@ -1050,15 +940,12 @@ def averaged(stage: nn.Module, average: dict[str, torch.Tensor]) -> Iterator[Non
 
 def write_text(path: str, text: str) -> None:
     """A text file, whole or not at all."""
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-    write_file(path, write)
+    write_file(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 @torch.no_grad()
-def write_model(path: str, model: nn.Module, metadata: dict[str, str]) -> None:
-    """A checkpoint, written by rank 0; all ranks call this to gather it. Adds the weights' fingerprint."""
+def write_model(path: str, kind: str, model: nn.Module, metadata: dict[str, str]) -> None:
+    """A checkpoint with its kind, sizes and fingerprint, by rank 0; all ranks call this to gather it."""
     tensors, digest = {}, hashlib.sha256()
     for name, tensor in model.state_dict().items():  # one by one: whole, they fill a GPU
         tensor = full(tensor)
@@ -1066,37 +953,30 @@ def write_model(path: str, model: nn.Module, metadata: dict[str, str]) -> None:
             tensors[name] = tensor.cpu().contiguous()
             digest.update(tensors[name].numpy())
     if ranks()[0] == 0:
-        write_tensors(path, tensors, metadata | {"fingerprint": digest.hexdigest()[:16]})
-
-
-# ---- the training state, for --resume: a folder of safetensors shards, and state.json
+        sizes, fingerprint = json.dumps(asdict(model.config)), digest.hexdigest()[:16]
+        about = {"format": kind, "config": sizes, "fingerprint": fingerprint}
+        write_tensors(path, tensors, metadata | about)
 
 
 def saved_states(folder: str) -> list[str]:
-    """Training states in a folder, oldest first."""
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    return [os.path.join(folder, name) for name in names if re.fullmatch(r"step-\d+", name)]
+    """Training states in a folder, oldest first: folders of safetensors shards and a state.json."""
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "step-*[0-9]")))  # not .part
 
 
 def checksums(folder: str) -> dict[str, str]:
     """The sha256 of every shard in a state's folder."""
-    def digest(path):
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    shards = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
-    return {name: digest(os.path.join(folder, name)) for name in shards}
+    found = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def save_state(folder: str, step: int, tensors: dict[str, torch.Tensor], settings: dict) -> None:
     """Write a training state, whole or not at all: each rank its shards, rank 0 a table. Two are kept."""
-    (rank, world), path = ranks(), os.path.join(folder, f"step-{step:07d}")
-    part = path + ".part"
-    if rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        os.makedirs(part)
-    wait_for_all()
-    writer = HuggingFaceStorageWriter(part, save_distributed=True)
+    path = os.path.join(folder, f"step-{step:07d}")
+    part, (rank, world) = path + ".part", ranks()
+    writer = dcp.HuggingFaceStorageWriter(part, save_distributed=True)
     dcp.save(tensors, storage_writer=writer, no_dist=world == 1)
     if rank == 0:
         about = {"step": step, "settings": settings, "sha256": checksums(part)}
@@ -1115,70 +995,51 @@ def load_state(folder: str, tensors: dict[str, torch.Tensor], settings: dict) ->
     """Fill the tensors in place from the newest state that is whole; returns its step.
 
     Raises UserError when there is none, and when it was made with other settings."""
-    chosen = [None]
-    if ranks()[0] == 0:
-        for path in reversed(saved_states(folder)):
-            try:
-                with open(os.path.join(path, "state.json"), encoding="utf-8") as file:
-                    about = json.load(file)
-                if about["sha256"] != checksums(path) or not about["sha256"]:
-                    raise ValueError("a shard is damaged")
-                chosen = [(path, int(about["step"]), dict(about["settings"]))]
-                break
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                print(f"falling back to the state before: {path} is not whole ({error})", file=sys.stderr)
-    if ranks()[1] > 1:
+    (rank, world), chosen = ranks(), [None]
+    for path in reversed(saved_states(folder) if rank == 0 else []):
+        try:
+            about = json.loads(Path(path, "state.json").read_text(encoding="utf-8"))
+            if about["sha256"] != checksums(path):
+                raise ValueError("a shard is damaged")
+            chosen = [(path, about["step"], about["settings"])]
+            break
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"falling back to the state before: {path} is not whole ({error})", file=sys.stderr)
+    if world > 1:
         dist.broadcast_object_list(chosen)
     if chosen[0] is None:
         raise UserError(f"{folder} holds no whole training state to resume: start again with --overwrite")
     path, step, found = chosen[0]
     check_settings(path, found, settings, ON_RESUME)
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(path), no_dist=ranks()[1] == 1)
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path), no_dist=world == 1)
     return step
 
 
 def prune_log(path: str, stage: str, step: int) -> None:
     """Drop from log.jsonl what a stage logged after the step that it goes on from, and damaged lines."""
     kept = []
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
-            for line in file:
-                with contextlib.suppress(ValueError, TypeError, KeyError):
-                    entry = json.loads(line)
-                    if entry["stage"] != stage or (entry["step"] <= step and "loss" in entry):
-                        kept.append(json.dumps(entry) + "\n")
+    for line in Path(path).read_bytes().splitlines() if os.path.exists(path) else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            entry = json.loads(line)
+            if entry["stage"] != stage or (entry["step"] <= step and "loss" in entry):
+                kept.append(json.dumps(entry) + "\n")
     write_text(path, "".join(kept))
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Inside `with`, Ctrl-C and SIGTERM only leave a note in the list."""
-    noted, numbers = [], (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda number, _: noted.append(number)) for number in numbers]
-    try:
-        yield noted
-    finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
 
 
 # --------------------------------------------------------------------------------------------------- the loop
 
 BAD_STEPS = 5  # steps in a row that are not finite, after which a run stops
 
+
 def is_finished(name: str, job: Job) -> bool:
     """Whether a stage has its result, by the settings of this run. UserError when a person must decide."""
     args, result, states = job.args, job.path(STAGES[name].result), saved_states(job.path(f"state-{name}"))
-    if args.overwrite or not (states or os.path.exists(result)):
-        return False
-    if os.path.exists(result):
+    if os.path.exists(result) and not args.overwrite:
         found, asked = json.loads(TensorFiles(result).metadata.get("settings", "{}")), job.settings(name)
-        check_settings(result, found, asked, ON_RESUME if args.resume else CADENCE)
-        if all(found.get(key) == asked[key] for key in asked.keys() - set(CADENCE)):
-            return True
-        if not states:
-            raise UserError(f"{result} has no training state beside it to go on from: use --overwrite")
-    if not args.resume:
+        if not (args.resume and states):  # else load_state compares
+            check_settings(result, found, asked, CADENCE)
+        return all(found.get(key) == asked[key] for key in asked.keys() - set(CADENCE))
+    if states and not (args.resume or args.overwrite):
         how = f"--resume goes on from {states[-1]}, --overwrite starts again"
         raise UserError(f"stage {name} stopped before its end: {how}")
     return False
@@ -1186,12 +1047,11 @@ def is_finished(name: str, job: Job) -> bool:
 
 def micro_batch(recipe: Recipe, world: int, accumulate: int) -> int:
     """The pictures that a rank has at once. Raises UserError for a batch that does not divide."""
-    if recipe.batch_size % (world * accumulate):
-        raise UserError(
-            f"a batch of {recipe.batch_size} does not divide by {world} processes with --accumulate "
-            f"{accumulate}: change --batch-size"
-        )
-    return recipe.batch_size // world // accumulate
+    size, left = divmod(recipe.batch_size, world * accumulate)
+    if left:
+        parts = f"{world} processes with --accumulate {accumulate}"
+        raise UserError(f"a batch of {recipe.batch_size} does not divide by {parts}: change --batch-size")
+    return size
 
 
 def make_optimizer(stage: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
@@ -1199,30 +1059,29 @@ def make_optimizer(stage: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 
     The discriminator has its own learning rate. Moments are made at once: a training state has the same names
     before and after the discriminator joins."""
-    matrices = {id(layer.weight) for layer in stage.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
-    groups = {}
-    for name, parameter in stage.named_parameters():
-        if parameter.requires_grad:
+    matrices = {layer.weight for layer in stage.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
+    groups, state = {}, {}
+    for name, p in stage.named_parameters():
+        if p.requires_grad:
             lr = recipe.discriminator_lr if name.startswith("discriminator.") else recipe.lr
-            decay = recipe.weight_decay if id(parameter) in matrices else 0.0
-            groups.setdefault((lr, decay), []).append(parameter)
-    groups = [{"params": p, "base_lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
-    optimizer = torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.95), fused=True)
-    for parameter in (parameter for group in groups for parameter in group["params"]):
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter),
-        }
+            decay = recipe.weight_decay if p in matrices else 0.0
+            group = groups.setdefault((lr, decay), {"params": [], "base_lr": lr, "weight_decay": decay})
+            group["params"].append(p)
+            state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
+            state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    optimizer = torch.optim.AdamW(groups.values(), recipe.lr, betas=(0.9, 0.95), fused=True)
+    optimizer.state.update(state)
     return optimizer
 
 
 def train_stage(name: str, job: Job) -> None:
-    """Train one stage from where it stands to its end."""
-    args, recipe, (rank, world), started = job.args, job.recipe(name), ranks(), time.time()
-    say = print if rank == 0 else (lambda *_: None)
+    """Train one stage from where it stands to its end. Raises UserError when it stops before."""
+    args, recipe, device, (rank, world) = job.args, job.recipe(name), job.device, ranks()
+    started, say = time.time(), print if rank == 0 else (lambda *_: None)
+    result, states, log = (job.path(file) for file in (STAGES[name].result, f"state-{name}", "log.jsonl"))
+    settings = job.settings(name)
     if is_finished(name, job):
-        return say(f"stage {name} is finished: {job.path(STAGES[name].result)}. --overwrite starts it again")
-    device, states, settings = job.device, job.path(f"state-{name}"), job.settings(name)
+        return say(f"stage {name} is finished: {result}. --overwrite starts it again")
     wait_for_all()  # whoever changes files below has been seen by all to find them as they were
     title = STAGES[name].title
     say(f"stage {name}: {title}, {recipe.steps} steps of {recipe.batch_size} on {world} x {device}")
@@ -1233,7 +1092,9 @@ def train_stage(name: str, job: Job) -> None:
     if name == "ar":  # before its networks are compiled
         tokenizer = stage.frozen["tokenizer"]
         dataset = Tokens(job.path("tokens.npy"), tokenizer, stage.fingerprint, job, recipe.flip)
-    set_checkpointing(stage, args.checkpoint_activations)
+    for module in stage.modules():
+        if hasattr(module, "checkpoint_activations"):
+            module.checkpoint_activations = args.checkpoint_activations
     if args.compile:
         compile_blocks(stage)
     if world > 1:
@@ -1243,15 +1104,14 @@ def train_stage(name: str, job: Job) -> None:
     for n, parameter in parameters.items():
         players.setdefault(n.split(".")[0], []).append(parameter)
     optimizer = make_optimizer(stage, recipe)
-    average = {}
-    if recipe.ema:
-        average = {n: p.detach().clone() for n, p in parameters.items() if not n.startswith("discriminator.")}
-    persistent = stage.state_dict().keys()
+    shown = {n: p for n, p in parameters.items() if recipe.ema and not n.startswith("discriminator.")}
+    average, persistent = {n: p.detach().clone() for n, p in shown.items()}, stage.state_dict()
     buffers = {n: b for n, b in stage.named_buffers() if n in persistent}
     # Bad steps are counted where the gradients are: asking for them would make the host wait for the GPU.
     skipped, bad_in_a_row = (torch.zeros((), dtype=torch.long, device=device) for _ in range(2))
-    state = {f"weights/{n}": p for n, p in parameters.items()} | {f"ema/{n}": p for n, p in average.items()}
-    state |= {f"buffers/{n}": b for n, b in buffers.items()} | {"skipped": skipped}
+    state = {"skipped": skipped}  # one flat dict of live tensors, saved and filled in place
+    for kind, tensors in {"weights": parameters, "ema": average, "buffers": buffers}.items():
+        state |= {f"{kind}/{n}": tensor for n, tensor in tensors.items()}
     for n, parameter in parameters.items():
         state |= {f"adam/{kind}/{n}": tensor for kind, tensor in optimizer.state[parameter].items()}
 
@@ -1264,24 +1124,31 @@ def train_stage(name: str, job: Job) -> None:
     elif rank == 0:
         shutil.rmtree(states, ignore_errors=True)
     if rank == 0:
-        prune_log(job.path("log.jsonl"), name, step)
+        prune_log(log, name, step)
     batches = DataLoader(
         dataset, num_workers=dataset.workers, persistent_workers=dataset.workers > 0,
         pin_memory=device.type == "cuda",  # else each copy waits for the steps that are under way
         batch_sampler=schedule(len(dataset), recipe, args.seed, step),
     )
-    teraflops = measure(name, job, recipe.batch_size)[1]["flops"] / world / 1e12  # a step's, of each rank
+    teraflops = measure(name, job, recipe.batch_size)["flops"] / world / 1e12  # a step's, of each rank
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+    def write_log(**entry):
+        if rank == 0:
+            with open(log, "a", encoding="utf-8") as file:
+                print(json.dumps({"stage": name, "step": step} | entry), file=file)
 
     # ---- the loop
     bar = tqdm(batches, f"stage {name}", initial=step, total=recipe.steps, unit="step", disable=rank > 0)
-    since, collapsed = (time.time(), step), 0
-    with bar, stop_signals() as noted, open(job.path("log.jsonl"), "a", buffering=1, encoding="utf-8") as log:
+    noted, since = [], (time.time(), step)  # signals: the step under way is taken and saved before the end
+    with bar, contextlib.ExitStack() as at_end:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.signal(number, lambda number, _: noted.append(number))
+            at_end.callback(signal.signal, number, handler)
         for batch in bar:
             warm = min(1.0, (step + 1) / recipe.warmup)
-            factor = warm * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
             for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
+                group["lr"] = group["base_lr"] * (warm * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))
             before = [buffer.clone() for buffer in buffers.values()]
             with autocast():
                 batch = [tensor.to(device, non_blocking=True) for tensor in batch]
@@ -1296,20 +1163,18 @@ def train_stage(name: str, job: Job) -> None:
                     out = stage({n: tensor.chunk(args.accumulate)[i] for n, tensor in rows.items()}, shared)
                 (out["loss"] / args.accumulate).backward()
                 outs.append({n: value.detach() for n, value in out.items()})
-            names = [n for n in outs[0] if n != "codes"]
-            losses = {n: torch.stack([out[n].float() for out in outs]).mean() for n in names}
+            losses = {n: torch.stack([out[n].float() for out in outs]).mean() for n in out if n != "codes"}
             for player, members in players.items():
                 if gradients := [p.grad for p in members if p.grad is not None]:
                     norm = full(nn.utils.get_total_norm(gradients, foreach=True))
                     nn.utils.clip_grads_with_norm_(members, 1.0, norm, foreach=True)
                     losses[f"grad_norm_{player}"] = norm
-            with torch.no_grad():
-                values = mean_over_ranks(torch.stack(list(losses.values())))  # all ranks see what one broke
+            values = mean_over_ranks(torch.stack(list(losses.values())))  # all ranks see what one broke
             losses = dict(zip(losses, values.unbind()))
 
             # the step, which a loss or gradient that is not finite makes a step of nothing
-            decisive = [value for n, value in losses.items() if n == "loss" or "grad_norm" in n]
-            bad = ~torch.stack(decisive).isfinite().all()
+            decisive = torch.stack([value for n, value in losses.items() if n == "loss" or "grad_norm" in n])
+            bad = ~decisive.isfinite().all()
             optimizer.found_inf = bad.to(torch.float32)  # the fused AdamW skips without asking the device
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -1319,12 +1184,13 @@ def train_stage(name: str, job: Job) -> None:
             bad_in_a_row.add_(1).mul_(bad)
             if average:  # warmed up: a short run would keep its initial weights
                 decay = min(recipe.ema, (1 + step) / (10 + step))
-                live = [local(parameters[n]) for n in average]
-                torch._foreach_lerp_([local(mean) for mean in average.values()], live, 1 - decay)
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(average.values()), list(shown.values()), 1 - decay)
             step += 1
 
             # look, log, save
-            stopped, last = any_rank(bool(noted)), step == recipe.steps
+            stopped = bool(mean_over_ranks(torch.tensor(float(len(noted)))))  # by gloo: no wait for the GPU
+            last = step == recipe.steps
             look = step % recipe.log_every == 0 or last
             if (look or device.type == "cpu") and bad_in_a_row >= BAD_STEPS:
                 broken = ", ".join(n for n, value in losses.items() if not value.isfinite())
@@ -1336,20 +1202,17 @@ def train_stage(name: str, job: Job) -> None:
             if look:
                 entry = {n: value.item() for n, value in losses.items()}
                 entry |= {"lr": optimizer.param_groups[0]["lr"], "skipped": int(skipped)}
-                if "codes" in outs[0]:
+                if "codes" in out:
                     bits = codes_to_bits(torch.cat([out["codes"] for out in outs]))
                     entry |= code_usage(gather(bits.to(torch.uint8)).bool())  # gloo gathers no bool
-                    dead = entry["dead_bits"] > 0 or entry["used"] < 0.01
-                    collapsed = collapsed + 1 if dead and step > recipe.warmup else 0
-                    if collapsed == 3:  # readings in a row
-                        share = f"{entry['used']:.1%} of codes used, {entry['dead_bits']} dead bits"
-                        tqdm.write(f"step {step}: codes collapse ({share}): raise lambda_q or lower lr")
+                    if entry["dead_bits"] and step > recipe.warmup and rank == 0:
+                        dead = f"{entry['dead_bits']} of {bits.shape[-1]} bits never change"
+                        tqdm.write(f"step {step}: codes collapse ({dead}): raise lambda_q or lower --lr")
                 (then, first), since = since, (time.time(), step)
                 speed = (step - first) / (since[0] - then)  # with all that a step takes, previews and states
                 entry |= {"images_per_s": speed * recipe.batch_size, "tflops": speed * teraflops}
-                bar.set_postfix_str(" ".join(f"{k}={entry[k]:.3g}" for k in stage.shown if k in entry))
-                if rank == 0:
-                    print(json.dumps({"stage": name, "step": step} | entry), file=log)
+                bar.set_postfix(loss=entry["loss"])
+                write_log(**entry)
             if step % recipe.preview_every == 0 or last:
                 with averaged(stage, average), autocast():
                     picture = stage.preview()
@@ -1364,70 +1227,55 @@ def train_stage(name: str, job: Job) -> None:
     with averaged(stage, average):
         with autocast():
             figures = stage.validate()
-        if rank == 0:
-            with open(job.path("log.jsonl"), "a", encoding="utf-8") as log:
-                print(json.dumps({"stage": name, "step": step} | figures), file=log)
-            write_picture(job.path(f"curves-{name}.png"), draw_curves(job.path("log.jsonl"), name))
+        write_log(**figures)
         about = {"stage": name, "preset": args.preset, "classes": json.dumps(job.train.classes)}
-        path = stage.export(about | {"settings": json.dumps(settings), "figures": json.dumps(figures)})
-    shown, following = ", ".join(f"{k} {v:.4g}" for k, v in figures.items()), {"0": "1", "1": "2", "2": "ar"}
-    run = "" if args.out == os.path.join("runs", "tiny") else f" --run {args.out}"
-    after = job.command(following[name]) if name in following else f"python sample.py --class 1{run}"
+        stage.export(about | {"settings": json.dumps(settings), "figures": json.dumps(figures)})
+    if rank == 0:
+        write_picture(job.path(f"curves-{name}.png"), draw_curves(log, name))
+    reached = ", ".join(f"{k} {v:.4g}" for k, v in figures.items())
+    following = {"0": "1", "1": "2", "2": "ar"}.get(name)
     say(
-        f"stage {name} done in {time.time() - started:.0f} s: {shown} on held-out pictures -> {path}\n"
+        f"stage {name} done in {time.time() - started:.0f} s: {reached} on held-out pictures -> {result}\n"
         f"  look at {job.path(f'preview-{name}-{step:07d}.png')}: {stage.look_for}; at curves-{name}.png\n"
-        f"  next: {after}"
+        f"  next: {job.command(following) if following else f'python sample.py --class 1 --run {args.out}'}"
     )
     wait_for_all()
 
 
-def draw_curves(path: str, stage: str) -> Image.Image:
-    """Small multiples of what a stage wrote into log.jsonl: a panel for each number, over the steps."""
-    width, height, columns = 230, 120, 5
-    with open(path, encoding="utf-8") as file:
-        entries = [entry for entry in map(json.loads, file) if entry["stage"] == stage and "loss" in entry]
-    names = dict.fromkeys(name for entry in entries for name in entry)
-    names = [name for name in names if name not in ("stage", "step", "skipped")]
-    sheet = Image.new("RGB", (columns * width, -(-len(names) // columns) * height), "white")
-    pen, last = ImageDraw.Draw(sheet), entries[-1]["step"]
+def draw_curves(log: str, stage: str) -> Image.Image:
+    """What a stage wrote into log.jsonl: a panel for each number, over the steps."""
+    entries = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
+    entries = [entry for entry in entries if entry["stage"] == stage and "loss" in entry]
+    names = [name for name in entries[-1] if name not in ("stage", "step", "skipped")]
+    sheet, last = Image.new("RGB", (5 * 230, -(-len(names) // 5) * 120), "white"), entries[-1]["step"]
+    pen = ImageDraw.Draw(sheet)
     for number, name in enumerate(names):
-        left, top = number % columns * width + 8, number // columns * height + 4
         points = [(e["step"], e[name]) for e in entries if math.isfinite(e.get(name, math.nan))]
-        values = [value for _, value in points] or [0.0]
-        low, high = min(values), max(values)
-        right, bottom, span = left + width - 20, top + height - 28, high - low or 1.0
+        steps, values = np.array(points or [(0, 0)]).T
+        (low, high), left, top = (values.min(), values.max()), number % 5 * 230 + 8, number // 5 * 120 + 4
+        heights = (values - low) / (high - low or 1)
         pen.text((left, top), f"{name}  {values[-1]:.4g}", fill="black")
-        pen.rectangle((left, top + 14, right, bottom), outline="lightgrey")
-        places = [
-            (left + (right - left) * step / last, bottom - (bottom - top - 14) * (value - low) / span)
-            for step, value in points
-        ]
-        pen.line(places, fill="steelblue", width=2)
-        pen.text((left, bottom + 1), f"step 0 to {last}; {low:.3g} to {high:.3g}", fill="grey")
+        pen.rectangle((left, top + 14, left + 210, top + 92), outline="lightgrey")
+        pen.line([*zip(left + 210 * steps / last, top + 92 - 78 * heights)], fill="steelblue", width=2)
+        pen.text((left, top + 93), f"step 0 to {last}; {low:.3g} to {high:.3g}", fill="grey")
     return sheet
 
 
 # --------------------------------------------------------------------------------------------------- the plan
 
-CARDS = {  # a GPU to plan for: its name, FLOP/s in dense bfloat16, bytes that it leaves to a program
-    "paper": ("H100", 989e12, 78 * 2**30), "tiny": ("RTX 4090", 165e12, 23 * 2**30),
+CARD, PEAK, ROOM, UTILISATION = "H100", 989e12, 78 * 2**30, 0.4  # its dense bfloat16 FLOP/s, bytes, our share
+PARTS = {  # of the stages, as the code names them: millions of parameters in the paper, of the VAE in SD3.5
+    "semtok.vae.encoder": 34.3, "siglip": "-", "semtok.encoder": 113, "semtok.w_x": "-", "semtok.w_z": "-",
+    "semtok.decoder": 2236, "semtok.vae.decoder": 49.5, "lpips": "-", "resnet": "-", "discriminator": "-",
+    "tokenizer": "-", "ar": "-", "vae.encoder": "-", "vae.decoder": "-",
 }
-UTILISATION = 0.4  # a transformer's share of those FLOP/s
-PUBLISHED = {  # parameters in millions, by the paper, and of the VAE by SD3.5's file
-    "semtok.encoder": 113, "semtok.decoder": 2236, "semtok.vae.encoder": 34.3, "semtok.vae.decoder": 49.5,
-    "ar L": 318, "ar XL": 746, "ar XXL": 1200,
-}
-PARTS = (  # of the stages, as they are named in the code
-    "semtok.vae.encoder", "siglip", "semtok.encoder", "semtok.w_x", "semtok.w_z", "semtok.decoder",
-    "semtok.vae.decoder", "lpips", "resnet", "discriminator", "tokenizer", "ar", "vae.encoder", "vae.decoder",
-)
+PAPER_AR = {"L": 318, "XL": 746, "XXL": 1200}
 
 
 class AsOnCUDA(torch.overrides.TorchFunctionMode):
     """What CUDA's autocast does: norms and resizing take float32, attention is memory-efficient."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        """Run a function of torch, or what stands for it on CUDA."""
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             attend = torch.ops.aten._scaled_dot_product_efficient_attention
@@ -1437,185 +1285,166 @@ class AsOnCUDA(torch.overrides.TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def measure(name: str, job: Job, batch: int, checkpointed: bool = False) -> tuple[nn.Module, dict]:
-    """A stage, and what its last step costs on `batch` pictures, by FakeTensorMode: shapes without values.
+def measure(name: str, job: Job, batch: int) -> dict:
+    """What a stage's last step costs on `batch` pictures, by FakeTensorMode: shapes without values.
 
-    `forward`: FLOPs by module path. `flops`: of all passes. Bytes kept for the backward pass: `copies`, the
-    bfloat16 ones of weights; `activations`; `block`, of these the most in a block. checkpointed: blocks are
-    recomputed, and no backward pass is run.
-    """
-    weights, kept, opened, blocks = set(), {}, [], [0]
+    Returns `stage`; `flops` of all passes; `forward`, those of a module's forward passes; bytes kept for the
+    backward pass: `activations`, and `checkpointed`, with the inputs of all blocks and the inside of one."""
+    weights, kept, inputs, opened, forward, inside = set(), {}, {}, [], {}, {}
 
-    def keep(tensor):  # storages, since views of one tensor are kept once
-        storage, source = tensor.untyped_storage(), tensor if tensor._base is None else tensor._base
-        if storage._cdata not in weights:
-            made_of = getattr(source.grad_fn, "next_functions", None) or ((None,),)
-            copied = source.dtype == torch.bfloat16 and hasattr(made_of[0][0], "variable")  # of a parameter
-            kept[storage._cdata] = storage, copied
+    def keep(tensor, among=kept):  # storages, since views of one tensor are kept once
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights and storage._cdata not in kept:
+            among[storage._cdata] = storage
         return tensor
 
-    def kept_bytes(copies: bool) -> int:
-        return sum(storage.nbytes() for storage, copied in kept.values() if copied == copies)
+    def so_far():
+        return np.array([counter.get_total_flops(), sum(s.nbytes() for s in kept.values())], dtype=object)
+
+    def enter(module, args):
+        for tensor in args if module in blocks else ():
+            keep(tensor, inputs) if isinstance(tensor, torch.Tensor) else None
+        opened.append(so_far())
+
+    def leave(module, *_):
+        flops, inside[module] = so_far() - opened.pop()
+        forward[module] = forward.get(module, 0) + flops
 
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         stage = STAGES[name](replace(job, planned=True, device=torch.device("cpu")))
-        set_checkpointing(stage, checkpointed)
-        for owner in (stage, *getattr(stage, "frozen", {}).values()):
-            weights |= {t.untyped_storage()._cdata for t in (*owner.parameters(), *owner.buffers())}
-        for block in blocks_of(stage):
-            block.register_forward_pre_hook(lambda *_: opened.append(kept_bytes(False)))
-            block.register_forward_hook(lambda *_: blocks.append(kept_bytes(False) - opened.pop()))
-        pictures = torch.zeros(batch, 3, job.config.image_size, job.config.image_size, dtype=torch.uint8)
-        if name == "ar":
-            pictures = torch.zeros(batch, job.config.tokens, job.config.bits, dtype=torch.bool)
+        blocks, parts = blocks_of(stage), dict(stage.named_modules()) | stage.frozen
+        for module in (*blocks, *(parts[part] for part in PARTS if part in parts)):
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave)
+        for layer in (part for part in parts.values() if isinstance(part, (nn.Linear, nn.Conv2d))):
+            for parameter in layer.parameters():  # the plan counts autocast's copies apart
+                parameter.data = parameter.data.bfloat16()
+        for root in (stage, *stage.frozen.values()):
+            weights |= {t.untyped_storage()._cdata for t in (*root.parameters(), *root.buffers())}
+        side, config, labels = job.config.image_size, job.config, torch.zeros(batch, dtype=torch.long)
+        shape = (config.tokens, config.bits) if name == "ar" else (3, side, side)
         saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with torch.autocast("cpu", torch.bfloat16), AsOnCUDA(), saved:
-            labels, last = torch.zeros(batch, dtype=torch.long), job.recipe(name).steps - 1
-            loss = stage(*stage.prepare(pictures, labels, torch.Generator(), last))["loss"]
-        cost = {"copies": kept_bytes(True), "activations": kept_bytes(False), "block": max(blocks)}
-        cost["forward"] = {path: sum(counts.values()) for path, counts in counter.get_flop_counts().items()}
-        if not checkpointed:
-            loss.backward()
-    return stage, cost | {"flops": counter.get_total_flops()}
+            data = torch.zeros(batch, *shape, dtype=torch.bool if name == "ar" else torch.uint8)
+            step = stage.prepare(data, labels, torch.Generator(), stage.recipe.steps - 1)
+            stage(*step)["loss"].backward()
+        flops, activations = so_far()
+        within = [inside[block] for block in blocks if block in inside] or [0]
+        lean = activations + sum(s.nbytes() for s in inputs.values()) - sum(within) + max(within)
+    sizes = {"activations": activations, "checkpointed": lean}
+    return {"stage": stage, "flops": flops, "forward": forward} | sizes
 
 
-def plan(job: Job, name: str) -> str:
-    """What --dry-run prints of a stage: parameters, FLOPs, memory, length and missing files."""
-    args, config, recipe = job.args, job.config, job.recipe(name)
-    card, peak, room = CARDS[args.preset]
-    gpus = args.gpus or (8 if args.preset == "paper" else 1)
+def plan(job: Job, name: str) -> None:
+    """Print what a stage takes (--dry-run): parameters, FLOPs, memory, length and missing files."""
+    args, config, recipe, missing = job.args, job.config, job.recipe(name), job.missing(name)
+    gpus = args.gpus or (1 if job.tiny else 8)
     batch = micro_batch(recipe, gpus, args.accumulate)
-    stage, cost = measure(name, job, batch)
-    lean = measure(name, job, batch, checkpointed=True)[1]
+    cost = measure(name, job, batch)
+    stage, forward, flops = cost["stage"], cost["forward"], cost["flops"]
 
-    def sizes(*modules) -> tuple[int, int]:  # parameters: trained, frozen
-        parameters = {p: p.numel() for module in modules for p in module.parameters()}
-        trained = sum(count for p, count in parameters.items() if p.requires_grad)
-        return trained, sum(parameters.values()) - trained
+    def sizes(*modules) -> list[int]:  # parameters: trained, frozen
+        parameters = {p for module in modules for p in module.parameters()}
+        return [sum(p.numel() for p in parameters if p.requires_grad == trained) for trained in (True, False)]
 
-    def work(path, module):  # what ran without gradient stands under its class alone
-        names = f"{type(stage).__name__}.{path}", type(module).__name__
-        return sum(cost["forward"].get(name, 0) for name in names)
-
-    frozen_networks = getattr(stage, "frozen", {})
-    lines = [
+    print(
         f"stage {name}, {stage.title}, {args.preset} preset: {recipe.steps:,} steps of {recipe.batch_size} "
-        f"pictures of {config.image_size} x {config.image_size}, {batch} at once on each of {gpus} GPUs",
-        f"{config.tokens} tokens of {config.bits} bits: {config.bits_per_pixel:.3f} bits per pixel", "",
-        f"{'network':20}{'trained, M':>12}{'frozen, M':>12}{'published':>12}{'forward, TFLOP a picture':>28}",
-    ]
-    found = dict(stage.named_modules()) | frozen_networks
-    rows = {path: (sizes(found[path]), work(path, found[path])) for path in PARTS if path in found}
-    everything = sizes(stage, *frozen_networks.values())
-    rows["all"] = everything, cost["forward"]["Global"]
-    for path, (counts, flops) in rows.items():
-        key = f"ar {args.ar_size}" if path == "ar" else path
-        known = PUBLISHED.get(key, "-") if args.preset == "paper" else "-"
-        figures = *(count / 1e6 for count in counts), known, f"{flops / batch / 1e12:.4g}" if flops else "-"
-        lines.append("{:20}{:12.2f}{:12.2f}{:>12}{:>28}".format(path, *figures))
-    lines.append(f"with the backward passes: {cost['flops'] / batch / 1e12:.4g} TFLOP a picture")
-    if args.preset == "paper" and name != "ar":
+        f"pictures of {config.image_size} x {config.image_size}, {batch} at once on each of {gpus} GPUs\n"
+        f"{config.tokens} tokens of {config.bits} bits: {config.bits_per_pixel:.3f} bits per pixel\n\n"
+        f"{'network':20}{'trained, M':>12}{'frozen, M':>12}{'published':>12}{'forward, TFLOP a picture':>28}"
+    )
+    found = dict(stage.named_modules()) | stage.frozen
+    rows = {part: (sizes(found[part]), forward.get(found[part], 0)) for part in PARTS if part in found}
+    rows["all"] = sizes(stage, *stage.frozen.values()), sum(work for _, work in rows.values())
+    for part, ((trained, frozen), work) in rows.items():
+        known = "-" if job.tiny else PAPER_AR[args.ar_size] if part == "ar" else PARTS.get(part, "-")
+        tera = f"{work / batch / 1e12:.4g}" if work else "-"
+        print(f"{part:20}{trained / 1e6:12.2f}{frozen / 1e6:12.2f}{known:>12}{tera:>28}")
+    print(f"with the backward passes: {flops / batch / 1e12:.4g} TFLOP a picture")
+    if not job.tiny and name != "ar":
         pooled = (2048 + 1 + config.decoder_width + 1) * config.decoder_width
         before = (sum(sizes(stage.semtok.decoder)) + pooled) / 1e6
-        lines.append(f"the decoder has {before:.0f}M before SD3.5's pooled-text embedder becomes a bias")
+        print(f"the decoder has {before:.0f}M before SD3.5's pooled-text embedder becomes a bias")
 
-    trained, frozen = everything
-    blocks = {p: m for p, m in stage.named_modules() if m in set(blocks_of(stage)) and sizes(m)[0]}
-    gathered = 2 * 4 * max((sum(sizes(block)) for block in blocks.values()), default=0)
+    print("\nGiB on a GPU, what is trained sharded; context and fragments come on top, a few GiB")
+    blocks = {block: sum(sizes(block)) for block in blocks_of(stage) if sizes(block)[0]}
+    own = 4 * trained / gpus
     memory = {
-        "trained weights, float32": 4 * trained / gpus, "frozen weights, float32": 4 * frozen,
-        "gradients, float32": 4 * trained / gpus, "AdamW, two moments": 8 * trained / gpus,
-        "averaged weights": 4 * trained / gpus * bool(recipe.ema),
-        "bfloat16 copies": cost["copies"] if gpus == 1 else gathered,  # of two blocks, weights and gradients
+        "trained weights, float32": own, "frozen weights, float32": 4 * frozen, "gradients, float32": own,
+        "AdamW, two moments": 2 * own, "averaged weights": own * bool(recipe.ema),
+        # of all weights, or where they are sharded of two blocks, with their gradients
+        "bfloat16 copies": 2 * trained if gpus == 1 else 8 * max(blocks.values(), default=0),
     }
-    fixed, recomputed = sum(memory.values()), sum(work(path, block) for path, block in blocks.items())
-    sharded = ", what is trained sharded" * (gpus > 1)
-    lines += ["", f"GiB on a GPU{sharded}; context and fragments come on top, a few GiB"]
-    for note, kept in (("", cost["activations"]), (", checkpointed", lean["activations"] + cost["block"])):
+    fixed = sum(memory.values())
+    for note, kept in (("", cost["activations"]), (", checkpointed", cost["checkpointed"])):
         memory |= {f"activations{note}": kept, f"total{note}": fixed + kept}
     for label, amount in memory.items():
-        over = "total" in label and amount > room
-        mark = f"  more than the {room / 2**30:.0f} of an {card}" if over else ""
-        lines.append(f"{label:28}{amount / 2**30:12.4g}{mark}")
-    lines.append("")
-    for note, flops in (("", cost["flops"]), (", checkpointed", cost["flops"] + recomputed)):
-        hours = recipe.steps * recipe.batch_size * flops / batch / (peak * UTILISATION) / 3600
-        lines.append(f"length{note}: {hours:.4g} GPU-hours, {hours / gpus:.3g} hours on {gpus} GPUs")
-    missing = job.missing(name)
-    lines += [f"  at {UTILISATION:.0%} of a {card}'s {peak / 1e12:.0f} TFLOP/s", ""]
-    return "\n".join([*lines, f"missing: {len(missing) or 'nothing'}", *(f"- {text}" for text in missing)])
+        over = f"  more than the {ROOM / 2**30:.0f} of an {CARD}" * ("total" in label and amount > ROOM)
+        print(f"{label:28}{amount / 2**30:12.4g}{over}")
+    print(f"\nlength at {UTILISATION:.0%} of an {CARD}'s {PEAK / 1e12:.0f} TFLOP/s")
+    for note, work in (("", flops), (", checkpointed", flops + sum(forward[block] for block in blocks))):
+        hours = recipe.steps * recipe.batch_size * work / batch / (PEAK * UTILISATION) / 3600
+        print(f"length{note}: {hours:.4g} GPU-hours, {hours / gpus:.3g} hours on {gpus} GPUs")
+    print(f"\nmissing: {len(missing) or 'nothing'}", *missing, sep="\n- ", end="\n\n")
 
 
 # ------------------------------------------------------------------------------------------------ the command
 
-
-def whole_number(least: int):
-    """What argparse reads a whole number of at least `least` with."""
-    def number(text: str) -> int:
-        if not least <= int(text) < 2**53:
-            raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
-        return int(text)
-    return number
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line of this file. Exits with code 2 and one sentence for what it does not know."""
-    names = (f"  stage {stage}: {', '.join(setting_names(stage))}" for stage in STAGES)
-    settings = "\n".join(textwrap.fill(text, 110, subsequent_indent="    ") for text in names)
-    parser = argparse.ArgumentParser(
-        prog="train.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__.partition("\n\nThe models")[0],
-        epilog=f"Results, previews, log.jsonl and states go to --out.\n\nsettings, for --set:\n{settings}",
-    )
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.partition("\n")[0])
+    for stage in STAGES:
+        parser.add_argument_group(f"stage {stage}, --set changes", ", ".join(setting_names(stage)))
     parser.error = lambda message: parser.exit(2, f"train.py: {message}; --help explains every option\n")
     add = parser.add_argument
     add("--stage", required=True, choices=[*STAGES, "all"], help="what to train; all: 1, 2 and ar in order")
     add("--preset", default="tiny", choices=list(RECIPES), help="sizes and recipe (default: tiny)")
     add("--data", metavar="FOLDER", help="pictures in class subfolders; tiny draws shapes when there is none")
-    add("--out", metavar="FOLDER", help="the run's folder (default: runs/PRESET)")
+    add("--out", metavar="FOLDER", help="results, previews, log and states (default: runs/PRESET)")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change settings below")
-    add("--steps", help="short for --set steps=N; warm-up and GAN start keep their share")
-    add("--batch-size", help="pictures a step over all ranks; short for --set batch_size=N")
-    add("--lr", help="peak learning rate; short for --set lr=X")
+    for name in ("steps", "batch_size", "lr"):
+        about = {"metavar": "N", "help": f"short for --set {name}=N", "type": f"{name}={{}}".format}
+        add("--" + name.replace("_", "-"), dest="set", action="append", **about)
     add("--ar-size", choices=["L", "XL", "XXL"], help="the paper preset's transformer, by name (default L)")
-    add("--seed", type=whole_number(0), default=0, help="everything random follows from it (default 0)")
+    add("--seed", type=int, default=0, help="everything random follows from it (default 0)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    add("--workers", type=whole_number(0), default=min(4, os.cpu_count()), help="processes to read pictures")
-    add("--resume", action="store_true", help="go on from the last training state")
-    add("--overwrite", action="store_true", help="start again although there is a result or a state")
-    add("--checkpoint-activations", action="store_true", help="less memory, about a third more work")
-    add("--accumulate", type=whole_number(1), default=1, metavar="N", help="micro-batches of a rank's share, "
-        "for less memory; only the entropy of the average code is then a micro-batch's")
+    add("--workers", type=int, default=min(4, os.cpu_count()), help="processes to read pictures")
+    add("--accumulate", type=int, default=1, metavar="N", help="micro-batches: less memory, entropy of each")
+    add("--gpus", type=int, help="in a --dry-run, how many share the batch (paper: 8; else 1)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile networks (default: on CUDA)")
-    add("--dry-run", action="store_true", help="print the plan (sizes, FLOPs, memory, missing files) only")
-    add("--gpus", type=whole_number(1), help="in a --dry-run, how many share the batch (paper: 8; else 1)")
+    for flag, about in {
+        "--resume": "go on from the last training state", "--overwrite": "start again all the same",
+        "--checkpoint-activations": "less memory, about a third more work",
+        "--dry-run": "only print the plan: sizes, FLOPs, memory, hours, missing files",
+    }.items():
+        add(flag, action="store_true", help=about)
     for name, (_, about, size) in WEIGHTS.items():
         add(f"--{name}", metavar="PATH", help=f"{about}, {size} (default: in weights/)")
     args = parser.parse_args(arguments)
 
+    for name, least in {"seed": 0, "workers": 0, "accumulate": 1, "gpus": 1}.items():
+        if (number := getattr(args, name)) is not None and not least <= number < 2**53:
+            parser.error(f"--{name} {number} must be at least {least}")
     args.out = os.path.normpath(args.out or os.path.join("runs", args.preset))
-    short = {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr}
-    args.changes = {name: value for name, value in short.items() if value is not None}
-    args.changes |= dict(text.partition("=")[::2] for text in args.set)
+    args.changes = dict(text.partition("=")[::2] for text in args.set)
     args.stages = ["1", "2", "ar"] if args.stage == "all" else [args.stage]
     if args.stage == "all" and args.changes.get("init") == "scratch":
         args.stages = ["2", "ar"]  # Table 12
-    known = {name for stage in args.stages for name in setting_names(stage)}
-    if unknown := sorted(args.changes.keys() - known):
-        fields = ", ".join(sorted(known))
-        parser.error(f"--set {unknown[0]} changes nothing in stage {args.stage}, which has {fields}")
+    known = sorted({name for stage in args.stages for name in setting_names(stage)})
+    for name in args.changes.keys() - known:
+        parser.error(f"--set {name} changes nothing in stage {args.stage}, which has {', '.join(known)}")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     if args.ar_size and args.preset != "paper":
         parser.error(f"--ar-size {args.ar_size} is the paper preset's: add --preset paper, or leave it out")
-    args.ar_size = args.ar_size or {"paper": "L"}.get(args.preset, args.preset)
+    args.ar_size = args.ar_size or ("L" if args.preset == "paper" else "tiny")
     return args
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command. Raises UserError for what the person at the keyboard can mend."""
     args = parse_arguments(arguments)
-    job, stages = Job(args, torch.device("cpu")), args.stages
+    job, stages, several = Job(args, torch.device("cpu")), args.stages, "WORLD_SIZE" in os.environ  # torchrun
     if job.tiny and (stages[0] == "1" or args.changes.get("init") == "scratch"):
         stages = ["0"] * (not all(os.path.exists(job.weights(name)) for name in STAND_INS)) + stages
     for stage in stages:  # what does not fit is refused now, not after two stages
@@ -1624,26 +1453,26 @@ def main(arguments: list[str] | None = None) -> None:
         micro_batch(job.recipe(stage), args.gpus or int(os.environ.get("WORLD_SIZE", 1)), args.accumulate)
     job.ar_config(job.config)
     if args.dry_run:
-        return print("\n\n".join(plan(job, stage) for stage in args.stages))
+        return [plan(job, stage) for stage in args.stages]
     if missing := job.missing(stages[0]):
         raise UserError("; ".join(missing))
     job.device = choose_device(args.device)
-    if "WORLD_SIZE" in os.environ:  # torchrun sets it
-        if job.device.type == "cuda":
-            job.device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(job.device)
-        backend = "cpu:gloo,cuda:nccl" if job.device.type == "cuda" else "gloo"
+    cuda = job.device.type == "cuda"
+    if cuda and several:
+        job.device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(job.device)
+    if several:
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
-    args.compile = job.device.type == "cuda" if args.compile is None else args.compile
+    args.compile = cuda if args.compile is None else args.compile
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA, for what autocast leaves in float32
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a state of one process
     with lock(args.out):
         size = job.config.image_size
-        splits = (Pictures(args.data, split, args.seed, size, args.workers) for split in ("train", "val"))
-        job.train, job.val = splits
+        job.train, job.val = (Pictures(args.data, split, args.seed, size, args.workers) for split in DRAWN)
         for stage in stages:
             train_stage(stage, job)
-    if dist.is_initialized():
+    if several:
         dist.destroy_process_group()
 
 
@@ -1663,7 +1492,7 @@ def lock(folder: str) -> Iterator[None]:
 
 
 def command_line(arguments: list[str] | None = None) -> int:
-    """`main` for a shell: returns the exit code, 2 with one sentence on stderr for what a person can mend."""
+    """`main` for a shell -> exit code: 2, and one sentence on stderr, for what a person can mend."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(arguments)
@@ -1673,15 +1502,13 @@ def command_line(arguments: list[str] | None = None) -> int:
     except (UserError, fid.UserError) as error:
         # An error out of a loader's worker carries its whole traceback. The last line is the sentence.
         text, code = str(error).strip().splitlines()[-1].removeprefix("mmdit.UserError: "), 2
-    except (OSError, MemoryError, SafetensorError, CheckpointException, RuntimeError) as error:
-        reason, code = str(error).strip().splitlines()[-1], 2
+    except (OSError, MemoryError, SafetensorError, dcp.api.CheckpointException, RuntimeError) as error:
+        advice = "free some space or change the path; what has been saved is whole, --resume goes on"
         if "memory" in str(error):
-            text = f"the memory ran out ({reason}): try --checkpoint-activations, --accumulate, more GPUs"
+            advice = "try --checkpoint-activations, --accumulate or more GPUs"
         elif isinstance(error, RuntimeError):
             raise  # a bug
-        else:
-            advice = "free some space or change the path; what has been saved is whole, --resume goes on"
-            text = f"{reason}: {advice}"
+        text, code = f"{str(error).strip().splitlines()[-1]}: {advice}", 2
     if ranks()[0] > 0:
         time.sleep(20)  # rank 0 has mostly stopped for the same reason, and its end is this process's end
     else:
