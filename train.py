@@ -2,7 +2,7 @@
 
     python train.py --stage all                    # the tiny world, from nothing, on two CPU cores in minutes
     python train.py --stage 1 --data FOLDER        # your own pictures: FOLDER/CLASS/picture.jpg
-    python train.py --stage 1 --preset paper --data IMAGENET/train --sd35 FILE --siglip FILE
+    python train.py --stage all --preset base --data IMAGENET/train    # one GPU, a day; paper: eight, days
 
 The models and the method are in semtok.py and ar.py. This file is the engineering around them, top to bottom:
 
@@ -82,6 +82,7 @@ class Recipe:
     warmup: int = 10_000
     ema: float = 0.9999
     flip: bool = True  # mirror half of the pictures
+    patience: float = 1.0  # so many times the steps
     log_every: int = 100
     save_every: int = 2_000  # training state, for --resume
     preview_every: int = 5_000
@@ -123,15 +124,20 @@ class ARRecipe(Recipe):
 
 
 CADENCE = ("log_every", "save_every", "preview_every")  # they only say how often something is written
-POSITIVE = (*CADENCE, "steps", "batch_size", "lr", "warmup")
+POSITIVE = (*CADENCE, "steps", "batch_size", "lr", "warmup", "patience")
 SHARES = ("least_masked", "class_dropout", "smoothing")
-ON_RESUME = (*CADENCE, "steps", "lr", "warmup", "gan_start", "discriminator_lr")  # may change by then
+ON_RESUME = (*CADENCE, "steps", "patience", "lr", "warmup", "gan_start", "discriminator_lr")  # may change
 TINY_EVERY = {"log_every": 25, "save_every": 400, "preview_every": 400}
 RECIPES = {
     "paper": {
         "1": TokenizerRecipe(200_000, 256, 5e-5),
         "2": RefinerRecipe(100_000, 64, 5e-5),
         "ar": ARRecipe(800_000, 2048, 2e-4, weight_decay=0.03),
+    },
+    "base": {  # one GPU of 24 GB, a day
+        "1": TokenizerRecipe(40_000, 128, 2e-4, warmup=2_000),
+        "2": RefinerRecipe(12_000, 64, 1e-4, warmup=1_000, gan_start=4_000),
+        "ar": ARRecipe(150_000, 128, 4e-4, weight_decay=0.03, warmup=5_000),
     },
     "tiny": {
         "0": Recipe(800, 24, 1e-3, warmup=30, ema=0.0, **TINY_EVERY),
@@ -168,7 +174,7 @@ def changed(settings, changes: dict[str, str]):
         text, choices = changes[name], get_args(kind) or ("0", "1")
         try:
             values[name] = kind(text) if kind in numbers else text == "1" if kind is bool else text
-            fits = 0 <= values[name] < 2**53 if kind in numbers else text in choices
+            fits = 0 <= values[name] < 2**31 if kind in numbers else text in choices
         except ValueError:
             fits = False
         if not fits:
@@ -514,7 +520,9 @@ class Job:
     def recipe(self, stage: str) -> Recipe:
         """The preset's recipe, changed by --set. Warm-up and GAN start keep their share of the steps."""
         preset, changes = RECIPES[self.args.preset][stage], dict(self.args.changes)
-        share = changed(preset, changes).steps / preset.steps
+        asked = changed(preset, changes)
+        changes["steps"] = str(max(1, round(asked.steps * asked.patience)))
+        share = int(changes["steps"]) / preset.steps
         for name in {"warmup", "gan_start"} & asdict(preset).keys() - changes.keys():
             changes[name] = str(max(1, round(getattr(preset, name) * share)))
         return changed(preset, changes)
@@ -546,7 +554,7 @@ class Job:
             "vae": lambda: VAE(self.config.vae),
             "siglip": lambda: SigLIP(TINY_SIGLIP if tiny else SigLIPConfig()),
             "lpips": lambda: fid.LPIPS(fid.VGG16Features(widths), [torch.zeros(1, w, 1, 1) for w in widths]),
-            "resnet": lambda: ResNet(*TINY_RESNET if tiny else ()),
+            "resnet": lambda: ResNet(*TINY_RESNET, size=self.config.image_size) if tiny else ResNet(),
         }
         load = {
             "vae": lambda: load_vae(file("vae"), device=self.device),
@@ -560,7 +568,7 @@ class Job:
         """A tokenizer at its start. Its VAE and, from SD3.5, its decoder are pretrained; the rest is new."""
         vae, decoder = self.network("vae"), None
         config = replace(self.config, semantic_width=siglip.config.width, vae=vae.config)
-        if not self.planned and (self.args.sd35 or not self.tiny):
+        if not self.planned and self.args.preset == "paper":
             with torch.device("meta"):
                 decoder = Decoder(config)
             load_sd35(decoder, self.weights("sd35"), self.device)  # straight there: in float32 it is 9 GB
@@ -578,7 +586,7 @@ class Job:
 
     def command(self, stage: str) -> str:
         """The command line that runs another stage of the same run."""
-        args, has = self.args, {*TOKENIZER_FIELDS} & {*setting_names(stage)}
+        args, has = self.args, {*TOKENIZER_FIELDS, "patience"} & {*setting_names(stage)}
         sizes = [f" {name}={text}" for name, text in args.changes.items() if name in has]
         text = f"python train.py --stage {stage}" + f" --preset {args.preset}" * (not self.tiny)
         text += f" --data {args.data}" * bool(args.data)
@@ -591,7 +599,8 @@ class Job:
         scratch = getattr(recipe, "init", "") == "scratch"
         judges = {"lpips": ["vgg", "lpips"], "resnet": ["resnet"], "both": ["vgg", "lpips", "resnet"]}
         earlier = None if scratch else {"2": "1", "ar": "2"}.get(stage)
-        needed = ["vae" if self.tiny else "sd35"] * (stage == "1" or scratch) + ["siglip"] * (stage in "12")
+        vae = "sd35" if self.args.preset == "paper" else "vae"
+        needed = [vae] * (stage == "1" or scratch) + ["siglip"] * (stage in "12")
         needed += judges.get(getattr(recipe, "perceptual", ""), [])
         sentences = []
         for name in needed:
@@ -845,6 +854,7 @@ class StandIns(nn.Module):
         for tensor in (vae.encoder.conv_out.weight, vae.encoder.conv_out.bias):
             tensor[: len(std)] /= std.view(-1, *[1] * (tensor.ndim - 1))
         vae.decoder.conv_in.weight *= std.view(1, -1, 1, 1)
+        torch.manual_seed(self.job.args.seed)  # a resumed run makes the same
         vgg, resnet = fid.VGG16Features(TINY_VGG), ResNet(*TINY_RESNET, size=self.config.image_size)
         for layer in vgg.features:
             if isinstance(layer, nn.Conv2d):  # no batch norm: so deep, it sees only with He's gain
@@ -1086,6 +1096,12 @@ def train_stage(name: str, job: Job) -> None:
     title = STAGES[name].title
     say(f"stage {name}: {title}, {recipe.steps} steps of {recipe.batch_size} on {world} x {device}")
 
+    cost = measure(name, job, recipe.batch_size)
+    needed = cost["activations"] / world + 16 * sum(p.numel() for p in cost["stage"].parameters())
+    if device.type == "cpu" and needed > (there := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        lack = f"needs some {needed / 2**30:,.0f} GiB of memory, and {there / 2**30:,.0f} are here"
+        raise UserError(f"stage {name} {lack}: lower --batch-size or its sizes, or use a GPU")
+
     # ---- the stage, its data, its optimiser, its averages
     torch.manual_seed(args.seed)
     stage, dataset = STAGES[name](job).to(device), job.train
@@ -1130,7 +1146,7 @@ def train_stage(name: str, job: Job) -> None:
         pin_memory=device.type == "cuda",  # else each copy waits for the steps that are under way
         batch_sampler=schedule(len(dataset), recipe, args.seed, step),
     )
-    teraflops = measure(name, job, recipe.batch_size)["flops"] / world / 1e12  # a step's, of each rank
+    teraflops = cost["flops"] / world / 1e12  # a step's, of each rank
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     def write_log(**entry):
@@ -1263,7 +1279,10 @@ def draw_curves(log: str, stage: str) -> Image.Image:
 
 # --------------------------------------------------------------------------------------------------- the plan
 
-CARD, PEAK, ROOM, UTILISATION = "H100", 989e12, 78 * 2**30, 0.4  # its dense bfloat16 FLOP/s, bytes, our share
+CARDS = {  # by preset, a GPU to plan for: its name, dense bfloat16 FLOP/s, bytes that it leaves us
+    "paper": ("an H100", 989e12, 78 * 2**30), "base": ("an RTX 4090", 165e12, 22 * 2**30),
+}
+UTILISATION = 0.4  # our share of the FLOP/s
 PARTS = {  # of the stages, as the code names them: millions of parameters in the paper, of the VAE in SD3.5
     "semtok.vae.encoder": 34.3, "siglip": "-", "semtok.encoder": 113, "semtok.w_x": "-", "semtok.w_z": "-",
     "semtok.decoder": 2236, "semtok.vae.decoder": 49.5, "lpips": "-", "resnet": "-", "discriminator": "-",
@@ -1338,7 +1357,8 @@ def measure(name: str, job: Job, batch: int) -> dict:
 def plan(job: Job, name: str) -> None:
     """Print what a stage takes (--dry-run): parameters, FLOPs, memory, length and missing files."""
     args, config, recipe, missing = job.args, job.config, job.recipe(name), job.missing(name)
-    gpus = args.gpus or (1 if job.tiny else 8)
+    paper, (card, peak, room) = args.preset == "paper", CARDS.get(args.preset, CARDS["base"])
+    gpus = args.gpus or (8 if paper else 1)
     batch = micro_batch(recipe, gpus, args.accumulate)
     cost = measure(name, job, batch)
     stage, forward, flops = cost["stage"], cost["forward"], cost["flops"]
@@ -1357,11 +1377,11 @@ def plan(job: Job, name: str) -> None:
     rows = {part: (sizes(found[part]), forward.get(found[part], 0)) for part in PARTS if part in found}
     rows["all"] = sizes(stage, *stage.frozen.values()), sum(work for _, work in rows.values())
     for part, ((trained, frozen), work) in rows.items():
-        known = "-" if job.tiny else PAPER_AR[args.ar_size] if part == "ar" else PARTS.get(part, "-")
+        known = (PAPER_AR[args.ar_size] if part == "ar" else PARTS.get(part, "-")) if paper else "-"
         tera = f"{work / batch / 1e12:.4g}" if work else "-"
         print(f"{part:20}{trained / 1e6:12.2f}{frozen / 1e6:12.2f}{known:>12}{tera:>28}")
     print(f"with the backward passes: {flops / batch / 1e12:.4g} TFLOP a picture")
-    if not job.tiny and name != "ar":
+    if paper and name != "ar":
         pooled = (2048 + 1 + config.decoder_width + 1) * config.decoder_width
         before = (sum(sizes(stage.semtok.decoder)) + pooled) / 1e6
         print(f"the decoder has {before:.0f}M before SD3.5's pooled-text embedder becomes a bias")
@@ -1379,11 +1399,11 @@ def plan(job: Job, name: str) -> None:
     for note, kept in (("", cost["activations"]), (", checkpointed", cost["checkpointed"])):
         memory |= {f"activations{note}": kept, f"total{note}": fixed + kept}
     for label, amount in memory.items():
-        over = f"  more than the {ROOM / 2**30:.0f} of an {CARD}" * ("total" in label and amount > ROOM)
+        over = f"  more than the {room / 2**30:.0f} of {card}" * ("total" in label and amount > room)
         print(f"{label:28}{amount / 2**30:12.4g}{over}")
-    print(f"\nlength at {UTILISATION:.0%} of an {CARD}'s {PEAK / 1e12:.0f} TFLOP/s")
+    print(f"\nlength at {UTILISATION:.0%} of {card}'s {peak / 1e12:.0f} TFLOP/s")
     for note, work in (("", flops), (", checkpointed", flops + sum(forward[block] for block in blocks))):
-        hours = recipe.steps * recipe.batch_size * work / batch / (PEAK * UTILISATION) / 3600
+        hours = recipe.steps * recipe.batch_size * work / batch / (peak * UTILISATION) / 3600
         print(f"length{note}: {hours:.4g} GPU-hours, {hours / gpus:.3g} hours on {gpus} GPUs")
     print(f"\nmissing: {len(missing) or 'nothing'}", *missing, sep="\n- ", end="\n\n")
 
@@ -1437,7 +1457,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--resume and --overwrite exclude each other")
     if args.ar_size and args.preset != "paper":
         parser.error(f"--ar-size {args.ar_size} is the paper preset's: add --preset paper, or leave it out")
-    args.ar_size = args.ar_size or ("L" if args.preset == "paper" else "tiny")
+    args.ar_size = args.ar_size or ("L" if args.preset == "paper" else args.preset)
     return args
 
 
