@@ -30,6 +30,7 @@ import functools
 import glob
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -1011,7 +1012,9 @@ def load_state(folder: str, tensors: dict[str, torch.Tensor], settings: dict) ->
             about = json.loads(Path(path, "state.json").read_text(encoding="utf-8"))
             if about["sha256"] != checksums(path):
                 raise ValueError("a shard is damaged")
-            chosen = [(path, about["step"], about["settings"])]
+            if not path.endswith(f"-{about['step']:07d}"):
+                raise ValueError("its step is another")
+            chosen = [(path, about["step"], dict(about["settings"]))]
             break
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"falling back to the state before: {path} is not whole ({error})", file=sys.stderr)
@@ -1021,7 +1024,13 @@ def load_state(folder: str, tensors: dict[str, torch.Tensor], settings: dict) ->
         raise UserError(f"{folder} holds no whole training state to resume: start again with --overwrite")
     path, step, found = chosen[0]
     check_settings(path, found, settings, ON_RESUME)
-    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path), no_dist=world == 1)
+    logging.disable(logging.ERROR)  # torch would print a traceback beside our sentence
+    try:
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path), no_dist=world == 1)
+    except dcp.api.CheckpointException as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"{path} is no state of this run ({reason}): start again with --overwrite") from None
+    logging.disable(logging.NOTSET)
     return step
 
 
