@@ -306,7 +306,8 @@ def find_pictures(folder: str, split: str) -> tuple[list[str], list[str], list[i
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     paths, labels, digest = [], [], hashlib.sha256()
     for label, name in enumerate(classes):
-        files = glob.iglob(os.path.join(glob.escape(folder), glob.escape(name), "**", "*"), recursive=True)
+        walk = os.walk(os.path.join(folder, name))  # not glob, which goes round in links
+        files = [os.path.join(root, file) for root, _, found in walk for file in found if file[0] != "."]
         found = sorted(path for path in files if path.lower().endswith(PICTURE_SUFFIXES))
         held_out = set(found[::50][: max(1, 1000 // len(classes))]) if len(found) > 1 else set()
         chosen = [path for path in found if (path in held_out) == (split == "val")]
@@ -444,15 +445,19 @@ def load_resnet(path: str) -> ResNet:
     tensors, metadata = fid.read_tensors(path)
     layers = tuple(len({k.split(".")[1] for k in tensors if k.startswith(f"layer{i}.")}) for i in range(1, 5))
     width, classes = (len(tensors.get(name, ())) for name in ("conv1.weight", "fc.weight"))
-    resnet = ResNet(width or 64, layers, classes or 1000, int(metadata.get("input_size", 224)))
+    side = metadata.get("input_size", "224")
+    sizes = width or 64, layers, classes or 1000, int(side) if re.fullmatch(r"[1-9]\d{,2}", side) else 224
+    with torch.device("meta"):  # they are believed once they fit the tensors
+        expected = ResNet(*sizes).state_dict()
     tensors, expected = (  # files differ in whether they keep this counter, which nothing reads
         {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
-        for state in (tensors, resnet.state_dict())
+        for state in (tensors, expected)
     )
     shapes = {name: tensor.shape for name, tensor in expected.items()}
     fid.check_keys(tensors, shapes, path, "torchvision's ResNet-50")
+    resnet = ResNet(*sizes)
     resnet.load_state_dict(tensors, strict=False)
-    return resnet.eval()
+    return resnet.requires_grad_(False).eval()
 
 
 class Discriminator(nn.Module):
@@ -962,6 +967,8 @@ def write_model(path: str, kind: str, model: nn.Module, metadata: dict[str, str]
         tensor = full(tensor)
         if ranks()[0] == 0:
             tensors[name] = tensor.cpu().contiguous()
+            if not tensors[name].isfinite().all():
+                raise UserError(f"{name} is NaN or infinite: go on from an earlier state, or --overwrite")
             digest.update(tensors[name].numpy())
     if ranks()[0] == 0:
         sizes, fingerprint = json.dumps(asdict(model.config)), digest.hexdigest()[:16]
