@@ -592,6 +592,8 @@ class Decoder(MMDiT):
         self.final_layer = FinalLayer(width, config.patch, config.vae.latent_channels)
         # SD3.5 has none of these two. They are made on the CPU even when the rest is on the meta device.
         self.token_embedder = nn.Linear(config.bits, width, device="cpu")
+        if config.quantizer == "bsq":  # its channels are +-1/sqrt(d): start with unit variance all the same
+            self.token_embedder.weight.data *= config.bits**0.5
         self.mask_tokens = nn.Parameter(torch.randn(config.grid**2, width, device="cpu") * 0.02)
         self.x_rope = RotaryTable(rope_2d(*self.grid, head_dim))
         self.z_rope = RotaryTable(rope_1d(config.tokens, head_dim))
