@@ -6,7 +6,7 @@
 
 SemTok section 3.1, Eq. 3 and 4; Zhao et al., "Image and Video Tokenization with Binary Spherical
 Quantization" (2024). `spherical=False` is LFQ (Yu et al. 2023), the sign without the sphere, for Table 10.
-This file needs torch alone.
+Torch alone.
 
     import torch
     from bsq import BSQ, codes_to_index
@@ -34,10 +34,7 @@ def bits_to_codes(bits: torch.Tensor, spherical: bool = True) -> torch.Tensor:
 
 
 def bits_to_index(bits: torch.Tensor) -> torch.Tensor:
-    """Eq. 3, the code number: the FIRST channel is the LEAST significant bit. (..., d) -> (...) int64.
-
-    Raises ValueError above 63 bits, which int64 cannot number.
-    """
+    """Eq. 3: the FIRST channel is the LEAST significant bit. (..., d <= 63) -> (...) int64."""
     if bits.shape[-1] > 63:
         raise ValueError(f"codes of {bits.shape[-1]} bits have no number in int64: keep the bits themselves")
     return (bits.long() << torch.arange(bits.shape[-1], device=bits.device)).sum(-1)
@@ -54,10 +51,10 @@ def codes_to_index(codes: torch.Tensor) -> torch.Tensor:
 
 
 def code_usage(bits: torch.Tensor) -> dict[str, float]:
-    """How alive a codebook is, from a batch of bits (..., d).
+    """The health of a codebook on bits (..., d).
 
-    `used`: distinct codes, as a share of the most there could be, min(tokens, 2^d). `imbalance`: the mean
-    over bits of |share of ones - 0.5|, from 0 (best) to 0.5 (dead). `dead_bits`: how many bits never change.
+    used: distinct codes, as a share of min(tokens, 2^d). imbalance: mean over bits of |share of ones - 0.5|,
+    0 at best. dead_bits: how many never change.
     """
     flat = bits.reshape(-1, bits.shape[-1])
     share = flat.float().mean(0)
@@ -71,29 +68,29 @@ def code_usage(bits: torch.Tensor) -> dict[str, float]:
 
 def ranks() -> tuple[int, int]:
     """This process's rank and the number of ranks: (0, 1) without torch.distributed."""
-    several = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The mean of equally shaped tensors over all ranks, each of which must call this.
 
-    The gradient goes to this rank's value unchanged. Data parallelism averages gradients over ranks. The two
-    together are exact where every rank computes the same from the mean, as in Eq. 4.
+    The gradient goes to this rank's value unchanged, and data parallelism averages it over the ranks. That is
+    exact where every rank computes the same from the mean, as in Eq. 4.
     """
-    count = ranks()[1]
-    if count == 1:
+    if ranks()[1] == 1:
         return value
     mean = value.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(mean)
-    return mean / count + (value - value.detach())
+    return mean / ranks()[1] + (value - value.detach())
 
 
 def gather(rows: torch.Tensor) -> torch.Tensor:
     """The rows (B, ...) of every rank, in the order of the ranks: (ranks * B, ...), without gradient."""
-    everyone = [torch.empty_like(rows) for _ in range(ranks()[1])]
-    if len(everyone) == 1:
+    if ranks()[1] == 1:
         return rows
+    everyone = [torch.empty_like(rows) for _ in range(ranks()[1])]
     dist.all_gather(everyone, rows.contiguous())
     return torch.cat(everyone)
 
@@ -101,23 +98,22 @@ def gather(rows: torch.Tensor) -> torch.Tensor:
 class BSQ(nn.Module):
     """The quantiser of Eq. 3 and its entropy loss, Eq. 4. It has no parameters.
 
-    bits: d, channels of a token. group_size: how many bits the second entropy takes together, with a table of
-    2^group_size numbers per group and token (BSQ at 18 bits: 1; FlowMo: 9). temperature: tau. spherical:
-    False is LFQ, here without its commitment loss. Raises ValueError unless group_size divides bits.
+    bits: d. group_size: bits that the second entropy takes together, in a table of 2^group_size numbers (BSQ
+    at 18 bits: 1; FlowMo: 9). temperature: tau. spherical: False is LFQ, here without its commitment loss.
     """
 
     def __init__(self, bits: int, group_size: int = 1, temperature: float = 1.0, spherical: bool = True):
         super().__init__()
         if bits % group_size:
             raise ValueError(f"entropy groups of {group_size} bits do not divide {bits}: choose a divisor")
-        self.bits, self.group_size = bits, group_size
-        self.temperature, self.spherical = temperature, spherical
+        self.bits, self.group_size, self.temperature = bits, group_size, temperature
+        self.spherical = spherical
         self.magnitude = bits**-0.5 if spherical else 1.0
 
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """z (..., d) -> codes (..., d), every channel +-magnitude, and u (..., d), z on the sphere: float32.
+        """z (..., d) -> codes (..., d) and u (..., d), z on the sphere; float32.
 
-        The gradient of codes goes to u unchanged: it is bsq-vit's without its 1/sqrt(d).
+        The gradient of codes goes to u unchanged, without bsq-vit's 1/sqrt(d).
         """
         u = F.normalize(z.float(), dim=-1) if self.spherical else z.float()
         corner = torch.where(u > 0, self.magnitude, -self.magnitude)  # torch.sign(0) would be no corner
@@ -126,10 +122,9 @@ class BSQ(nn.Module):
     def entropy_loss(self, u: torch.Tensor) -> dict[str, torch.Tensor]:
         """Eq. 4 on u (..., d), in nats: `entropy_loss` = `token_entropy` - `code_entropy`.
 
-        The soft assignment q(c|u) ~ exp(2 tau c.u) over the 2^d corners is a product over bits with
-        p_i = sigmoid(4 tau m u_i), m the magnitude of a code's channel. So the first term is an exact sum.
-        The second, the entropy of the average q, is at most the sum over groups of bits, which stands for
-        it. A healthy run has a slightly NEGATIVE loss: the average of tokens is less certain than a token.
+        The soft assignment q(c|u) ~ exp(2 tau c.u) is a product over bits, p_i = sigmoid(4 tau m u_i) with m
+        the magnitude of a channel: the first term is an exact sum. The second, the entropy of the average q,
+        is bounded by the sum over groups of bits. A healthy run has a slightly NEGATIVE loss.
         """
         logits = (4 * self.temperature * self.magnitude) * u.float().reshape(-1, self.bits)  # (N, d)
         p = logits.sigmoid()

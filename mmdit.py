@@ -25,7 +25,8 @@ import math
 import os
 import re
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -37,30 +38,22 @@ from torch.utils.checkpoint import checkpoint
 # ----------------------------------------------------------------------------------------- rotary positions
 
 
-def _angles(length: int, count: int, theta: float) -> torch.Tensor:
+def rope_1d(length: int, head_dim: int) -> torch.Tensor:
+    """Rotations of positions 0..length-1 (RoFormer, Su et al. 2021): a table (2, length, head_dim)."""
     # With device and type: a model built on the meta device or in bfloat16 still has real, exact tables
-    steps, positions = (torch.arange(n, dtype=torch.float32, device="cpu") for n in (count, length))
-    return positions[:, None] * theta ** (-steps / count)  # (length, count)
-
-
-def _table(angles: torch.Tensor) -> torch.Tensor:
+    positions = torch.arange(length, dtype=torch.float32, device="cpu")
+    pairs = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
+    angles = positions[:, None] * 10000.0 ** (-pairs / len(pairs))  # (length, head_dim/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
 
 
-def rope_1d(length: int, head_dim: int, theta: float = 10000.0) -> torch.Tensor:
-    """Rotations of positions 0..length-1 (RoFormer, Su et al. 2021): a table (2, length, head_dim)."""
-    return _table(_angles(length, head_dim // 2, theta))
-
-
-def rope_2d(height: int, width: int, head_dim: int, theta: float = 10000.0) -> torch.Tensor:
-    """Rotations on a grid, row by row: a table (2, height * width, head_dim).
-
-    Half of each head turns with the row, half with the column. head_dim must divide by 4.
-    """
-    rows = _angles(height, head_dim // 4, theta)[:, None].expand(-1, width, -1)  # (height, width, head_dim/4)
-    columns = _angles(width, head_dim // 4, theta)[None].expand(height, -1, -1)
-    return _table(torch.cat([rows, columns], -1).flatten(0, 1))
+def rope_2d(height: int, width: int, head_dim: int) -> torch.Tensor:
+    """Rotations on a grid, half of each head by row and half by column: (2, height * width, head_dim)."""
+    rows, columns = (rope_1d(side, head_dim // 2).unflatten(-1, (2, -1)) for side in (height, width))
+    rows, columns = rows[:, :, None], columns[:, None]  # (2, height or 1, width or 1, 2, head_dim/4)
+    shape = torch.broadcast_shapes(rows.shape, columns.shape)
+    return torch.cat([rows.expand(shape), columns.expand(shape)], -1).flatten(3).flatten(1, 2)
 
 
 def apply_rope(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
@@ -84,6 +77,9 @@ class RotaryTable(nn.Module):
         return self
 
 
+# --------------------------------------------------------------------------------- attention of two streams
+
+
 def normed_rotated(qkv: torch.Tensor, heads: int, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm, rope: torch.Tensor):
     """qkv (B, L, 3 width) -> q, k, v (B, heads, L, head_dim), q and k RMS-normalised per head and rotated."""
     # q and k go through as one tensor: small models spend their time on launching operations
@@ -92,28 +88,6 @@ def normed_rotated(qkv: torch.Tensor, heads: int, q_norm: nn.RMSNorm, k_norm: nn
     qk = F.rms_norm(qk.float(), qk.shape[-1:], eps=q_norm.eps) * weight
     q, k = apply_rope(qk, rope).to(v.dtype)
     return q, k, v[0]
-
-
-# --------------------------------------------------------------------------------- attention of two streams
-
-
-class AttentionWeights(nn.Module):
-    """One stream's projections in an attention: qkv, RMS qk-norm and, unless `pre_only`, the way out.
-
-    x (B, L, width), rope (2, L, head_dim) -> q, k, v of `normed_rotated`.
-    """
-
-    def __init__(self, width: int, heads: int, pre_only: bool = False):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.ln_q = nn.RMSNorm(width // heads, eps=1e-6)
-        self.ln_k = nn.RMSNorm(width // heads, eps=1e-6)
-        if not pre_only:
-            self.proj = nn.Linear(width, width)
-
-    def forward(self, x: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return normed_rotated(self.qkv(x), self.heads, self.ln_q, self.ln_k, rope)
 
 
 def attend(q, k, v, mask: torch.Tensor | None = None, causal: bool = False) -> torch.Tensor:
@@ -125,25 +99,40 @@ def attend(q, k, v, mask: torch.Tensor | None = None, causal: bool = False) -> t
     return out.transpose(1, 2).flatten(2)
 
 
-class FeedForward(nn.Module):
-    """(B, L, width) -> the same: fc1, GELU (tanh form), fc2; `hidden` wide inside, by default 4 width."""
+class AttentionWeights(nn.Module):
+    """One stream's qkv, RMS qk-norm and, unless `pre_only`, projection out; its forward makes q, k, v."""
 
-    def __init__(self, width: int, hidden: int | None = None):
+    def __init__(self, width: int, heads: int, pre_only: bool = False):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden or 4 * width)
-        self.fc2 = nn.Linear(hidden or 4 * width, width)
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.ln_q, self.ln_k = (nn.RMSNorm(width // heads, eps=1e-6) for _ in range(2))
+        if not pre_only:
+            self.proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return normed_rotated(self.qkv(x), self.heads, self.ln_q, self.ln_k, rope)
+
+
+class FeedForward(nn.Module):
+    """(B, L, width) -> the same: fc1, GELU (tanh form), fc2."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor | None) -> torch.Tensor:
-    """AdaLN's x (1 + scale) + shift: x (B, L, width), shift and scale (B, 1, width) or None for x itself."""
+    """AdaLN's x (1 + scale) + shift: x (B, L, width), shift and scale (B, 1, width); None leaves x as it is."""
     return x if scale is None else torch.addcmul(shift, x, 1 + scale)
 
 
 def gated(x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-    """AdaLN's gate (B, 1, width), or None for x itself, on a branch x (B, L, width)."""
+    """AdaLN's gate (B, 1, width) on a branch x (B, L, width); None leaves x as it is."""
     return x if gate is None else x * gate
 
 
@@ -156,7 +145,7 @@ class StreamBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, adaln: bool, dual: bool = False, pre_only: bool = False):
         super().__init__()
-        self.adaln, self.dual, self.pre_only = adaln, dual, pre_only
+        self.dual, self.pre_only = dual, pre_only
         self.chunks = 2 if pre_only else 9 if dual else 6
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = AttentionWeights(width, heads, pre_only)
@@ -164,15 +153,15 @@ class StreamBlock(nn.Module):
             self.attn2 = AttentionWeights(width, heads)
         if not pre_only:
             self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-            self.mlp = FeedForward(width)
+            self.mlp = FeedForward(width, 4 * width)
         if adaln:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.chunks * width))
 
-    def modulation(self, conditioning: torch.Tensor | None) -> list[torch.Tensor | None]:
+    def modulation(self, conditioning: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
         """(B, width) -> shift, scale, gate of the attention, the same of the MLP, of attn2; or None each."""
-        if not self.adaln:
+        if conditioning is None:
             return [None] * self.chunks
-        return list(self.adaLN_modulation(conditioning)[:, None].chunk(self.chunks, -1))
+        return self.adaLN_modulation(conditioning)[:, None].chunk(self.chunks, -1)
 
     def residual_mlp(self, x: torch.Tensor, shift, scale, gate) -> torch.Tensor:
         """x (B, L, width) -> x plus the gated MLP of it."""
@@ -213,7 +202,6 @@ class MMDiT(nn.Module):
 
     dual_depth: how many first blocks have attn2 (SD3.5-Medium: 13 of 24). adaln: a conditioning vector
     modulates the blocks. context_pre_only: the last block's context only feeds the image (SD3.5).
-    checkpoint_activations, an attribute: the backward pass recomputes the blocks.
     """
 
     def __init__(self, depth, width, heads, dual_depth=0, adaln=False, context_pre_only=False):
@@ -222,12 +210,12 @@ class MMDiT(nn.Module):
             JointBlock(width, heads, adaln, dual=i < dual_depth, pre_only=context_pre_only and i == depth - 1)
             for i in range(depth)
         )
-        self.checkpoint_activations = False
+        self.checkpoint_activations = False  # True: the backward pass recomputes the blocks
         self.apply(_init_linear)
         if adaln:  # AdaLN-zero (DiT, Peebles and Xie 2023): from scratch, every block starts as the identity
-            for block in self.joint_blocks:
-                for stream in (block.x_block, block.context_block):
-                    nn.init.zeros_(stream.adaLN_modulation[1].weight)
+            for name, parameter in self.named_parameters():
+                if "adaLN_modulation" in name:
+                    nn.init.zeros_(parameter)
 
     def forward(self, x, context, x_rope, context_rope, conditioning=None, mask=None):
         """x (B, L, width), context (B, M, width), x_rope (2, L, head_dim), context_rope (2, M, head_dim),
@@ -265,23 +253,22 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Flow time t (B,) in [0, 1] -> (B, width): sinusoids of 1000 t, as in SD3.5, then a small MLP."""
+    """Flow time t (B,) in [0, 1] -> (B, width): 256 sinusoids of 1000 t, as in SD3.5, then a small MLP."""
 
-    def __init__(self, width: int, frequencies: int = 256):
+    def __init__(self, width: int):
         super().__init__()
-        self.frequencies = frequencies
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.mlp.apply(_init_linear)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        steps = torch.arange(self.frequencies // 2, dtype=torch.float32, device=t.device)
-        angles = 1000 * t.float()[:, None] * torch.exp(steps * (-math.log(10000) / len(steps)))
+        steps = torch.arange(128, dtype=torch.float32, device=t.device)
+        angles = 1000 * t.float()[:, None] * torch.exp(steps * (-math.log(10000) / 128))
         waves = torch.cat([angles.cos(), angles.sin()], -1)
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
 
 class FinalLayer(nn.Module):
-    """Image tokens (B, h w, width), modulated by the conditioning (B, width) -> (B, channels, h p, w p)."""
+    """Image tokens (B, h w, width), conditioning (B, width), grid (h, w) -> (B, channels, h p, w p)."""
 
     def __init__(self, width: int, patch: int, channels: int):
         super().__init__()
@@ -294,7 +281,6 @@ class FinalLayer(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: torch.Tensor, conditioning: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """grid: (h, w), patches per side."""
         shift, scale = self.adaLN_modulation(conditioning)[:, None].chunk(2, -1)
         patches = self.linear(modulate(self.norm_final(x), shift, scale))
         patches = patches.unflatten(-1, (self.patch, self.patch, -1)).unflatten(1, grid)  # (B, h, w, p, p, c)
@@ -333,100 +319,85 @@ _DISGUISES = {  # how a file begins that is something else -> what it is and wha
 }
 
 
-def read_json(path: str) -> dict:
-    """The table that a model's JSON file holds. Raises UserError for anything else, such as an HTML page."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return dict(json.loads(file.read(1 << 24)))
-    except (ValueError, TypeError, RecursionError):  # no JSON; no table; nested without end
-        raise UserError(f"{path} is not the JSON table that its name promises: download it again") from None
-
-
 class TensorFiles:
-    """Tensors by name out of one safetensors file or a folder of shards, read one at a time and never held.
+    """Tensors by name out of one safetensors file or a folder of shards. Nothing is held in memory.
 
-    path: a file, a folder, or a folder with a subfolder `part`. prefix: a file that holds several models has
-    it before the names of the one that is meant. The others are left aside, and `prefix` is "" without it.
-    `shapes`: name without prefix -> shape. `metadata`: of the first file. Raises UserError for a path without
-    safetensors, two files with the same tensor, and files that are damaged or something else.
+    path: a file, a folder, or a folder with a subfolder `part`. prefix: what a file of several models has
+    before the names of the wanted one; the others are left aside. `shapes`: name without prefix -> shape.
+    `metadata`: of the first file. Raises UserError for what is no whole safetensors file or holds a name twice.
     """
 
     def __init__(self, path: str, part: str = "", prefix: str = ""):
-        if part and os.path.isdir(os.path.join(path, part)):
-            path = os.path.join(path, part)
-        files = [path]
-        if os.path.isdir(path):
-            files = [os.path.join(path, n) for n in sorted(os.listdir(path)) if n.endswith(".safetensors")]
+        path = Path(path, part) if os.path.isdir(Path(path, part)) else Path(path)
+        files = sorted(path.glob("*.safetensors")) if os.path.isdir(path) else [path]
         if not files:
             raise UserError(f"{path} holds no .safetensors file: give the file, or the folder that holds it")
-        self.path, self.metadata, self._file_of, shapes = path, {}, {}, {}
+        self.path, self.metadata, self.file_of, shapes = path, {}, {}, {}
         for file in files:
             if not (os.path.isfile(file) and os.access(file, os.R_OK)):
                 raise UserError(f"{file} does not exist or may not be read: give a .safetensors file")
-            with self._reading(file) as handle:
+            with self.opened(file) as handle:
                 self.metadata = self.metadata or handle.metadata() or {}
                 for name in sorted(handle.keys()):
                     if name in shapes:  # two models, or two copies of one
-                        both = f"{file} and {self._file_of[name]}"
-                        raise UserError(f"{both} both hold {name}: give one of them")
-                    shapes[name], self._file_of[name] = tuple(handle.get_slice(name).get_shape()), file
+                        raise UserError(f"{file} and {self.file_of[name]} both hold {name}: give one of them")
+                    shapes[name], self.file_of[name] = tuple(handle.get_slice(name).get_shape()), file
         self.prefix = prefix if any(name.startswith(prefix) for name in shapes) else ""
         names = [name for name in shapes if name.startswith(self.prefix)]
         self.shapes = {name.removeprefix(self.prefix): shapes[name] for name in names}
 
+    @staticmethod
+    @contextlib.contextmanager
+    def opened(file: str) -> Iterator:
+        """The open file. UserError when it is damaged or something else in disguise."""
+        try:
+            with safe_open(file, "pt") as handle:
+                yield handle
+        except (SafetensorError, OSError) as error:
+            with open(file, "rb") as content:
+                start = content.read(256)
+            damaged = f"{os.path.getsize(file):,} bytes, truncated or damaged ({error}); download it again"
+            found = next((text for pattern, text in _DISGUISES.items() if re.match(pattern, start)), damaged)
+            raise UserError(f"{file} is no complete safetensors file: it is {found}") from None
+
     def get(self, name: str) -> torch.Tensor:
         """One tensor on the CPU. The file is opened for it alone: pages read before are given back."""
         name = self.prefix + name
-        with self._reading(self._file_of[name]) as handle:
+        with self.opened(self.file_of[name]) as handle:
             tensor = handle.get_tensor(name)
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise UserError(f"{self.path} has {tensor.dtype} in {name}: 16 to 64 bit floats are needed")
         return tensor
 
-    @staticmethod
-    @contextlib.contextmanager
-    def _reading(file: str) -> Iterator:
-        try:
-            with safe_open(file, "pt") as handle:
-                yield handle
-        except (SafetensorError, OSError) as error:
-            with open(file, "rb") as opened:
-                start = opened.read(256)
-            damaged = f"{os.path.getsize(file):,} bytes, truncated or damaged ({error}); download it again"
-            found = next((text for pattern, text in _DISGUISES.items() if re.match(pattern, start)), damaged)
-            raise UserError(f"{file} is no complete safetensors file: it is {found}") from None
-
     def unlike(self, wanted: str, told: str) -> UserError:
         """The error that says what the file seems to be, what is wanted, and what told them apart."""
-        keys = self._file_of
+        keys = self.file_of
         names = f"an unknown file (keys such as {', '.join(sorted(keys)[:3]) or 'none at all'})"
         kind = next((kind for part, kind in _KINDS.items() if any(part in key for key in keys)), names)
         return UserError(f"{self.path} looks like {kind}, and {wanted} is needed: {told}")
 
     @contextlib.contextmanager
     def building(self, wanted: str) -> Iterator[None]:
-        """Inside, models are built on the meta device by sizes that the file states. They may be wrong.
+        """Inside, models are built on the meta device by sizes that the file states, which may be wrong.
 
-        A model that outgrows the file stops at once, before it takes time or memory. That, and sizes that
-        are missing or fit nothing, raise UserError.
+        A model that outgrows the file stops at once. That, and sizes that fit nothing, raise UserError.
         """
         # Twice what the file has and some more, so that a file which lacks a part still has it named
-        tensors, numbers = 2 * len(self.shapes) + 1000, 2 * sum(map(math.prod, self.shapes.values())) + 10**7
+        left = 2 * sum(math.prod(shape) + 10**4 for shape in self.shapes.values()) + 10**7
 
         def count(module, name, parameter):
-            nonlocal tensors, numbers
-            tensors, numbers = tensors - 1, numbers - (0 if parameter is None else parameter.numel())
-            if min(tensors, numbers) < 0:
+            nonlocal left
+            left -= 10**4 + (0 if parameter is None else parameter.numel())
+            if left < 0:
                 raise ValueError("its sizes make a model much larger than the file")
 
         hook = register_module_parameter_registration_hook(count)
         try:
             with torch.device("meta"):
                 yield
-        except KeyError as error:
-            raise self.unlike(wanted, f"it lacks {self.prefix}{error.args[0]}") from None
-        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-            raise self.unlike(wanted, f"{error}") from None
+        except Exception as error:  # of any type: sizes from a file can be anything
+            told = f"it lacks {self.prefix}{error.args[0]}" if type(error) is KeyError else str(error)
+            raise self.unlike(wanted, told) from None
         finally:
             hook.remove()
 
@@ -443,9 +414,8 @@ def load_tensors(
     """Fill a module, best built on the meta device, from a file with other names; returns it on `device`.
 
     mapping: name in the module -> `from_keys(...)`; names left out keep their initialisation. wanted: what
-    the file should be, for the message. unused: regular expression of keys that are knowingly not used.
-    Tensors get the module's dtype and are read one by one: the peak is the module plus one tensor. Raises
-    UserError naming the missing, unexpected and misshapen keys.
+    the file should be. unused: regular expression of keys that are knowingly not used. Tensors get the
+    module's dtype, one by one. Raises UserError naming the missing, unexpected and misshapen keys.
     """
     targets = module.state_dict()
     used = {key for keys, _ in mapping.values() for key in keys}
@@ -475,39 +445,32 @@ def load_tensors(
     return module.to(device)
 
 
+def renamed(name: str, words: dict[str, str]) -> str:
+    """A key of one layout in the other's words, replaced in the table's order."""
+    for ours, theirs in words.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
 # --------------------------------------------------------------------------------------------- SD3.5-Medium
 
-_DIFFUSERS_WORDS = {  # parts of the single file's keys -> diffusers', replaced in this order; * is q, k and v
+_DIFFUSERS_WORDS = {  # the single file's words -> diffusers'; * is q, k and v
     "x_embedder.proj.": "pos_embed.proj.",
     "t_embedder.mlp.0.": "time_text_embed.timestep_embedder.linear_1.",
     "t_embedder.mlp.2.": "time_text_embed.timestep_embedder.linear_2.",
     "y_embedder.mlp.0.": "time_text_embed.text_embedder.linear_1.",
     "y_embedder.mlp.2.": "time_text_embed.text_embedder.linear_2.",
-    "final_layer.adaLN_modulation.1.": "norm_out.linear.",
-    "final_layer.linear.": "proj_out.",
+    "final_layer.adaLN_modulation.1.": "norm_out.linear.", "final_layer.linear.": "proj_out.",
     "joint_blocks.": "transformer_blocks.",
     "context_block.adaLN_modulation.1.": "norm1_context.linear.",
-    "context_block.attn.qkv.": "attn.add_*_proj.",
-    "context_block.attn.ln_": "attn.norm_added_",
+    "context_block.attn.qkv.": "attn.add_*_proj.", "context_block.attn.ln_": "attn.norm_added_",
     "context_block.attn.proj.": "attn.to_add_out.",
-    "context_block.mlp.fc1.": "ff_context.net.0.proj.",
-    "context_block.mlp.fc2.": "ff_context.net.2.",
+    "context_block.mlp.fc1.": "ff_context.net.0.proj.", "context_block.mlp.fc2.": "ff_context.net.2.",
     "x_block.adaLN_modulation.1.": "norm1.linear.",
-    "x_block.mlp.fc1.": "ff.net.0.proj.",
-    "x_block.mlp.fc2.": "ff.net.2.",
-    "x_block.attn": "attn",  # attn and attn2
-    ".qkv.": ".to_*.",
-    ".ln_": ".norm_",
-    "attn.proj.": "attn.to_out.0.",
-    "attn2.proj.": "attn2.to_out.0.",
+    "x_block.mlp.fc1.": "ff.net.0.proj.", "x_block.mlp.fc2.": "ff.net.2.",
+    "x_block.attn": "attn", ".qkv.": ".to_*.", ".ln_": ".norm_",  # attn and attn2
+    "attn.proj.": "attn.to_out.0.", "attn2.proj.": "attn2.to_out.0.",
 }
-
-
-def renamed(name: str, words: dict[str, str]) -> str:
-    """A key with every word that the table has replaced by the other layout's, in the table's order."""
-    for ours, theirs in words.items():
-        name = name.replace(ours, theirs)
-    return name
 
 
 def _from_diffusers(name: str, last: int) -> tuple:
@@ -524,9 +487,9 @@ def _from_diffusers(name: str, last: int) -> tuple:
 def load_sd35(decoder: nn.Module, path: str, device: str | torch.device = "cpu") -> nn.Module:
     """Start a decoder from SD3.5-Medium: its single file, or a diffusers `transformer/` folder.
 
-    decoder: a module with `x_embedder`, `t_embedder`, `joint_blocks` and `final_layer` of this file. What it
-    has beside them keeps its initialisation. SD3.5 predicts eps - x_v and Eq. 5 wants x_v - eps: the last
-    linear layer is negated. SemTok has no pooled text: its embedder runs once on zeros, and the result joins
+    decoder: a module with `x_embedder`, `t_embedder`, `joint_blocks` and `final_layer` of this file; what
+    else it has keeps its initialisation. SD3.5 predicts eps - x_v and Eq. 5 wants x_v - eps, so the last
+    linear layer is negated. There is no pooled text: its embedder runs once on zeros, and the result joins
     the timestep embedder's last bias, which drops 5.5M parameters. Raises UserError for any other file.
     """
     source = TensorFiles(path, "transformer", "model.diffusion_model.")
@@ -543,12 +506,12 @@ def load_sd35(decoder: nn.Module, path: str, device: str | torch.device = "cpu")
     mapping = {name: published(name) for name in decoder.state_dict() if name.startswith(pretrained)}
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         mapping[name] = from_keys(*published(name)[0], make=torch.neg)
-    text = ("y_embedder.mlp.0.bias", "y_embedder.mlp.2.weight", "y_embedder.mlp.2.bias")
-    bias = "t_embedder.mlp.2.bias"
-    mapping[bias] = from_keys(*(published(name)[0][0] for name in (bias, *text)), make=folded)
+    bias, text = "t_embedder.mlp.2.bias", ("0.bias", "2.weight", "2.bias")
+    sources = [bias, *(f"y_embedder.mlp.{name}" for name in text)]
+    mapping[bias] = from_keys(*(published(name)[0][0] for name in sources), make=folded)
 
     # Not used: the position table (RoPE replaces it), the embedder of text, the weight that sees only zeros.
-    unused = r"pos_embed|context_embedder|y_embedder\.mlp\.0\.weight|model_sampling\."
+    unused = r"pos_embed|context_embedder|model_sampling\.|y_embedder\.mlp\.0\.weight"
     unused += r"|time_text_embed\.text_embedder\.linear_1\.weight"
     wanted = "SD3.5-Medium (sd3.5_medium.safetensors or its transformer folder)"
     return load_tensors(decoder, source, mapping, wanted, unused, device)
@@ -560,35 +523,33 @@ def load_sd35(decoder: nn.Module, path: str, device: str | torch.device = "cpu")
 def config_from(config_class: type, entries):
     """A dataclass of sizes out of a JSON table. Raises ValueError unless names, types and values fit."""
     hints = typing.get_type_hints(config_class)
-    if not isinstance(entries, dict) or entries.keys() != hints.keys():
+    if type(entries) is not dict or entries.keys() != hints.keys():
         raise ValueError(f"its sizes must be a table of {', '.join(hints)}")
-    values = {}
+    values = dict(entries)
     for name, hint in hints.items():
         value, choices = entries[name], typing.get_args(hint)
         if dataclasses.is_dataclass(hint):
-            value = config_from(hint, value)
-        elif typing.get_origin(hint) is tuple and type(value) is list and {*map(type, value)} == {choices[0]}:
-            value = tuple(value)
+            values[name] = config_from(hint, value)
+        elif hint == tuple[int, ...] and type(value) is list and {*map(type, value)} == {int}:
+            values[name] = tuple(value)
         elif type(value) is not hint and value not in choices:
             raise ValueError(f"{name} is {value!r:.40}")
-        values[name] = value
     return config_class(**values)
 
 
 def load_checkpoint(
-    path: str, kind: str, config_class: type, model_class: type, device: str | torch.device,
-    facts: tuple[str, ...] = ("fingerprint", "classes"),
+    path: str, kind: str, config_class: type, model_class: type, device: str | torch.device, *facts: str
 ) -> tuple[nn.Module, dict[str, str]]:
     """A model of train.py in eval mode, built by the sizes in its own file, and the file's metadata.
 
-    kind: the `format` that the metadata must name. facts: what else it must have; `classes` is a JSON list of
-    names, as many as the sizes say. Raises UserError for any other file.
+    kind: the metadata's `format`. facts: what it must have beside `config`, `fingerprint` and `classes`, a
+    JSON list of names. Raises UserError for any other file.
     """
     source, wanted = TensorFiles(path), f"a {kind}, which python train.py makes,"
     with source.building(wanted):
         if source.metadata.get("format") != kind:
             raise ValueError(f"its format is {source.metadata.get('format')}")
-        about = {name: source.metadata[name] for name in ("config", *facts)}
+        about = {name: source.metadata[name] for name in ("config", "fingerprint", "classes", *facts)}
         config, names = config_from(config_class, json.loads(about["config"])), json.loads(about["classes"])
         if type(names) is not list or not all(type(name) is str for name in names):
             raise ValueError("its classes are no list of names")

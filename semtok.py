@@ -17,6 +17,7 @@ top (perceptual networks, discriminator, optimiser) is in train.py.
     pictures = model.decode(model.refine(codes))             # one step; model.sample(codes) takes 25
 """
 
+import json
 import math
 import os
 import re
@@ -34,7 +35,7 @@ from safetensors.torch import save_file
 from bsq import BSQ, gather, ranks
 from mmdit import (
     FeedForward, FinalLayer, MMDiT, PatchEmbed, RotaryTable, TensorFiles, TimestepEmbedder, UserError, attend,
-    from_keys, load_checkpoint, load_tensors, read_json, renamed, rope_1d, rope_2d,
+    from_keys, load_checkpoint, load_tensors, renamed, rope_1d, rope_2d,
 )
 
 # ------------------------------------------------------------------------------------------------- pictures
@@ -47,8 +48,7 @@ def read_picture(path: str, size: int | None = None) -> torch.Tensor:
     """A picture file of any mode -> (3, H, W) uint8; with `size`, resized and cropped to (3, size, size).
 
     EXIF rotation is applied, transparency laid on white, 16 bits reduced to 8. The shorter side goes to
-    `size` by box halvings, then bicubic, as ADM prepared ImageNet; then the centre is cut out. Raises
-    UserError for a file that is missing, truncated or no picture.
+    `size` by box halvings, then bicubic, as ADM prepared ImageNet. Raises UserError for anything else.
     """
     if not os.path.isfile(path):  # nor does it wait for a named pipe
         raise UserError(f"{path} does not exist or is no file: give the path of a JPEG or PNG picture")
@@ -99,19 +99,16 @@ def to_uint8(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def picture_grid(rows: dict[str, torch.Tensor], side: int = 96) -> Image.Image:
-    """Captioned rows of pictures as one image: caption -> (N, 3, H, W) uint8.
-
-    Small pictures are enlarged to about `side` pixels by whole factors, without smoothing.
-    """
+    """Captioned rows of pictures (N, 3, H, W) uint8 as one image, enlarged by whole factors to about `side`."""
     factor = max(1, round(side / next(iter(rows.values())).shape[-1]))
     strips = [row.cpu().permute(2, 0, 3, 1).flatten(1, 2).numpy() for row in rows.values()]  # (H, N W, 3)
     strips = [strip.repeat(factor, 0).repeat(factor, 1) for strip in strips]
     margin = 18 if any(rows) else 0
     size = max(strip.shape[1] for strip in strips), sum(strip.shape[0] + margin for strip in strips)
     sheet = Image.new("RGB", size, "white")
-    pen, top = ImageDraw.Draw(sheet), 0
+    top = 0
     for caption, strip in zip(rows, strips):
-        pen.text((4, top + 3), caption, fill="black")
+        ImageDraw.Draw(sheet).text((4, top + 3), caption, fill="black")
         sheet.paste(Image.fromarray(strip), (0, top + margin))
         top += strip.shape[0] + margin
     return sheet
@@ -168,7 +165,7 @@ def choose_device(name: str | None) -> torch.device:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of the VAE: channels per level, residual blocks per level (the decoder has one more), latents."""
+    """Sizes of the VAE. blocks: residual ones a level in the encoder; the decoder has one more."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
     blocks: int = 2
@@ -223,15 +220,13 @@ class AttentionBlock(nn.Module):
 
 
 def _level(channels_in: int, channels_out: int, blocks: int) -> nn.Sequential:
-    widths = ((channels_out if i else channels_in, channels_out) for i in range(blocks))
-    return _named(block=nn.Sequential(*(ResnetBlock(*pair) for pair in widths)))
+    widths = [channels_in] + [channels_out] * blocks
+    return _named(block=nn.Sequential(*(ResnetBlock(*pair) for pair in zip(widths, widths[1:]))))
 
 
-def _middle(channels: int) -> nn.Sequential:
-    return _named(
-        block_1=ResnetBlock(channels, channels), attn_1=AttentionBlock(channels),
-        block_2=ResnetBlock(channels, channels),
-    )
+def _middle(width: int) -> nn.Sequential:
+    first, attention, second = ResnetBlock(width, width), AttentionBlock(width), ResnetBlock(width, width)
+    return _named(block_1=first, attn_1=attention, block_2=second)
 
 
 class VAEEncoder(nn.Module):
@@ -241,11 +236,10 @@ class VAEEncoder(nn.Module):
         super().__init__()
         widths = config.channels
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        before = (widths[0], *widths)
-        self.down = nn.Sequential(*(_level(*pair, config.blocks) for pair in zip(before, widths)))
+        self.down = nn.Sequential(*(_level(*pair, config.blocks) for pair in zip(widths[:1] + widths, widths)))
         for level, width in zip(self.down[:-1], widths):  # padded on the right and below only, as SD does
-            pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2)
-            level.downsample = _named(pad=pad, conv=conv)
+            conv = nn.Conv2d(width, width, 3, stride=2)
+            level.downsample = _named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv)
         self.mid = _middle(widths[-1])
         self.norm_out = _group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
@@ -263,11 +257,11 @@ class VAEDecoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.mid = _middle(widths[-1])
         # up[0] is the FULL resolution: the list is built in that order and walked backwards
-        before = (*widths[1:], widths[-1])
+        before = widths[1:] + widths[-1:]
         self.up = nn.ModuleList(_level(*pair, config.blocks + 1) for pair in zip(before, widths))
         for level, width in zip(self.up[1:], widths[1:]):
-            nearest, conv = nn.Upsample(scale_factor=2.0), nn.Conv2d(width, width, 3, padding=1)
-            level.upsample = _named(nearest=nearest, conv=conv)
+            conv = nn.Conv2d(width, width, 3, padding=1)
+            level.upsample = _named(nearest=nn.Upsample(scale_factor=2.0), conv=conv)
         self.norm_out = _group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
@@ -288,13 +282,13 @@ class VAE(nn.Module):
         self.config, self.encoder, self.decoder = config, VAEEncoder(config), VAEDecoder(config)
 
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] -> normalised latents (B, latent_channels, H/f, W/f): posterior means."""
+        """(B, 3, H, W) in [-1, 1] -> normalised posterior means (B, latent_channels, H/f, W/f)."""
         dtype = self.encoder.conv_in.weight.dtype
         moments = self.encoder(pictures.to(dtype, memory_format=torch.channels_last))  # up to twice as fast
         return (moments.chunk(2, 1)[0] - self.SHIFT) * self.SCALE
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Normalised latents (B, latent_channels, h, w) -> (B, 3, f h, f w), about [-1, 1], not clamped."""
+        """Normalised latents (B, latent_channels, h, w) -> (B, 3, f h, f w), not clamped to [-1, 1]."""
         latents, dtype = latents / self.SCALE + self.SHIFT, self.decoder.conv_in.weight.dtype
         return self.decoder(latents.to(dtype, memory_format=torch.channels_last))
 
@@ -316,9 +310,15 @@ def _vae_diffusers_name(name: str, levels: int) -> str:
 
 
 def _config_beside(path: str) -> dict:
-    """The config.json in a folder, or in that of a file; empty without one."""
+    # The config.json in a folder, or in that of a file; empty without one.
     file = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
-    return read_json(file) if os.path.isfile(file) else {}
+    try:
+        with open(file, encoding="utf-8") as content:
+            return dict(json.loads(content.read(1 << 24))) if os.path.isfile(file) else {}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, RecursionError):  # no JSON, such as an HTML page; no table; too deep
+        raise UserError(f"{file} is not the JSON table that its name promises: download it again") from None
 
 
 def load_vae(path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> VAE:
@@ -373,32 +373,22 @@ class SigLIPConfig:
         return self.grid * self.patch + self.margin
 
 
-class SigLIPAttention(nn.Module):
-    """Plain multi-head self-attention: (B, L, width) -> (B, L, width)."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected)
-        return self.out_proj(attend(q, k, v))
-
-
 class SigLIPLayer(nn.Module):
     """A pre-norm transformer layer: (B, L, width) -> (B, L, width)."""
 
     def __init__(self, config: SigLIPConfig):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.width, eps=1e-6)
-        self.self_attn = SigLIPAttention(config.width, config.heads)
-        self.layer_norm2 = nn.LayerNorm(config.width, eps=1e-6)
-        self.mlp = FeedForward(config.width, config.hidden)
+        self.heads, width = config.heads, config.width
+        self.layer_norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")})
+        self.layer_norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = FeedForward(width, config.hidden)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
+        normed = self.layer_norm1(x)
+        projected = (self.self_attn[f"{name}_proj"](normed) for name in "qkv")
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected)
+        x = x + self.self_attn["out_proj"](attend(q, k, v))
         return x + self.mlp(self.layer_norm2(x))
 
 
