@@ -8,8 +8,8 @@
     + <------- gate, MLP                                     MLP, gate ----> +     depth times
 
 With AdaLN a conditioning vector (B, width) makes every shift, scale and gate. SemTok section 3.1 and appendix
-A.1; Esser et al., "Scaling Rectified Flow Transformers" (2024). The modules are named as in SD3.5's published
-files. This file needs torch and safetensors alone.
+A.1; Esser et al., "Scaling Rectified Flow Transformers" (2024). Modules are named as in SD3.5's files. This
+file needs torch and safetensors alone.
 
     import torch
     from mmdit import MMDiT, rope_1d, rope_2d
@@ -63,10 +63,7 @@ def apply_rope(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
 
 
 class RotaryTable(nn.Module):
-    """A `table` of rotations that moves with its model, outside of its state dict.
-
-    It stays float32 when the model is cast: bfloat16's 8 bits would change every rotation.
-    """
+    """A `table` outside of the state dict. It stays float32 when its model is cast to bfloat16's 8 bits."""
 
     def __init__(self, table: torch.Tensor):
         super().__init__()
@@ -91,10 +88,7 @@ def normed_rotated(qkv: torch.Tensor, heads: int, q_norm: nn.RMSNorm, k_norm: nn
 
 
 def attend(q, k, v, mask: torch.Tensor | None = None, causal: bool = False) -> torch.Tensor:
-    """Softmax attention over q, k, v (B, heads, L, head_dim) -> (B, L, width), the heads side by side.
-
-    mask: (L, L) bool, True where a row may see a column. causal: every place sees itself and those before.
-    """
+    """Softmax attention: q, k, v (B, heads, L, head_dim), mask (L, L) bool, True for visible -> (B, L, width)."""
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return out.transpose(1, 2).flatten(2)
 
@@ -127,20 +121,19 @@ class FeedForward(nn.Module):
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor | None) -> torch.Tensor:
-    """AdaLN's x (1 + scale) + shift: x (B, L, width), shift and scale (B, 1, width); None leaves x as it is."""
+    """AdaLN's x (1 + scale) + shift: x (B, L, width), shift and scale (B, 1, width) or None for x itself."""
     return x if scale is None else torch.addcmul(shift, x, 1 + scale)
 
 
 def gated(x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-    """AdaLN's gate (B, 1, width) on a branch x (B, L, width); None leaves x as it is."""
+    """AdaLN's gate (B, 1, width), or None for x itself, on a branch x (B, L, width)."""
     return x if gate is None else x * gate
 
 
 class StreamBlock(nn.Module):
-    """One stream's half of a joint block: norms, attention weights, MLP and, with `adaln`, its modulation.
+    """One stream's half of a joint block. dual: with attn2, MMDiT-X's attention of the stream on itself.
 
-    `dual` adds attn2, MMDiT-X's attention of the stream on itself. `pre_only` is the last context block: it
-    gives keys and values, and nothing leaves it.
+    pre_only: the last context block, which gives keys and values and lets nothing out.
     """
 
     def __init__(self, width: int, heads: int, adaln: bool, dual: bool = False, pre_only: bool = False):
@@ -164,12 +157,12 @@ class StreamBlock(nn.Module):
         return self.adaLN_modulation(conditioning)[:, None].chunk(self.chunks, -1)
 
     def residual_mlp(self, x: torch.Tensor, shift, scale, gate) -> torch.Tensor:
-        """x (B, L, width) -> x plus the gated MLP of it."""
+        """x (B, L, width) plus the gated MLP of it."""
         return x + gated(self.mlp(modulate(self.norm2(x), shift, scale)), gate)
 
 
 class JointBlock(nn.Module):
-    """Two streams that attend to each other, each with its own weights and rotation (MMDiT, MMDiT-X)."""
+    """Two streams that attend to each other, each with its own weights and rotation; forward as in MMDiT."""
 
     def __init__(self, width: int, heads: int, adaln: bool, dual: bool = False, pre_only: bool = False):
         super().__init__()
@@ -177,7 +170,6 @@ class JointBlock(nn.Module):
         self.x_block = StreamBlock(width, heads, adaln, dual=dual)
 
     def forward(self, x, context, x_rope, context_rope, conditioning=None, mask=None):
-        """As MMDiT's forward, for one block."""
         x_block, context_block = self.x_block, self.context_block
         x_mod, c_mod = x_block.modulation(conditioning), context_block.modulation(conditioning)
         x_norm, c_norm = x_block.norm1(x), context_block.norm1(context)
@@ -201,7 +193,7 @@ class MMDiT(nn.Module):
     """A stack of joint blocks.
 
     dual_depth: how many first blocks have attn2 (SD3.5-Medium: 13 of 24). adaln: a conditioning vector
-    modulates the blocks. context_pre_only: the last block's context only feeds the image (SD3.5).
+    modulates the blocks. context_pre_only: no context leaves the last block (SD3.5).
     """
 
     def __init__(self, depth, width, heads, dual_depth=0, adaln=False, context_pre_only=False):
@@ -219,8 +211,7 @@ class MMDiT(nn.Module):
 
     def forward(self, x, context, x_rope, context_rope, conditioning=None, mask=None):
         """x (B, L, width), context (B, M, width), x_rope (2, L, head_dim), context_rope (2, M, head_dim),
-        conditioning (B, width) or None, mask (M + L, M + L) bool or None -> (x, context) of the same shapes;
-        with context_pre_only the context is None."""
+        conditioning (B, width), mask (M + L, M + L) bool -> (x, context), or (x, None) if context_pre_only."""
         for block in self.joint_blocks:
             inputs = x, context, x_rope, context_rope, conditioning, mask
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -276,9 +267,8 @@ class FinalLayer(nn.Module):
         self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(width, patch * patch * channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-        for layer in (self.linear, self.adaLN_modulation[1]):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: torch.Tensor, conditioning: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         shift, scale = self.adaLN_modulation(conditioning)[:, None].chunk(2, -1)
@@ -320,11 +310,11 @@ _DISGUISES = {  # how a file begins that is something else -> what it is and wha
 
 
 class TensorFiles:
-    """Tensors by name out of one safetensors file or a folder of shards. Nothing is held in memory.
+    """Tensors by name out of one safetensors file or a folder of shards. None is held in memory.
 
-    path: a file, a folder, or a folder with a subfolder `part`. prefix: what a file of several models has
-    before the names of the wanted one; the others are left aside. `shapes`: name without prefix -> shape.
-    `metadata`: of the first file. Raises UserError for what is no whole safetensors file or holds a name twice.
+    path: a file, a folder, or a folder with a subfolder `part`. prefix: what stands before the names of the
+    wanted model in a file of several. `shapes`: name without prefix -> shape. `metadata`: of the first file.
+    Raises UserError for what is no whole safetensors file, and for a name that is there twice.
     """
 
     def __init__(self, path: str, part: str = "", prefix: str = ""):
@@ -361,7 +351,7 @@ class TensorFiles:
             raise UserError(f"{file} is no complete safetensors file: it is {found}") from None
 
     def get(self, name: str) -> torch.Tensor:
-        """One tensor on the CPU. The file is opened for it alone: pages read before are given back."""
+        """One tensor on the CPU. The file is opened for it alone, which gives pages read before back."""
         name = self.prefix + name
         with self.opened(self.file_of[name]) as handle:
             tensor = handle.get_tensor(name)
@@ -378,9 +368,9 @@ class TensorFiles:
 
     @contextlib.contextmanager
     def building(self, wanted: str) -> Iterator[None]:
-        """Inside, models are built on the meta device by sizes that the file states, which may be wrong.
+        """Inside, a model is built on the meta device by the file's own sizes. UserError if they are wrong.
 
-        A model that outgrows the file stops at once. That, and sizes that fit nothing, raise UserError.
+        A model that outgrows the file stops at once.
         """
         # Twice what the file has and some more, so that a file which lacks a part still has it named
         left = 2 * sum(math.prod(shape) + 10**4 for shape in self.shapes.values()) + 10**7
@@ -403,7 +393,7 @@ class TensorFiles:
 
 
 def from_keys(*keys: str, make: Callable[..., torch.Tensor] = lambda tensor: tensor) -> tuple:
-    """How to make one tensor: `make` of the tensors under these keys, by default the one as it is."""
+    """How `load_tensors` makes one tensor: `make` of those under these keys, by default the one as it is."""
     return keys, make
 
 
@@ -411,11 +401,10 @@ def load_tensors(
     module: nn.Module, source: TensorFiles, mapping: dict[str, tuple], wanted: str, unused: str = r"^$",
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """Fill a module, best built on the meta device, from a file with other names; returns it on `device`.
+    """Fill a module, best built on the meta device, from a file, tensor by tensor; returns it on `device`.
 
-    mapping: name in the module -> `from_keys(...)`; names left out keep their initialisation. wanted: what
-    the file should be. unused: regular expression of keys that are knowingly not used. Tensors get the
-    module's dtype, one by one. Raises UserError naming the missing, unexpected and misshapen keys.
+    mapping: name in the module -> `from_keys(...)`; names left out keep their initialisation. unused: regular
+    expression of keys to pass over. Raises UserError naming the missing, unexpected and misshapen keys.
     """
     targets = module.state_dict()
     used = {key for keys, _ in mapping.values() for key in keys}
@@ -474,7 +463,6 @@ _DIFFUSERS_WORDS = {  # the single file's words -> diffusers'; * is q, k and v
 
 
 def _from_diffusers(name: str, last: int) -> tuple:
-    # The single file's `name` out of diffusers' keys; `last` is the last block's number.
     name = renamed(name, _DIFFUSERS_WORDS)
     if "*" in name:
         return from_keys(*(name.replace("*", part) for part in "qkv"), make=lambda *parts: torch.cat(parts))
@@ -487,10 +475,9 @@ def _from_diffusers(name: str, last: int) -> tuple:
 def load_sd35(decoder: nn.Module, path: str, device: str | torch.device = "cpu") -> nn.Module:
     """Start a decoder from SD3.5-Medium: its single file, or a diffusers `transformer/` folder.
 
-    decoder: a module with `x_embedder`, `t_embedder`, `joint_blocks` and `final_layer` of this file; what
-    else it has keeps its initialisation. SD3.5 predicts eps - x_v and Eq. 5 wants x_v - eps, so the last
-    linear layer is negated. There is no pooled text: its embedder runs once on zeros, and the result joins
-    the timestep embedder's last bias, which drops 5.5M parameters. Raises UserError for any other file.
+    SD3.5 predicts eps - x_v and Eq. 5 wants x_v - eps, so the last linear layer is negated. There is no pooled
+    text: its embedder runs once on zeros, and the result joins the timestep embedder's last bias, which drops
+    5.5M parameters. What SD3.5 lacks keeps its initialisation. Raises UserError for any other file.
     """
     source = TensorFiles(path, "transformer", "model.diffusion_model.")
     diffusers = any(key.startswith("transformer_blocks.") for key in source.shapes)
@@ -499,18 +486,19 @@ def load_sd35(decoder: nn.Module, path: str, device: str | torch.device = "cpu")
     def published(name: str) -> tuple:
         return _from_diffusers(name, last) if diffusers else from_keys(name)
 
-    def folded(bias, bias0, weight2, bias2):  # float64: the order of float32 sums depends on the CPU
-        return bias.double() + weight2.double() @ F.silu(bias0.double()) + bias2.double()
+    def folded(*tensors):  # in float64: the order of float32 sums depends on the CPU
+        bias, bias0, weight2, bias2 = (tensor.double() for tensor in tensors)
+        return bias + weight2 @ F.silu(bias0) + bias2
 
     pretrained = ("x_embedder.", "t_embedder.", "joint_blocks.", "final_layer.")
     mapping = {name: published(name) for name in decoder.state_dict() if name.startswith(pretrained)}
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         mapping[name] = from_keys(*published(name)[0], make=torch.neg)
-    bias, text = "t_embedder.mlp.2.bias", ("0.bias", "2.weight", "2.bias")
-    sources = [bias, *(f"y_embedder.mlp.{name}" for name in text)]
-    mapping[bias] = from_keys(*(published(name)[0][0] for name in sources), make=folded)
+    bias = "t_embedder.mlp.2.bias"
+    text = ("y_embedder.mlp.0.bias", "y_embedder.mlp.2.weight", "y_embedder.mlp.2.bias")
+    mapping[bias] = from_keys(*(published(name)[0][0] for name in (bias, *text)), make=folded)
 
-    # Not used: the position table (RoPE replaces it), the embedder of text, the weight that sees only zeros.
+    # Not used: the position table, for there is RoPE; the text's embedder; the weight that sees only zeros.
     unused = r"pos_embed|context_embedder|model_sampling\.|y_embedder\.mlp\.0\.weight"
     unused += r"|time_text_embed\.text_embedder\.linear_1\.weight"
     wanted = "SD3.5-Medium (sd3.5_medium.safetensors or its transformer folder)"

@@ -99,7 +99,7 @@ def to_uint8(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def picture_grid(rows: dict[str, torch.Tensor], side: int = 96) -> Image.Image:
-    """Captioned rows of pictures (N, 3, H, W) uint8 as one image, enlarged by whole factors to about `side`."""
+    """Captioned rows of pictures (N, 3, H, W) uint8 as one image, enlarged by a whole factor to about `side`."""
     factor = max(1, round(side / next(iter(rows.values())).shape[-1]))
     strips = [row.cpu().permute(2, 0, 3, 1).flatten(1, 2).numpy() for row in rows.values()]  # (H, N W, 3)
     strips = [strip.repeat(factor, 0).repeat(factor, 1) for strip in strips]
@@ -312,11 +312,11 @@ def _vae_diffusers_name(name: str, levels: int) -> str:
 def _config_beside(path: str) -> dict:
     # The config.json in a folder, or in that of a file; empty without one.
     file = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
+    if not os.path.isfile(file):
+        return {}
     try:
         with open(file, encoding="utf-8") as content:
-            return dict(json.loads(content.read(1 << 24))) if os.path.isfile(file) else {}
-    except FileNotFoundError:
-        return {}
+            return dict(json.loads(content.read(1 << 24)))
     except (ValueError, TypeError, RecursionError):  # no JSON, such as an HTML page; no table; too deep
         raise UserError(f"{file} is not the JSON table that its name promises: download it again") from None
 
@@ -380,7 +380,8 @@ class SigLIPLayer(nn.Module):
         super().__init__()
         self.heads, width = config.heads, config.width
         self.layer_norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")})
+        names = ("q_proj", "k_proj", "v_proj", "out_proj")
+        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in names})
         self.layer_norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = FeedForward(width, config.hidden)
 
@@ -419,7 +420,7 @@ class SigLIP(nn.Module):
 _SIGLIP_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 16}  # published widths -> heads; so400m is 1152
 
 
-def load_siglip(path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> SigLIP:
+def load_siglip(path: str, device: str | torch.device = "cpu") -> SigLIP:
     """The vision tower of a SigLIP or SigLIP 2 file or folder (of fixed resolution), text tower or not.
 
     Sizes are read off the shapes. Heads, and pixels that the patches leave over, come from SigLIP's
@@ -441,7 +442,7 @@ def load_siglip(path: str, dtype: torch.dtype = torch.float32, device: str | tor
         size = entries.get("image_size", 384 if (patch, grid) == (14, 27) else 0)
         if type(heads) is not int or heads < 1 or width % heads:
             raise ValueError(f"it is {width} wide and its heads are unknown: put its config.json beside it")
-        tower = SigLIP(SigLIPConfig(width, depth, heads, hidden, patch, grid, int(size) % patch)).to(dtype)
+        tower = SigLIP(SigLIPConfig(width, depth, heads, hidden, patch, grid, int(size) % patch))
     mapping = {name: from_keys(name) for name in tower.state_dict()}
     unused = r"head\.|embeddings\.position_ids$"  # SemTok pools by the mean
     return load_tensors(tower, source, mapping, wanted, unused, device)
@@ -452,10 +453,7 @@ def load_siglip(path: str, dtype: torch.dtype = torch.float32, device: str | tor
 
 @dataclass(frozen=True)
 class SemTokConfig:
-    """Sizes of a tokenizer. The defaults are the paper's (Table 8, 2^18 codes).
-
-    Raises ValueError for sizes that do not fit each other.
-    """
+    """Sizes of a tokenizer, by default the paper's (Table 8, 2^18 codes). ValueError for what cannot be."""
 
     image_size: int = 256
     tokens: int = 256  # K
@@ -480,9 +478,8 @@ class SemTokConfig:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if self.image_size % (side := self.vae.factor * self.patch):
             raise ValueError(f"image_size {self.image_size} is no multiple of {side}, a patch's pixels")
-        for name, value in {"tokens and patches": self.tokens + self.grid**2, "bits": self.bits}.items():
-            if value > 8192:  # rotations and masks are made before anything shows that they fit
-                raise ValueError(f"{name} must be at most 8192, not {value}")
+        if max(self.tokens + self.grid**2, self.bits) > 8192:  # masks are made before anything shows a misfit
+            raise ValueError("tokens and patches together, and bits, must be at most 8192")
         if self.bits % self.entropy_group:
             raise ValueError(f"entropy_group {self.entropy_group} must divide the {self.bits} bits")
         for part in ("encoder", "decoder"):  # a head's channels are halves, for rows and columns, of pairs
@@ -492,7 +489,7 @@ class SemTokConfig:
 
     @property
     def grid(self) -> int:
-        """Image tokens a side."""
+        """Patches a side."""
         return self.image_size // self.vae.factor // self.patch
 
     @property
@@ -542,17 +539,15 @@ class Encoder(MMDiT):
 
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised latents (B, channels, h, w) -> x (B, h w / p^2, width), z (B, K, d)."""
-        tokens = self.mask_tokens.expand(len(latents), -1, -1)
-        ropes = self.x_rope.table, self.z_rope.table
-        x, z = super().forward(self.x_embedder(latents), tokens, *ropes, mask=self.mask)
+        x, z = self.x_embedder(latents), self.mask_tokens.expand(len(latents), -1, -1)
+        x, z = super().forward(x, z, self.x_rope.table, self.z_rope.table, mask=self.mask)
         return x, self.to_bits(self.norm_out(z))
 
 
 def causal_mask(tokens: int, patches: int) -> torch.Tensor:
-    """Who may attend to whom, rows to columns, tokens first: (tokens + patches, tokens + patches) bool.
+    """Which rows attend to which columns, tokens first: (tokens + patches, tokens + patches) bool.
 
-    A token attends to the image, to itself and to the tokens before it. The image attends to no token: it
-    would pass later tokens on to earlier ones.
+    A token sees the image, itself and the tokens before it. The image would pass later tokens on: it sees none.
     """
     mask = torch.ones(tokens + patches, tokens + patches, dtype=torch.bool, device="cpu")
     mask[:tokens, :tokens] = mask[:tokens, :tokens].tril()
@@ -563,7 +558,7 @@ def causal_mask(tokens: int, patches: int) -> torch.Tensor:
 class Decoder(MMDiT):
     """The MMDiT-X of SD3.5-Medium on SemTok's tokens: Eq. 5's velocity, or in one step Eq. 7's latents.
 
-    2231M parameters at the paper's sizes; 2237M with SD3.5's pooled-text embedder, folded by `load_sd35`.
+    2231M parameters; 2237M with SD3.5's embedder of pooled text, which `load_sd35` folds.
     """
 
     def __init__(self, config: SemTokConfig):
@@ -572,7 +567,7 @@ class Decoder(MMDiT):
             config.decoder_depth, width, config.decoder_heads, config.decoder_dual_depth,
             adaln=True, context_pre_only=True,
         )
-        self.grid = (config.grid, config.grid)
+        self.grid = config.grid, config.grid
         self.x_embedder = PatchEmbed(config.vae.latent_channels, config.patch, width)
         self.t_embedder = TimestepEmbedder(width)
         self.final_layer = FinalLayer(width, config.patch, config.vae.latent_channels)
@@ -585,8 +580,8 @@ class Decoder(MMDiT):
     def forward(self, codes: torch.Tensor, noisy: torch.Tensor | None = None, t: torch.Tensor | None = None):
         """codes (B, K, d) -> (B, channels, h, w).
 
-        Stage I gives noisy latents x_t (B, channels, h, w) and times t (B,), and gets the velocity x_v - eps.
-        Stage II gives neither: mask tokens take the place of x_t, t is 1, and the output is the latent.
+        Stage I: from noisy latents x_t (B, channels, h, w) and times t (B,), the velocity x_v - eps.
+        Stage II: mask tokens stand for x_t, t is 1, and the output is the latent.
         """
         if noisy is None:
             x, t = self.mask_tokens.expand(len(codes), -1, -1), codes.new_ones(len(codes))
@@ -628,9 +623,8 @@ class SemTok(nn.Module):
     def prepare(self, pictures: torch.Tensor, siglip: SigLIP) -> tuple[dict, dict]:
         """What a training step needs without gradient, from this rank's pictures (B, 3, H, W) in [-1, 1].
 
-        Returns what has a row for each picture: `latents` (B, channels, h, w), `features` (B, C, g, g) and
-        `positive` (B,), its place among the candidates; and what all share: `candidates` (ranks * B, C), the
-        pooled features of the global batch, among which the contrast finds the right one.
+        Returns a row for each picture: `latents` (B, channels, h, w), `features` (B, C, g, g), `positive`
+        (B,), its place among the candidates; and what all share: `candidates` (ranks * B, C), pooled features.
         """
         # CLIP clamps the temperature in place. A clamp in `forward` would have no gradient beyond it.
         self.log_t.clamp_(max=math.log(100))
@@ -644,7 +638,7 @@ class SemTok(nn.Module):
     def draw_noise(latents: torch.Tensor, rng: torch.Generator) -> dict[str, torch.Tensor]:
         """Eq. 5: `noise` like the latents and times `t` (B,), uniform in [0, 1].
 
-        They are drawn for the global batch and cut to this rank's rows: the number of ranks changes nothing.
+        Drawn for the global batch and cut to this rank's rows: the number of ranks changes nothing.
         """
         rank, world = ranks()
         total = world * len(latents)
@@ -652,9 +646,7 @@ class SemTok(nn.Module):
         t = torch.rand(total, generator=rng, device=latents.device)
         return {"noise": noise.chunk(world)[rank], "t": t.chunk(world)[rank]}
 
-    def pretraining_losses(
-        self, latents, noise, t, features, positive, candidates, weights: LossWeights
-    ) -> dict[str, torch.Tensor]:
+    def pretraining_losses(self, latents, noise, t, features, positive, candidates, weights: LossWeights) -> dict:
         """Stage I, Eq. 6, on the results of `prepare` and `draw_noise`.
 
         Returns scalars: `loss`, its terms `flow_loss`, `entropy_loss`, `distill_loss`, `contrast_loss`, and
@@ -667,10 +659,8 @@ class SemTok(nn.Module):
         out = self.regularisers(x, codes, u, features, positive, candidates, weights)
         return out | {"flow_loss": flow_loss, "loss": flow_loss + out.pop("regulariser")}
 
-    def refiner_losses(
-        self, latents, features, positive, candidates, weights: LossWeights
-    ) -> tuple[torch.Tensor, dict]:
-        """Stage II, Eq. 7 but for its judges: latents (B, channels, h, w) of one decoder step, and the terms.
+    def refiner_losses(self, latents, features, positive, candidates, weights: LossWeights) -> tuple:
+        """Stage II, Eq. 7 but for its judges: the decoder's latents (B, channels, h, w), and the other terms.
 
         The terms are those of `pretraining_losses`; the one named `regulariser` is their weighted sum.
         """
@@ -698,8 +688,8 @@ class SemTok(nn.Module):
 
     @torch.no_grad()
     def start_refiner(self) -> None:
-        """Stage II's mask tokens start as the embedding of nearly zero noise. Its first output is stage I's
-        mean prediction at t = 1. A tenth of a noise sample stays: it makes the places differ."""
+        """Stage II's mask tokens start as the embedding of a tenth of a noise sample, which makes places differ.
+        So its first output is stage I's mean prediction at t = 1."""
         embedder = self.decoder.x_embedder
         noise = 0.1 * torch.randn(self.latent_shape(1))
         self.decoder.mask_tokens.copy_(embedder(noise.to(embedder.proj.weight))[0])
@@ -727,10 +717,7 @@ class SemTok(nn.Module):
         return self.decoder(codes)
 
     @torch.no_grad()
-    def sample(
-        self, codes: torch.Tensor, steps: int = 25, shift: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> torch.Tensor:
+    def sample(self, codes: torch.Tensor, steps: int = 25, shift: float = 1.0, generator=None) -> torch.Tensor:
         """Stage I: codes (B, K, d) -> latents, by `steps` Euler steps of the flow from t = 1 (noise) to 0.
 
         shift s moves the times to s t / (1 + (s - 1) t) (Esser et al. 2024); 1 is right at 256 x 256.
@@ -738,9 +725,7 @@ class SemTok(nn.Module):
         noise = torch.randn(self.latent_shape(len(codes)), generator=generator, device=codes.device)
         return euler(lambda x, t: self.decoder(codes, x, t.expand(len(x))), noise, steps, shift)
 
-    def reconstruct(
-        self, pictures: torch.Tensor, generator: torch.Generator | None = None, steps: int = 25
-    ) -> torch.Tensor:
+    def reconstruct(self, pictures: torch.Tensor, generator=None, steps: int = 25) -> torch.Tensor:
         """uint8 (B, 3, H, W) -> uint8, through the tokens: stage I with a generator, else the refiner."""
         codes = self.encode(to_signed(pictures))
         latents = self.refine(codes) if generator is None else self.sample(codes, steps, generator=generator)
@@ -758,7 +743,5 @@ def euler(velocity, noise: torch.Tensor, steps: int, shift: float = 1.0) -> torc
 
 
 def load_semtok(path: str, device: str | torch.device = "cpu") -> tuple[SemTok, dict[str, str]]:
-    """A tokenizer from train.py's `stage1` or `stage2.safetensors`, in eval mode, and its metadata.
-
-    Raises UserError for another file, a damaged one, and one whose sizes make no tokenizer."""
+    """A tokenizer from train.py's `stage1` or `stage2.safetensors` in eval mode, and its metadata. UserError."""
     return load_checkpoint(path, "semtok-tokenizer", SemTokConfig, SemTok, device)
