@@ -25,6 +25,7 @@ import math
 import os
 import re
 import typing
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def normed_rotated(qkv: torch.Tensor, heads: int, q_norm: nn.RMSNorm, k_norm: nn
 
 
 def attend(q, k, v, mask: torch.Tensor | None = None, causal: bool = False) -> torch.Tensor:
-    """Softmax attention: q, k, v (B, heads, L, head_dim), mask (L, L) bool, True for visible -> (B, L, width)."""
+    """Softmax attention: q, k, v (B, heads, L, head_dim), mask (L, L), True where seen -> (B, L, width)."""
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return out.transpose(1, 2).flatten(2)
 
@@ -108,16 +109,14 @@ class AttentionWeights(nn.Module):
         return normed_rotated(self.qkv(x), self.heads, self.ln_q, self.ln_k, rope)
 
 
-class FeedForward(nn.Module):
-    """(B, L, width) -> the same: fc1, GELU (tanh form), fc2."""
+def named(**parts: nn.Module) -> nn.Sequential:
+    """Modules one after the other, under the names of the published files."""
+    return nn.Sequential(OrderedDict(parts))
 
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+def feed_forward(width: int, hidden: int) -> nn.Sequential:
+    """(B, L, width) -> the same."""
+    return named(fc1=nn.Linear(width, hidden), gelu=nn.GELU("tanh"), fc2=nn.Linear(hidden, width))
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor | None) -> torch.Tensor:
@@ -146,7 +145,7 @@ class StreamBlock(nn.Module):
             self.attn2 = AttentionWeights(width, heads)
         if not pre_only:
             self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-            self.mlp = FeedForward(width, 4 * width)
+            self.mlp = feed_forward(width, 4 * width)
         if adaln:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.chunks * width))
 
@@ -211,7 +210,7 @@ class MMDiT(nn.Module):
 
     def forward(self, x, context, x_rope, context_rope, conditioning=None, mask=None):
         """x (B, L, width), context (B, M, width), x_rope (2, L, head_dim), context_rope (2, M, head_dim),
-        conditioning (B, width), mask (M + L, M + L) bool -> (x, context), or (x, None) if context_pre_only."""
+        conditioning (B, width), mask (M + L, M + L) -> (x, context), or (x, None) if context_pre_only."""
         for block in self.joint_blocks:
             inputs = x, context, x_rope, context_rope, conditioning, mask
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -475,9 +474,9 @@ def _from_diffusers(name: str, last: int) -> tuple:
 def load_sd35(decoder: nn.Module, path: str, device: str | torch.device = "cpu") -> nn.Module:
     """Start a decoder from SD3.5-Medium: its single file, or a diffusers `transformer/` folder.
 
-    SD3.5 predicts eps - x_v and Eq. 5 wants x_v - eps, so the last linear layer is negated. There is no pooled
-    text: its embedder runs once on zeros, and the result joins the timestep embedder's last bias, which drops
-    5.5M parameters. What SD3.5 lacks keeps its initialisation. Raises UserError for any other file.
+    SD3.5 predicts eps - x_v and Eq. 5 wants x_v - eps, so the last linear layer is negated. SemTok has no
+    pooled text: its embedder runs once on zeros, and the result joins the timestep embedder's last bias. So
+    5.5M parameters go. What SD3.5 lacks keeps its initialisation. Raises UserError for any other file.
     """
     source = TensorFiles(path, "transformer", "model.diffusion_model.")
     diffusers = any(key.startswith("transformer_blocks.") for key in source.shapes)

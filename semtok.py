@@ -21,7 +21,6 @@ import json
 import math
 import os
 import re
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -34,8 +33,8 @@ from safetensors.torch import save_file
 
 from bsq import BSQ, gather, ranks
 from mmdit import (
-    FeedForward, FinalLayer, MMDiT, PatchEmbed, RotaryTable, TensorFiles, TimestepEmbedder, UserError, attend,
-    from_keys, load_checkpoint, load_tensors, renamed, rope_1d, rope_2d,
+    FinalLayer, MMDiT, PatchEmbed, RotaryTable, TensorFiles, TimestepEmbedder, UserError, attend, feed_forward,
+    from_keys, load_checkpoint, load_tensors, named, renamed, rope_1d, rope_2d,
 )
 
 # ------------------------------------------------------------------------------------------------- pictures
@@ -182,10 +181,6 @@ def _group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32 if channels >= 128 else 1, channels, eps=1e-6)
 
 
-def _named(**parts: nn.Module) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(parts))  # one after the other, under the names of the published files
-
-
 class ResnetBlock(nn.Module):
     """(B, channels_in, H, W) -> (B, channels_out, H, W)."""
 
@@ -221,55 +216,47 @@ class AttentionBlock(nn.Module):
 
 def _level(channels_in: int, channels_out: int, blocks: int) -> nn.Sequential:
     widths = [channels_in] + [channels_out] * blocks
-    return _named(block=nn.Sequential(*(ResnetBlock(*pair) for pair in zip(widths, widths[1:]))))
+    return named(block=nn.Sequential(*(ResnetBlock(*pair) for pair in zip(widths, widths[1:]))))
 
 
 def _middle(width: int) -> nn.Sequential:
     first, attention, second = ResnetBlock(width, width), AttentionBlock(width), ResnetBlock(width, width)
-    return _named(block_1=first, attn_1=attention, block_2=second)
+    return named(block_1=first, attn_1=attention, block_2=second)
 
 
-class VAEEncoder(nn.Module):
+def vae_encoder(config: VAEConfig) -> nn.Sequential:
     """Pictures (B, 3, H, W) in [-1, 1] -> (B, 2 * latent_channels, H/f, W/f): means, then log-variances."""
-
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        widths = config.channels
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.Sequential(*(_level(*pair, config.blocks) for pair in zip(widths[:1] + widths, widths)))
-        for level, width in zip(self.down[:-1], widths):  # padded on the right and below only, as SD does
-            conv = nn.Conv2d(width, width, 3, stride=2)
-            level.downsample = _named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv)
-        self.mid = _middle(widths[-1])
-        self.norm_out = _group_norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv_out(F.silu(self.norm_out(self.mid(self.down(self.conv_in(x))))))
+    widths = config.channels
+    conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+    down = nn.Sequential(*(_level(*pair, config.blocks) for pair in zip(widths[:1] + widths, widths)))
+    for level, width in zip(down[:-1], widths):  # padded on the right and below only, as SD does
+        conv = nn.Conv2d(width, width, 3, stride=2)
+        level.downsample = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv)
+    mid, norm_out = _middle(widths[-1]), _group_norm(widths[-1])
+    conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+    return named(conv_in=conv_in, down=down, mid=mid, norm_out=norm_out, silu=nn.SiLU(), conv_out=conv_out)
 
 
-class VAEDecoder(nn.Module):
-    """Latents (B, latent_channels, H/f, W/f), not normalised -> pictures (B, 3, H, W), about [-1, 1]."""
-
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        widths = config.channels
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.mid = _middle(widths[-1])
-        # up[0] is the FULL resolution: the list is built in that order and walked backwards
-        before = widths[1:] + widths[-1:]
-        self.up = nn.ModuleList(_level(*pair, config.blocks + 1) for pair in zip(before, widths))
-        for level, width in zip(self.up[1:], widths[1:]):
-            conv = nn.Conv2d(width, width, 3, padding=1)
-            level.upsample = _named(nearest=nn.Upsample(scale_factor=2.0), conv=conv)
-        self.norm_out = _group_norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+class Upwards(nn.ModuleList):
+    """The decoder's levels. 0 is the FULL resolution, so they run backwards."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.mid(self.conv_in(x))
-        for level in reversed(self.up):
+        for level in reversed(self):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return x
+
+
+def vae_decoder(config: VAEConfig) -> nn.Sequential:
+    """Latents (B, latent_channels, H/f, W/f), not normalised -> pictures (B, 3, H, W), about [-1, 1]."""
+    widths = config.channels
+    conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+    mid = _middle(widths[-1])
+    up = Upwards(_level(*pair, config.blocks + 1) for pair in zip(widths[1:] + widths[-1:], widths))
+    for level, width in zip(up[1:], widths[1:]):
+        conv = nn.Conv2d(width, width, 3, padding=1)
+        level.upsample = named(nearest=nn.Upsample(scale_factor=2.0), conv=conv)
+    norm_out, conv_out = _group_norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
+    return named(conv_in=conv_in, mid=mid, up=up, norm_out=norm_out, silu=nn.SiLU(), conv_out=conv_out)
 
 
 class VAE(nn.Module):
@@ -279,7 +266,7 @@ class VAE(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        self.config, self.encoder, self.decoder = config, VAEEncoder(config), VAEDecoder(config)
+        self.config, self.encoder, self.decoder = config, vae_encoder(config), vae_decoder(config)
 
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> normalised posterior means (B, latent_channels, H/f, W/f)."""
@@ -383,7 +370,7 @@ class SigLIPLayer(nn.Module):
         names = ("q_proj", "k_proj", "v_proj", "out_proj")
         self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in names})
         self.layer_norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = FeedForward(width, config.hidden)
+        self.mlp = feed_forward(width, config.hidden)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         normed = self.layer_norm1(x)
@@ -403,7 +390,7 @@ class SigLIP(nn.Module):
             "patch_embedding": nn.Conv2d(3, config.width, config.patch, config.patch),
             "position_embedding": nn.Embedding(config.grid**2, config.width),
         })
-        self.encoder = _named(layers=nn.Sequential(*(SigLIPLayer(config) for _ in range(config.depth))))
+        self.encoder = named(layers=nn.Sequential(*(SigLIPLayer(config) for _ in range(config.depth))))
         self.post_layernorm = nn.LayerNorm(config.width, eps=1e-6)
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
