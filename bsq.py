@@ -5,8 +5,7 @@
                              '--> entropy_loss, Eq. 4: each token sure of its code, all tokens together unsure
 
 SemTok section 3.1, Eq. 3 and 4; Zhao et al., "Image and Video Tokenization with Binary Spherical
-Quantization" (2024). `spherical=False` is LFQ (Yu et al. 2023), the sign without the sphere, for Table 10.
-Torch alone.
+Quantization" (2024). `spherical=False` is LFQ (Yu et al. 2023; Table 10). This file needs torch alone.
 
     import torch
     from bsq import BSQ, codes_to_index
@@ -53,8 +52,8 @@ def codes_to_index(codes: torch.Tensor) -> torch.Tensor:
 def code_usage(bits: torch.Tensor) -> dict[str, float]:
     """The health of a codebook on bits (..., d).
 
-    used: distinct codes, as a share of min(tokens, 2^d). imbalance: mean over bits of |share of ones - 0.5|,
-    0 at best. dead_bits: how many never change.
+    used: distinct codes, as a share of min(tokens, 2^d). imbalance: mean over bits of |share of ones - 0.5|.
+    dead_bits: how many never change.
     """
     flat = bits.reshape(-1, bits.shape[-1])
     share = flat.float().mean(0)
@@ -68,16 +67,15 @@ def code_usage(bits: torch.Tensor) -> dict[str, float]:
 
 def ranks() -> tuple[int, int]:
     """This process's rank and the number of ranks: (0, 1) without torch.distributed."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    several = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """The mean of equally shaped tensors over all ranks, each of which must call this.
+    """The mean of equal shapes over all ranks, each of which must call this.
 
-    The gradient goes to this rank's value unchanged, and data parallelism averages it over the ranks. That is
-    exact where every rank computes the same from the mean, as in Eq. 4.
+    The gradient goes to this rank's value, and data parallelism averages it: exact where, as in Eq. 4, every
+    rank computes the same from the mean.
     """
     if ranks()[1] == 1:
         return value
@@ -111,13 +109,11 @@ class BSQ(nn.Module):
         self.magnitude = bits**-0.5 if spherical else 1.0
 
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """z (..., d) -> codes (..., d) and u (..., d), z on the sphere; float32.
-
-        The gradient of codes goes to u unchanged, without bsq-vit's 1/sqrt(d).
-        """
+        """z (..., d) -> codes (..., d) and u (..., d), z on the sphere; float32."""
         u = F.normalize(z.float(), dim=-1) if self.spherical else z.float()
         corner = torch.where(u > 0, self.magnitude, -self.magnitude)  # torch.sign(0) would be no corner
-        return corner + (u - u.detach()), u  # in this order the value is the corner to the last bit
+        # The gradient goes to u, without bsq-vit's 1/sqrt(d). In this order the value is the corner exactly.
+        return corner + (u - u.detach()), u
 
     def entropy_loss(self, u: torch.Tensor) -> dict[str, torch.Tensor]:
         """Eq. 4 on u (..., d), in nats: `entropy_loss` = `token_entropy` - `code_entropy`.

@@ -33,8 +33,8 @@ from safetensors.torch import save_file
 
 from bsq import BSQ, gather, ranks
 from mmdit import (
-    FinalLayer, MMDiT, PatchEmbed, RotaryTable, TensorFiles, TimestepEmbedder, UserError, attend, feed_forward,
-    from_keys, load_checkpoint, load_tensors, named, renamed, rope_1d, rope_2d,
+    FinalLayer, MMDiT, PatchEmbed, RotaryTable, TensorFiles, TimestepEmbedder, UserError, attend,
+    feed_forward, from_keys, load_checkpoint, load_tensors, named, renamed, rope_1d, rope_2d,
 )
 
 # ------------------------------------------------------------------------------------------------- pictures
@@ -98,8 +98,8 @@ def to_uint8(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def picture_grid(rows: dict[str, torch.Tensor], side: int = 96) -> Image.Image:
-    """Captioned rows of pictures (N, 3, H, W) uint8 as one image, enlarged by a whole factor to about `side`."""
-    factor = max(1, round(side / next(iter(rows.values())).shape[-1]))
+    """Captioned rows of pictures (N, 3, H, W) uint8 as one image, enlarged to about `side` pixels each."""
+    factor = max(1, round(side / next(iter(rows.values())).shape[-1]))  # whole, without smoothing
     strips = [row.cpu().permute(2, 0, 3, 1).flatten(1, 2).numpy() for row in rows.values()]  # (H, N W, 3)
     strips = [strip.repeat(factor, 0).repeat(factor, 1) for strip in strips]
     margin = 18 if any(rows) else 0
@@ -440,7 +440,7 @@ def load_siglip(path: str, device: str | torch.device = "cpu") -> SigLIP:
 
 @dataclass(frozen=True)
 class SemTokConfig:
-    """Sizes of a tokenizer, by default the paper's (Table 8, 2^18 codes). ValueError for what cannot be."""
+    """Sizes, by default the paper's (Table 8, 2^18 codes). ValueError for what cannot be."""
 
     image_size: int = 256
     tokens: int = 256  # K
@@ -465,7 +465,7 @@ class SemTokConfig:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if self.image_size % (side := self.vae.factor * self.patch):
             raise ValueError(f"image_size {self.image_size} is no multiple of {side}, a patch's pixels")
-        if max(self.tokens + self.grid**2, self.bits) > 8192:  # masks are made before anything shows a misfit
+        if max(self.tokens + self.grid**2, self.bits) > 8192:  # masks are real even on the meta device
             raise ValueError("tokens and patches together, and bits, must be at most 8192")
         if self.bits % self.entropy_group:
             raise ValueError(f"entropy_group {self.entropy_group} must divide the {self.bits} bits")
@@ -534,7 +534,7 @@ class Encoder(MMDiT):
 def causal_mask(tokens: int, patches: int) -> torch.Tensor:
     """Which rows attend to which columns, tokens first: (tokens + patches, tokens + patches) bool.
 
-    A token sees the image, itself and the tokens before it. The image would pass later tokens on: it sees none.
+    A token sees the image, itself and earlier tokens. The image, which would pass later ones on, sees none.
     """
     mask = torch.ones(tokens + patches, tokens + patches, dtype=torch.bool, device="cpu")
     mask[:tokens, :tokens] = mask[:tokens, :tokens].tril()
@@ -584,10 +584,12 @@ class Decoder(MMDiT):
 
 
 class SemTok(nn.Module):
-    """The tokenizer: VAE (frozen), encoder, quantiser, decoder, and the alignment's two projections."""
+    """VAE (frozen), encoder, quantiser, decoder, and the alignment's two projections.
+
+    vae, decoder: loaded ones, in place of new ones of the config's sizes.
+    """
 
     def __init__(self, config: SemTokConfig, vae: VAE | None = None, decoder: Decoder | None = None):
-        """vae and decoder: loaded ones, in place of new ones of the config's sizes."""
         super().__init__()
         self.config = config
         self.vae = (vae or VAE(config.vae)).requires_grad_(False).eval()
@@ -610,8 +612,8 @@ class SemTok(nn.Module):
     def prepare(self, pictures: torch.Tensor, siglip: SigLIP) -> tuple[dict, dict]:
         """What a training step needs without gradient, from this rank's pictures (B, 3, H, W) in [-1, 1].
 
-        Returns a row for each picture: `latents` (B, channels, h, w), `features` (B, C, g, g), `positive`
-        (B,), its place among the candidates; and what all share: `candidates` (ranks * B, C), pooled features.
+        A row for each picture: `latents` (B, channels, h, w), `features` (B, C, g, g), `positive` (B,), its
+        place among the candidates. What all share: `candidates` (ranks * B, C), the pooled features.
         """
         # CLIP clamps the temperature in place. A clamp in `forward` would have no gradient beyond it.
         self.log_t.clamp_(max=math.log(100))
@@ -633,11 +635,11 @@ class SemTok(nn.Module):
         t = torch.rand(total, generator=rng, device=latents.device)
         return {"noise": noise.chunk(world)[rank], "t": t.chunk(world)[rank]}
 
-    def pretraining_losses(self, latents, noise, t, features, positive, candidates, weights: LossWeights) -> dict:
-        """Stage I, Eq. 6, on the results of `prepare` and `draw_noise`.
+    def pretraining_losses(self, latents, noise, t, features, positive, candidates, weights) -> dict:
+        """Stage I, Eq. 6, on the results of `prepare` and `draw_noise`, with `LossWeights`.
 
-        Returns scalars: `loss`, its terms `flow_loss`, `entropy_loss`, `distill_loss`, `contrast_loss`, and
-        the two entropies; and `codes` (B, K, d).
+        Returns `loss`, its terms `flow_loss`, `entropy_loss`, `distill_loss`, `contrast_loss`, the two
+        entropies, and `codes` (B, K, d).
         """
         x, codes, u = self.quantise(latents)
         times = t[:, None, None, None]
@@ -646,16 +648,13 @@ class SemTok(nn.Module):
         out = self.regularisers(x, codes, u, features, positive, candidates, weights)
         return out | {"flow_loss": flow_loss, "loss": flow_loss + out.pop("regulariser")}
 
-    def refiner_losses(self, latents, features, positive, candidates, weights: LossWeights) -> tuple:
-        """Stage II, Eq. 7 but for its judges: the decoder's latents (B, channels, h, w), and the other terms.
-
-        The terms are those of `pretraining_losses`; the one named `regulariser` is their weighted sum.
-        """
+    def refiner_losses(self, latents, features, positive, candidates, weights) -> tuple[torch.Tensor, dict]:
+        """Stage II, Eq. 7 but for its judges: latents (B, channels, h, w) in one step, and `regularisers`."""
         x, codes, u = self.quantise(latents)
         return self.decoder(codes), self.regularisers(x, codes, u, features, positive, candidates, weights)
 
-    def regularisers(self, x, codes, u, features, positive, candidates, weights: LossWeights) -> dict:
-        """Eq. 2 and 4, the terms that both stages share, and their weighted sum `regulariser`."""
+    def regularisers(self, x, codes, u, features, positive, candidates, weights) -> dict:
+        """Eq. 2 and 4, the terms that both stages share, and their weighted sum, `regulariser`."""
         out = self.quantizer.entropy_loss(u) | self.alignment_losses(x, codes, features, positive, candidates)
         semantic_loss = weights.distill * out["distill_loss"] + weights.contrast * out["contrast_loss"]
         regulariser = weights.lambda_q * out["entropy_loss"] + weights.lambda_s * semantic_loss  # Eq. 6
@@ -675,16 +674,15 @@ class SemTok(nn.Module):
 
     @torch.no_grad()
     def start_refiner(self) -> None:
-        """Stage II's mask tokens start as the embedding of a tenth of a noise sample, which makes places differ.
-        So its first output is stage I's mean prediction at t = 1."""
+        """Stage II starts at stage I's mean prediction at t = 1, from the embedding of nearly zero noise."""
         embedder = self.decoder.x_embedder
-        noise = 0.1 * torch.randn(self.latent_shape(1))
+        noise = 0.1 * torch.randn(self.latent_shape(1))  # not zero: the places must differ
         self.decoder.mask_tokens.copy_(embedder(noise.to(embedder.proj.weight))[0])
 
     # ---- use
 
     def latent_shape(self, count: int) -> tuple[int, int, int, int]:
-        """The shape of `count` pictures' latents."""
+        """The shape of this many pictures' latents."""
         side = self.config.grid * self.config.patch
         return count, self.config.vae.latent_channels, side, side
 
@@ -704,11 +702,8 @@ class SemTok(nn.Module):
         return self.decoder(codes)
 
     @torch.no_grad()
-    def sample(self, codes: torch.Tensor, steps: int = 25, shift: float = 1.0, generator=None) -> torch.Tensor:
-        """Stage I: codes (B, K, d) -> latents, by `steps` Euler steps of the flow from t = 1 (noise) to 0.
-
-        shift s moves the times to s t / (1 + (s - 1) t) (Esser et al. 2024); 1 is right at 256 x 256.
-        """
+    def sample(self, codes: torch.Tensor, steps=25, shift=1.0, generator=None) -> torch.Tensor:
+        """Stage I: codes (B, K, d) -> latents, by Euler steps of the flow from t = 1 (noise) to 0."""
         noise = torch.randn(self.latent_shape(len(codes)), generator=generator, device=codes.device)
         return euler(lambda x, t: self.decoder(codes, x, t.expand(len(x))), noise, steps, shift)
 
@@ -720,7 +715,10 @@ class SemTok(nn.Module):
 
 
 def euler(velocity, noise: torch.Tensor, steps: int, shift: float = 1.0) -> torch.Tensor:
-    """Follow dx/dt = -velocity(x, t), which estimates x_v - eps (Eq. 5), from noise (B, ...) to t = 0."""
+    """Follow dx/dt = -velocity(x, t), which estimates x_v - eps (Eq. 5), from noise (B, ...) to t = 0.
+
+    shift s moves the times to s t / (1 + (s - 1) t) (Esser et al. 2024); 1 is right at 256 x 256.
+    """
     times = torch.linspace(1, 0, steps + 1, device=noise.device)
     times = shift * times / (1 + (shift - 1) * times)
     x = noise
@@ -730,5 +728,5 @@ def euler(velocity, noise: torch.Tensor, steps: int, shift: float = 1.0) -> torc
 
 
 def load_semtok(path: str, device: str | torch.device = "cpu") -> tuple[SemTok, dict[str, str]]:
-    """A tokenizer from train.py's `stage1` or `stage2.safetensors` in eval mode, and its metadata. UserError."""
+    """A tokenizer of train.py's stage 1 or 2, in eval mode, and its metadata. Raises UserError."""
     return load_checkpoint(path, "semtok-tokenizer", SemTokConfig, SemTok, device)
