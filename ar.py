@@ -116,10 +116,8 @@ class Block(nn.Module):
 
 class MaskedAR(nn.Module):
     """theta of Eq. 8: known tokens and a mask -> the distribution of every bit of every token.
-
     With config.causal it is Table 5's next-token transformer: the place of the class predicts the first
-    token, the place of token i token i + 1. It reads no mask.
-    """
+    token, the place of token i token i + 1. It reads no mask."""
 
     def __init__(self, config: ARConfig):
         super().__init__()
@@ -178,11 +176,9 @@ class MaskedAR(nn.Module):
     @torch.no_grad()
     def prepare(self, bits, labels, rng: torch.Generator, least_masked=0.7, class_dropout=0.1):
         """Section 3.3 and 4.1: which tokens a training step hides, and which pictures lose their class.
-
         bits (B, K, d), labels (B,): this rank's. Returns a row for each picture, the arguments of `loss`; and
         what all share, `masked_per_picture` (), the global batch's mean. All is drawn for the global batch
-        and cut to this rank's rows: the number of ranks changes nothing.
-        """
+        and cut to this rank's rows: the number of ranks changes nothing."""
         rank, world = ranks()
         dropped = torch.rand(world * len(bits), generator=rng, device=bits.device) < class_dropout
         masked = self.draw_masks(world * len(bits), least_masked, rng)
@@ -200,10 +196,8 @@ class MaskedAR(nn.Module):
 
     def loss(self, bits, labels, masked, masked_per_picture: torch.Tensor, smoothing: float = 0.01) -> dict:
         """Eq. 8's likelihood on the results of `prepare`: cross-entropy of MASKED tokens, in nats a bit.
-
         Returns `loss` with label smoothing, `nll` without it, and `accuracy` on masked groups of bits. Equal
-        micro-batches share the divisor, so the mean of their losses is the loss of the batch.
-        """
+        micro-batches share the divisor, so the mean of their losses is the loss of the batch."""
         logits = self(bits, labels, masked)
         targets = bits_to_index(bits.unflatten(-1, (-1, self.config.group_bits)))  # (B, K, d / g)
         weight = masked[..., None].float()
@@ -226,7 +220,6 @@ class MaskedAR(nn.Module):
         top_p: float = 0.75, order: str = "random", generator: torch.Generator | None = None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Eq. 8: fill K masked tokens in steps; after each, yields bits (B, K, d), masked (B, K), both bool.
-
         labels (B,) int64. cfg, cfg_schedule: see `guidance`. top_p: see `sample_groups`. order: "random", or
         "confidence" (Table 14): the tokens whose drawn bits are surest. A causal model fills one token a step
         from left to right. Raises ValueError for another order, and steps or order that a causal model lacks.
@@ -274,9 +267,7 @@ class MaskedAR(nn.Module):
 
 def fill_counts(tokens: int, steps: int) -> list[int]:
     """How many tokens each step fills: after step n of N, floor(K cos(pi/2 n/N)) stay masked (MaskGIT).
-
-    Every step fills at least one, so there are never more than K steps.
-    """
+    Every step fills at least one, so there are never more than K steps."""
     if steps < 1:
         raise ValueError(f"{steps} sampling steps: at least 1 is needed")
     counts, left = [], tokens
@@ -297,8 +288,7 @@ def sample_groups(logits: torch.Tensor, top_p: float, generator: torch.Generator
     """Draw a value per group of bits from logits (..., groups, V), each from its smallest set of values whose
     probability reaches top_p: a bit that is surer than top_p is taken outright.
 
-    Returns values (..., groups) int64 and their log probability (...) before this filter.
-    """
+    Returns values (..., groups) int64 and their log probability (...) before this filter."""
     probabilities, values = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = probabilities.cumsum(-1) - probabilities  # the mass of all likelier values
     kept = torch.where(before < top_p, probabilities, 0.0)

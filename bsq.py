@@ -51,10 +51,8 @@ def codes_to_index(codes: torch.Tensor) -> torch.Tensor:
 
 def code_usage(bits: torch.Tensor) -> dict[str, float]:
     """The health of a codebook on bits (..., d).
-
     used: distinct codes, as a share of min(tokens, 2^d). imbalance: mean over bits of |share of ones - 0.5|.
-    dead_bits: how many never change.
-    """
+    dead_bits: how many never change."""
     flat = bits.reshape(-1, bits.shape[-1])
     share = flat.float().mean(0)
     distinct = len(bits_to_index(flat).unique() if flat.shape[-1] <= 63 else flat.unique(dim=0))
@@ -73,10 +71,8 @@ def ranks() -> tuple[int, int]:
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The mean of equal shapes over all ranks, each of which must call this.
-
     The gradient goes to this rank's value, and data parallelism averages it: exact where, as in Eq. 4, every
-    rank computes the same from the mean.
-    """
+    rank computes the same from the mean."""
     if ranks()[1] == 1:
         return value
     mean = value.detach().clone(memory_format=torch.contiguous_format)
@@ -95,10 +91,8 @@ def gather(rows: torch.Tensor) -> torch.Tensor:
 
 class BSQ(nn.Module):
     """The quantiser of Eq. 3 and its entropy loss, Eq. 4. It has no parameters.
-
     bits: d. group_size: bits that the second entropy takes together, in a table of 2^group_size numbers (BSQ
-    at 18 bits: 1; FlowMo: 9). temperature: tau. spherical: False is LFQ, here without its commitment loss.
-    """
+    at 18 bits: 1; FlowMo: 9). temperature: tau. spherical: False is LFQ, here without its commitment loss."""
 
     def __init__(self, bits: int, group_size: int = 1, temperature: float = 1.0, spherical: bool = True):
         super().__init__()
@@ -117,11 +111,9 @@ class BSQ(nn.Module):
 
     def entropy_loss(self, u: torch.Tensor) -> dict[str, torch.Tensor]:
         """Eq. 4 on u (..., d), in nats: `entropy_loss` = `token_entropy` - `code_entropy`.
-
         The soft assignment q(c|u) ~ exp(2 tau c.u) is a product over bits, p_i = sigmoid(4 tau m u_i) with m
         the magnitude of a channel: the first term is an exact sum. The second, the entropy of the average q,
-        is bounded by the sum over groups of bits. A healthy run has a slightly NEGATIVE loss.
-        """
+        is bounded by the sum over groups of bits. A healthy run has a slightly NEGATIVE loss."""
         logits = (4 * self.temperature * self.magnitude) * u.float().reshape(-1, self.bits)  # (N, d)
         p = logits.sigmoid()
         token_entropy = (p * F.softplus(-logits) + (1 - p) * F.softplus(logits)).sum(-1).mean()

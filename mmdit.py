@@ -131,9 +131,7 @@ def gated(x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
 
 class StreamBlock(nn.Module):
     """One stream's half of a joint block. dual: with attn2, MMDiT-X's attention of the stream on itself.
-
-    pre_only: the last context block, which gives keys and values and lets nothing out.
-    """
+    pre_only: the last context block, which gives keys and values and lets nothing out."""
 
     def __init__(self, width: int, heads: int, adaln: bool, dual: bool = False, pre_only: bool = False):
         super().__init__()
@@ -190,10 +188,8 @@ class JointBlock(nn.Module):
 
 class MMDiT(nn.Module):
     """A stack of joint blocks.
-
     dual_depth: how many first blocks have attn2 (SD3.5-Medium: 13 of 24). adaln: a conditioning vector
-    modulates the blocks. context_pre_only: no context leaves the last block (SD3.5).
-    """
+    modulates the blocks. context_pre_only: no context leaves the last block (SD3.5)."""
 
     def __init__(self, depth, width, heads, dual_depth=0, adaln=False, context_pre_only=False):
         super().__init__()
@@ -310,11 +306,9 @@ _DISGUISES = {  # how a file begins that is something else -> what it is and wha
 
 class TensorFiles:
     """Tensors by name out of one safetensors file or a folder of shards. None is held in memory.
-
     path: a file, a folder, or a folder with a subfolder `part`. prefix: what stands before the names of the
     wanted model in a file of several. `shapes`: name without prefix -> shape. `metadata`: of the first file.
-    Raises UserError for what is no whole safetensors file, and for a name that is there twice.
-    """
+    Raises UserError for what is no whole safetensors file, and for a name that is there twice."""
 
     def __init__(self, path: str, part: str = "", prefix: str = ""):
         path = Path(path, part) if os.path.isdir(Path(path, part)) else Path(path)
@@ -368,9 +362,7 @@ class TensorFiles:
     @contextlib.contextmanager
     def building(self, wanted: str) -> Iterator[None]:
         """Inside, a model is built on the meta device by the file's own sizes. UserError if they are wrong.
-
-        A model that outgrows the file stops at once.
-        """
+        A model that outgrows the file stops at once."""
         # Twice what the file has and some more, so that a file which lacks a part still has it named
         left = 2 * sum(math.prod(shape) + 10**4 for shape in self.shapes.values()) + 10**7
 
@@ -401,10 +393,8 @@ def load_tensors(
     device: str | torch.device = "cpu",
 ) -> nn.Module:
     """Fill a module, best built on the meta device, from a file, tensor by tensor; returns it on `device`.
-
     mapping: name in the module -> `from_keys(...)`; names left out keep their initialisation. unused: regular
-    expression of keys to pass over. Raises UserError naming the missing, unexpected and misshapen keys.
-    """
+    expression of keys to pass over. Raises UserError naming the missing, unexpected and misshapen keys."""
     targets = module.state_dict()
     used = {key for keys, _ in mapping.values() for key in keys}
     missing, misshapen = used - source.shapes.keys(), set()
@@ -473,11 +463,9 @@ def _from_diffusers(name: str, last: int) -> tuple:
 
 def load_sd35(decoder: nn.Module, path: str, device: str | torch.device = "cpu") -> nn.Module:
     """Start a decoder from SD3.5-Medium: its single file, or a diffusers `transformer/` folder.
-
     SD3.5 predicts eps - x_v and Eq. 5 wants x_v - eps, so the last linear layer is negated. SemTok has no
     pooled text: its embedder runs once on zeros, and the result joins the timestep embedder's last bias. So
-    5.5M parameters go. What SD3.5 lacks keeps its initialisation. Raises UserError for any other file.
-    """
+    5.5M parameters go. What SD3.5 lacks keeps its initialisation. Raises UserError for any other file."""
     source = TensorFiles(path, "transformer", "model.diffusion_model.")
     diffusers = any(key.startswith("transformer_blocks.") for key in source.shapes)
     last = len(decoder.joint_blocks) - 1
@@ -528,10 +516,8 @@ def load_checkpoint(
     path: str, kind: str, config_class: type, model_class: type, device: str | torch.device, *facts: str
 ) -> tuple[nn.Module, dict[str, str]]:
     """A model of train.py in eval mode, built by the sizes in its own file, and the file's metadata.
-
     kind: the metadata's `format`. facts: what it must have beside `config`, `fingerprint` and `classes`, a
-    JSON list of names. Raises UserError for any other file.
-    """
+    JSON list of names. Raises UserError for any other file."""
     source, wanted = TensorFiles(path), f"a {kind}, which python train.py makes,"
     with source.building(wanted):
         if source.metadata.get("format") != kind:

@@ -45,10 +45,8 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not PostScrip
 
 def read_picture(path: str, size: int | None = None) -> torch.Tensor:
     """A picture file of any mode -> (3, H, W) uint8; with `size`, resized and cropped to (3, size, size).
-
     EXIF rotation is applied, transparency laid on white, 16 bits reduced to 8. The shorter side goes to
-    `size` by box halvings, then bicubic, as ADM prepared ImageNet. Raises UserError for anything else.
-    """
+    `size` by box halvings, then bicubic, as ADM prepared ImageNet. Raises UserError for anything else."""
     if not os.path.isfile(path):  # nor does it wait for a named pipe
         raise UserError(f"{path} does not exist or is no file: give the path of a JPEG or PNG picture")
     try:
@@ -310,10 +308,8 @@ def _config_beside(path: str) -> dict:
 
 def load_vae(path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> VAE:
     """The VAE out of sd3.5_medium.safetensors, a diffusers vae/ folder (or its parent), or its own file.
-
     Its sizes are read off the tensors' shapes. Raises UserError for files of another kind. FLUX's VAE has
-    the very same shapes: only a diffusers config.json beside it gives it away.
-    """
+    the very same shapes: only a diffusers config.json beside it gives it away."""
     wanted = "the VAE of SD3 or SD3.5 (sd3.5_medium.safetensors, or the model's vae folder)"
     source = TensorFiles(path, "vae", "first_stage_model.")
     entries = _config_beside(source.path)
@@ -409,10 +405,8 @@ _SIGLIP_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 16}  # published wid
 
 def load_siglip(path: str, device: str | torch.device = "cpu") -> SigLIP:
     """The vision tower of a SigLIP or SigLIP 2 file or folder (of fixed resolution), text tower or not.
-
     Sizes are read off the shapes. Heads, and pixels that the patches leave over, come from SigLIP's
-    config.json beside the file, else from the published sizes. Raises UserError for other files.
-    """
+    config.json beside the file, else from the published sizes. Raises UserError for other files."""
     wanted = "the vision tower of SigLIP or SigLIP 2 (such as siglip2-base-patch16-256, no NaFlex)"
     source, entries = TensorFiles(path, prefix="vision_model."), _config_beside(path)
     with source.building(wanted):
@@ -508,9 +502,7 @@ class LossWeights:
 
 class Encoder(MMDiT):
     """Eq. 1: latents and K learnable mask tokens through an MMDiT without timestep -> x and z.
-
-    With config.causal the token stream is sequential, as in SelfTok (Wang et al. 2025; Table 5).
-    """
+    With config.causal the token stream is sequential, as in SelfTok (Wang et al. 2025; Table 5)."""
 
     def __init__(self, config: SemTokConfig):
         width, head_dim = config.encoder_width, config.encoder_width // config.encoder_heads
@@ -533,7 +525,6 @@ class Encoder(MMDiT):
 
 def causal_mask(tokens: int, patches: int) -> torch.Tensor:
     """Which rows attend to which columns, tokens first: (tokens + patches, tokens + patches) bool.
-
     A token sees the image, itself and earlier tokens. The image, which would pass later ones on, sees none.
     """
     mask = torch.ones(tokens + patches, tokens + patches, dtype=torch.bool, device="cpu")
@@ -544,9 +535,7 @@ def causal_mask(tokens: int, patches: int) -> torch.Tensor:
 
 class Decoder(MMDiT):
     """The MMDiT-X of SD3.5-Medium on SemTok's tokens: Eq. 5's velocity, or in one step Eq. 7's latents.
-
-    2231M parameters; 2237M with SD3.5's embedder of pooled text, which `load_sd35` folds.
-    """
+    2231M parameters; 2237M with SD3.5's embedder of pooled text, which `load_sd35` folds."""
 
     def __init__(self, config: SemTokConfig):
         width, head_dim = config.decoder_width, config.decoder_width // config.decoder_heads
@@ -566,10 +555,8 @@ class Decoder(MMDiT):
 
     def forward(self, codes: torch.Tensor, noisy: torch.Tensor | None = None, t: torch.Tensor | None = None):
         """codes (B, K, d) -> (B, channels, h, w).
-
         Stage I: from noisy latents x_t (B, channels, h, w) and times t (B,), the velocity x_v - eps.
-        Stage II: mask tokens stand for x_t, t is 1, and the output is the latent.
-        """
+        Stage II: mask tokens stand for x_t, t is 1, and the output is the latent."""
         if noisy is None:
             x, t = self.mask_tokens.expand(len(codes), -1, -1), codes.new_ones(len(codes))
         else:
@@ -585,9 +572,7 @@ class Decoder(MMDiT):
 
 class SemTok(nn.Module):
     """VAE (frozen), encoder, quantiser, decoder, and the alignment's two projections.
-
-    vae, decoder: loaded ones, in place of new ones of the config's sizes.
-    """
+    vae, decoder: loaded ones, in place of new ones of the config's sizes."""
 
     def __init__(self, config: SemTokConfig, vae: VAE | None = None, decoder: Decoder | None = None):
         super().__init__()
@@ -611,10 +596,8 @@ class SemTok(nn.Module):
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, siglip: SigLIP) -> tuple[dict, dict]:
         """What a training step needs without gradient, from this rank's pictures (B, 3, H, W) in [-1, 1].
-
         A row for each picture: `latents` (B, channels, h, w), `features` (B, C, g, g), `positive` (B,), its
-        place among the candidates. What all share: `candidates` (ranks * B, C), the pooled features.
-        """
+        place among the candidates. What all share: `candidates` (ranks * B, C), the pooled features."""
         # CLIP clamps the temperature in place. A clamp in `forward` would have no gradient beyond it.
         self.log_t.clamp_(max=math.log(100))
         latents, features = self.vae.encode(pictures), siglip(pictures)
@@ -626,9 +609,7 @@ class SemTok(nn.Module):
     @staticmethod
     def draw_noise(latents: torch.Tensor, rng: torch.Generator) -> dict[str, torch.Tensor]:
         """Eq. 5: `noise` like the latents and times `t` (B,), uniform in [0, 1].
-
-        Drawn for the global batch and cut to this rank's rows: the number of ranks changes nothing.
-        """
+        Drawn for the global batch and cut to this rank's rows: the number of ranks changes nothing."""
         rank, world = ranks()
         total = world * len(latents)
         noise = torch.randn(total, *latents.shape[1:], generator=rng, device=latents.device)
@@ -637,10 +618,8 @@ class SemTok(nn.Module):
 
     def pretraining_losses(self, latents, noise, t, features, positive, candidates, weights) -> dict:
         """Stage I, Eq. 6, on the results of `prepare` and `draw_noise`, with `LossWeights`.
-
         Returns `loss`, its terms `flow_loss`, `entropy_loss`, `distill_loss`, `contrast_loss`, the two
-        entropies, and `codes` (B, K, d).
-        """
+        entropies, and `codes` (B, K, d)."""
         x, codes, u = self.quantise(latents)
         times = t[:, None, None, None]
         velocity = self.decoder(codes, times * noise + (1 - times) * latents, t)  # Eq. 5: D(x_t, codes, t)
@@ -716,9 +695,7 @@ class SemTok(nn.Module):
 
 def euler(velocity, noise: torch.Tensor, steps: int, shift: float = 1.0) -> torch.Tensor:
     """Follow dx/dt = -velocity(x, t), which estimates x_v - eps (Eq. 5), from noise (B, ...) to t = 0.
-
-    shift s moves the times to s t / (1 + (s - 1) t) (Esser et al. 2024); 1 is right at 256 x 256.
-    """
+    shift s moves the times to s t / (1 + (s - 1) t) (Esser et al. 2024); 1 is right at 256 x 256."""
     times = torch.linspace(1, 0, steps + 1, device=noise.device)
     times = shift * times / (1 + (shift - 1) * times)
     x = noise
