@@ -141,8 +141,6 @@ class MaskedAR(nn.Module):
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
 
-    # ---- the network
-
     def hidden(self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """bits (B, K, d), labels (B,) with `classes` for none, masked (B, K) -> features (B, K, width)."""
         codes = bits_to_codes(bits, self.config.spherical).to(self.token_embedding.weight.dtype)
@@ -170,8 +168,6 @@ class MaskedAR(nn.Module):
     def forward(self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """bits (B, K, d), labels (B,), masked (B, K) bool -> logits (B, K, d / g, 2^g)."""
         return self.logits(self.hidden(bits, labels, masked))
-
-    # ---- training
 
     @torch.no_grad()
     def prepare(self, bits, labels, rng: torch.Generator, least_masked=0.7, class_dropout=0.1):
@@ -211,8 +207,6 @@ class MaskedAR(nn.Module):
         plain = F.cross_entropy(*flat, reduction="none").detach()
         loss, nll = (mean(values) / self.config.group_bits for values in (smooth, plain))
         return {"loss": loss, "nll": nll, "accuracy": mean((logits.argmax(-1) == targets).float())}
-
-    # ---- generation
 
     @torch.no_grad()
     def generate_steps(

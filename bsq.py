@@ -8,11 +8,11 @@ SemTok section 3.1, Eq. 3 and 4; Zhao et al., "Image and Video Tokenization with
 Quantization" (2024). `spherical=False` is LFQ (Yu et al. 2023; Table 10). This file needs torch alone.
 
     import torch
-    from bsq import BSQ, codes_to_index
+    from bsq import BSQ, bits_to_index, codes_to_bits
     quantizer = BSQ(bits=18)
     codes, u = quantizer(torch.randn(2, 256, 18))     # corners of the sphere
     loss = quantizer.entropy_loss(u)["entropy_loss"]  # Eq. 4, a negative number
-    index = codes_to_index(codes)                     # (2, 256) int64
+    index = bits_to_index(codes_to_bits(codes))       # Eq. 3, (2, 256) int64
 """
 
 import torch
@@ -42,11 +42,6 @@ def bits_to_index(bits: torch.Tensor) -> torch.Tensor:
 def index_to_bits(index: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse of `bits_to_index`: (...) int64 -> (..., bits) bool."""
     return (index.long()[..., None] >> torch.arange(bits, device=index.device) & 1).bool()
-
-
-def codes_to_index(codes: torch.Tensor) -> torch.Tensor:
-    """Eq. 3 for quantised vectors: (..., d) float -> (...) int64."""
-    return bits_to_index(codes_to_bits(codes))
 
 
 def code_usage(bits: torch.Tensor) -> dict[str, float]:

@@ -284,7 +284,6 @@ class UserError(Exception):
 
 _KINDS = {  # what a file is, by a part of a key that only this kind has; the first match counts
     "encoder.joint_blocks.": "a SemTok tokenizer",
-    "attention.wqkv.": "a SemTok AR transformer",
     "input_blocks.": "a Stable Diffusion 1, 2 or XL U-Net",
     "_blocks.0.attentions.": "a diffusers U-Net (Stable Diffusion 1, 2 or XL)",
     "single_": "a FLUX transformer",
@@ -410,8 +409,9 @@ def load_tensors(
                 misshapen.add(f"{parts} for {name} {tuple(targets[name].shape)}")
     told = []
     for fault, keys in {"lacks": missing, "has unexpected": unexpected, "has misshapen": misshapen}.items():
-        named = ", ".join(source.prefix + key for key in sorted(keys)[:8])
-        told += [f"it {fault} {named}" + f" and {len(keys) - 8} more" * (len(keys) > 8)] if keys else []
+        if keys:
+            more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+            told.append(f"it {fault} {', '.join(source.prefix + key for key in sorted(keys)[:8])}{more}")
     if told:
         raise source.unlike(wanted, "; ".join(told))
 
@@ -433,20 +433,17 @@ def renamed(name: str, words: dict[str, str]) -> str:
 # --------------------------------------------------------------------------------------------- SD3.5-Medium
 
 _DIFFUSERS_WORDS = {  # the single file's words -> diffusers'; * is q, k and v
-    "x_embedder.proj.": "pos_embed.proj.",
+    "x_embedder.": "pos_embed.",
     "t_embedder.mlp.0.": "time_text_embed.timestep_embedder.linear_1.",
     "t_embedder.mlp.2.": "time_text_embed.timestep_embedder.linear_2.",
     "y_embedder.mlp.0.": "time_text_embed.text_embedder.linear_1.",
     "y_embedder.mlp.2.": "time_text_embed.text_embedder.linear_2.",
     "final_layer.adaLN_modulation.1.": "norm_out.linear.", "final_layer.linear.": "proj_out.",
-    "joint_blocks.": "transformer_blocks.",
-    "context_block.adaLN_modulation.1.": "norm1_context.linear.",
+    "joint_blocks.": "transformer_blocks.", "context_block.adaLN_modulation.1.": "norm1_context.linear.",
     "context_block.attn.qkv.": "attn.add_*_proj.", "context_block.attn.ln_": "attn.norm_added_",
-    "context_block.attn.proj.": "attn.to_add_out.",
-    "context_block.mlp.fc1.": "ff_context.net.0.proj.", "context_block.mlp.fc2.": "ff_context.net.2.",
-    "x_block.adaLN_modulation.1.": "norm1.linear.",
-    "x_block.mlp.fc1.": "ff.net.0.proj.", "x_block.mlp.fc2.": "ff.net.2.",
-    "x_block.attn": "attn", ".qkv.": ".to_*.", ".ln_": ".norm_",  # attn and attn2
+    "context_block.attn.proj.": "attn.to_add_out.", "context_block.mlp.": "ff_context.",
+    "x_block.adaLN_modulation.1.": "norm1.linear.", "x_block.mlp.": "ff.", "x_block.attn": "attn",
+    ".fc1.": ".net.0.proj.", ".fc2.": ".net.2.", ".qkv.": ".to_*.", ".ln_": ".norm_",
     "attn.proj.": "attn.to_out.0.", "attn2.proj.": "attn2.to_out.0.",
 }
 

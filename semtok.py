@@ -102,8 +102,7 @@ def picture_grid(rows: dict[str, torch.Tensor], side: int = 96) -> Image.Image:
     strips = [strip.repeat(factor, 0).repeat(factor, 1) for strip in strips]
     margin = 18 if any(rows) else 0
     size = max(strip.shape[1] for strip in strips), sum(strip.shape[0] + margin for strip in strips)
-    sheet = Image.new("RGB", size, "white")
-    top = 0
+    sheet, top = Image.new("RGB", size, "white"), 0
     for caption, strip in zip(rows, strips):
         ImageDraw.Draw(sheet).text((4, top + 3), caption, fill="black")
         sheet.paste(Image.fromarray(strip), (0, top + margin))
@@ -148,13 +147,11 @@ def write_picture(path: str, picture: Image.Image) -> None:
 
 def choose_device(name: str | None) -> torch.device:
     """The device asked for; by default CUDA where there is one. UserError for one that is not there."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"--device {name} is unknown: use cpu, cuda or cuda:N")
-    device, count = torch.device(name), torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise UserError(f"--device {name} is not there, among {count} CUDA devices: use --device cpu")
-    return device
+    name, count = name or ("cuda" if torch.cuda.is_available() else "cpu"), torch.cuda.device_count()
+    known = ["cpu", *["cuda"][:count], *(f"cuda:{i}" for i in range(count))]
+    if name not in known:
+        raise UserError(f"--device {name} is not there: use {' or '.join(known)}")
+    return torch.device(name)
 
 
 # ----------------------------------------------------------------------------------------- the VAE of SD3.5
@@ -306,7 +303,7 @@ def _config_beside(path: str) -> dict:
         raise UserError(f"{file} is not the JSON table that its name promises: download it again") from None
 
 
-def load_vae(path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> VAE:
+def load_vae(path: str, device: str | torch.device = "cpu") -> VAE:
     """The VAE out of sd3.5_medium.safetensors, a diffusers vae/ folder (or its parent), or its own file.
     Its sizes are read off the tensors' shapes. Raises UserError for files of another kind. FLUX's VAE has
     the very same shapes: only a diffusers config.json beside it gives it away."""
@@ -323,7 +320,7 @@ def load_vae(path: str, dtype: torch.dtype = torch.float32, device: str | torch.
         latents = source.shapes["decoder.conv_in.weight"][1]
         blocks = {m.groups(): s[0] for key, s in source.shapes.items() if (m := re.fullmatch(pattern, key))}
         channels = tuple(width for (_, number), width in sorted(blocks.items()) if number == "0")
-        vae = VAE(VAEConfig(channels, len(blocks) // len(channels), latents)).to(dtype)
+        vae = VAE(VAEConfig(channels, len(blocks) // len(channels), latents))
 
     def as_convolution(weight):  # attention's projections are Linear in diffusers, 1x1 convolutions here
         return weight[:, :, None, None] if weight.ndim == 2 else weight
@@ -382,22 +379,20 @@ class SigLIP(nn.Module):
     def __init__(self, config: SigLIPConfig):
         super().__init__()
         self.config = config
-        self.embeddings = nn.ModuleDict({
-            "patch_embedding": nn.Conv2d(3, config.width, config.patch, config.patch),
-            "position_embedding": nn.Embedding(config.grid**2, config.width),
-        })
+        patches = nn.Conv2d(3, config.width, config.patch, config.patch)
+        positions = nn.Embedding(config.grid**2, config.width)
+        self.embeddings = nn.ModuleDict({"patch_embedding": patches, "position_embedding": positions})
         self.encoder = named(layers=nn.Sequential(*(SigLIPLayer(config) for _ in range(config.depth))))
         self.post_layernorm = nn.LayerNorm(config.width, eps=1e-6)
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1], resized if need be -> patch features (B, width, grid, grid)."""
-        side = self.config.side
+        side, grid = self.config.side, self.config.grid
         if pictures.shape[-2:] != (side, side):
             pictures = F.interpolate(pictures, (side, side), mode="bilinear", antialias=True)
         patches = self.embeddings["patch_embedding"](pictures.to(self.post_layernorm.weight.dtype))
-        x = patches.flatten(2).transpose(1, 2)  # (B, grid^2, width)
-        x = self.encoder(x + self.embeddings["position_embedding"].weight)
-        return self.post_layernorm(x).transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid))
+        x = patches.flatten(2).transpose(1, 2) + self.embeddings["position_embedding"].weight
+        return self.post_layernorm(self.encoder(x)).transpose(1, 2).unflatten(2, (grid, grid))
 
 
 _SIGLIP_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 16}  # published widths -> heads; so400m is 1152
@@ -539,11 +534,9 @@ class Decoder(MMDiT):
 
     def __init__(self, config: SemTokConfig):
         width, head_dim = config.decoder_width, config.decoder_width // config.decoder_heads
-        super().__init__(
-            config.decoder_depth, width, config.decoder_heads, config.decoder_dual_depth,
-            adaln=True, context_pre_only=True,
-        )
-        self.grid = config.grid, config.grid
+        sizes = config.decoder_depth, width, config.decoder_heads, config.decoder_dual_depth
+        super().__init__(*sizes, adaln=True, context_pre_only=True)
+        self.grid = (config.grid, config.grid)
         self.x_embedder = PatchEmbed(config.vae.latent_channels, config.patch, width)
         self.t_embedder = TimestepEmbedder(width)
         self.final_layer = FinalLayer(width, config.patch, config.vae.latent_channels)
@@ -576,7 +569,8 @@ class SemTok(nn.Module):
 
     def __init__(self, config: SemTokConfig, vae: VAE | None = None, decoder: Decoder | None = None):
         super().__init__()
-        self.config = config
+        self.config, side = config, config.grid * config.patch
+        self.latent_shape = (config.vae.latent_channels, side, side)  # of one picture
         self.vae = (vae or VAE(config.vae)).requires_grad_(False).eval()
         self.encoder = Encoder(config)
         self.quantizer = BSQ(config.bits, config.entropy_group, spherical=config.quantizer == "bsq")
@@ -590,8 +584,6 @@ class SemTok(nn.Module):
         """Latents (B, channels, h, w) -> x (B, grid^2, encoder width), codes (B, K, d), u (B, K, d)."""
         x, z = self.encoder(latents)
         return x, *self.quantizer(z)
-
-    # ---- training
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, siglip: SigLIP) -> tuple[dict, dict]:
@@ -655,15 +647,8 @@ class SemTok(nn.Module):
     def start_refiner(self) -> None:
         """Stage II starts at stage I's mean prediction at t = 1, from the embedding of nearly zero noise."""
         embedder = self.decoder.x_embedder
-        noise = 0.1 * torch.randn(self.latent_shape(1))  # not zero: the places must differ
+        noise = 0.1 * torch.randn(1, *self.latent_shape)  # not zero: the places must differ
         self.decoder.mask_tokens.copy_(embedder(noise.to(embedder.proj.weight))[0])
-
-    # ---- use
-
-    def latent_shape(self, count: int) -> tuple[int, int, int, int]:
-        """The shape of this many pictures' latents."""
-        side = self.config.grid * self.config.patch
-        return count, self.config.vae.latent_channels, side, side
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -683,7 +668,7 @@ class SemTok(nn.Module):
     @torch.no_grad()
     def sample(self, codes: torch.Tensor, steps=25, shift=1.0, generator=None) -> torch.Tensor:
         """Stage I: codes (B, K, d) -> latents, by Euler steps of the flow from t = 1 (noise) to 0."""
-        noise = torch.randn(self.latent_shape(len(codes)), generator=generator, device=codes.device)
+        noise = torch.randn(len(codes), *self.latent_shape, generator=generator, device=codes.device)
         return euler(lambda x, t: self.decoder(codes, x, t.expand(len(x))), noise, steps, shift)
 
     def reconstruct(self, pictures: torch.Tensor, generator=None, steps: int = 25) -> torch.Tensor:
