@@ -89,8 +89,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         multiple = 256 if width >= 512 else 32  # 8/3 widths inside, rounded up
         hidden = math.ceil(8 * width / 3 / multiple) * multiple
-        self.w1 = nn.Linear(width, hidden, bias=False)
-        self.w3 = nn.Linear(width, hidden, bias=False)
+        self.w1, self.w3 = (nn.Linear(width, hidden, bias=False) for _ in range(2))
         self.w2 = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -161,7 +161,7 @@ class StreamBlock(nn.Module):
 class JointBlock(nn.Module):
     """Two streams that attend to each other, each with its own weights and rotation; forward as in MMDiT."""
 
-    def __init__(self, width: int, heads: int, adaln: bool, dual: bool = False, pre_only: bool = False):
+    def __init__(self, width: int, heads: int, adaln: bool, dual: bool, pre_only: bool):
         super().__init__()
         self.context_block = StreamBlock(width, heads, adaln, pre_only=pre_only)
         self.x_block = StreamBlock(width, heads, adaln, dual=dual)
@@ -187,16 +187,14 @@ class JointBlock(nn.Module):
 
 
 class MMDiT(nn.Module):
-    """A stack of joint blocks.
-    dual_depth: how many first blocks have attn2 (SD3.5-Medium: 13 of 24). adaln: a conditioning vector
-    modulates the blocks. context_pre_only: no context leaves the last block (SD3.5)."""
+    """A stack of joint blocks, the first `dual_depth` with attn2 (SD3.5-Medium: 13 of 24).
+    adaln: a conditioning vector modulates them. context_pre_only: no context leaves the last (SD3.5)."""
 
     def __init__(self, depth, width, heads, dual_depth=0, adaln=False, context_pre_only=False):
         super().__init__()
-        self.joint_blocks = nn.ModuleList(
-            JointBlock(width, heads, adaln, dual=i < dual_depth, pre_only=context_pre_only and i == depth - 1)
-            for i in range(depth)
-        )
+        only = depth - 1 if context_pre_only else depth  # the block that lets no context out, if there is one
+        blocks = (JointBlock(width, heads, adaln, i < dual_depth, i == only) for i in range(depth))
+        self.joint_blocks = nn.ModuleList(blocks)
         self.checkpoint_activations = False  # True: the backward pass recomputes the blocks
         self.apply(_init_linear)
         if adaln:  # AdaLN-zero (DiT, Peebles and Xie 2023): from scratch, every block starts as the identity
@@ -306,8 +304,7 @@ _DISGUISES = {  # how a file begins that is something else -> what it is and wha
 class TensorFiles:
     """Tensors by name out of one safetensors file or a folder of shards. None is held in memory.
     path: a file, a folder, or a folder with a subfolder `part`. prefix: what stands before the names of the
-    wanted model in a file of several. `shapes`: name without prefix -> shape. `metadata`: of the first file.
-    Raises UserError for what is no whole safetensors file, and for a name that is there twice."""
+    wanted model in a file of several. `shapes`: name without prefix -> shape. Raises UserError."""
 
     def __init__(self, path: str, part: str = "", prefix: str = ""):
         path = Path(path, part) if os.path.isdir(Path(path, part)) else Path(path)
@@ -387,13 +384,10 @@ def from_keys(*keys: str, make: Callable[..., torch.Tensor] = lambda tensor: ten
     return keys, make
 
 
-def load_tensors(
-    module: nn.Module, source: TensorFiles, mapping: dict[str, tuple], wanted: str, unused: str = r"^$",
-    device: str | torch.device = "cpu",
-) -> nn.Module:
+def load_tensors(module, source: TensorFiles, mapping: dict, wanted: str, unused=r"^$", device="cpu"):
     """Fill a module, best built on the meta device, from a file, tensor by tensor; returns it on `device`.
-    mapping: name in the module -> `from_keys(...)`; names left out keep their initialisation. unused: regular
-    expression of keys to pass over. Raises UserError naming the missing, unexpected and misshapen keys."""
+    mapping: name in the module -> `from_keys(...)`; names left out keep their initialisation. unused: pattern
+    of keys to pass over. Raises UserError naming the missing, unexpected and misshapen keys."""
     targets = module.state_dict()
     used = {key for keys, _ in mapping.values() for key in keys}
     missing, misshapen = used - source.shapes.keys(), set()
@@ -478,9 +472,9 @@ def load_sd35(decoder: nn.Module, path: str, device: str | torch.device = "cpu")
     mapping = {name: published(name) for name in decoder.state_dict() if name.startswith(pretrained)}
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         mapping[name] = from_keys(*published(name)[0], make=torch.neg)
-    bias = "t_embedder.mlp.2.bias"
     text = ("y_embedder.mlp.0.bias", "y_embedder.mlp.2.weight", "y_embedder.mlp.2.bias")
-    mapping[bias] = from_keys(*(published(name)[0][0] for name in (bias, *text)), make=folded)
+    keys = [published(name)[0][0] for name in ("t_embedder.mlp.2.bias", *text)]
+    mapping["t_embedder.mlp.2.bias"] = from_keys(*keys, make=folded)
 
     # Not used: the position table, for there is RoPE; the text's embedder; the weight that sees only zeros.
     unused = r"pos_embed|context_embedder|model_sampling\.|y_embedder\.mlp\.0\.weight"
@@ -509,12 +503,9 @@ def config_from(config_class: type, entries):
     return config_class(**values)
 
 
-def load_checkpoint(
-    path: str, kind: str, config_class: type, model_class: type, device: str | torch.device, *facts: str
-) -> tuple[nn.Module, dict[str, str]]:
+def load_checkpoint(path: str, kind: str, config_class: type, model_class: type, device, *facts: str):
     """A model of train.py in eval mode, built by the sizes in its own file, and the file's metadata.
-    kind: the metadata's `format`. facts: what it must have beside `config`, `fingerprint` and `classes`, a
-    JSON list of names. Raises UserError for any other file."""
+    kind: the metadata's `format`. facts: what else it must have. Raises UserError for any other file."""
     source, wanted = TensorFiles(path), f"a {kind}, which python train.py makes,"
     with source.building(wanted):
         if source.metadata.get("format") != kind:

@@ -305,8 +305,7 @@ def _config_beside(path: str) -> dict:
 
 def load_vae(path: str, device: str | torch.device = "cpu") -> VAE:
     """The VAE out of sd3.5_medium.safetensors, a diffusers vae/ folder (or its parent), or its own file.
-    Its sizes are read off the tensors' shapes. Raises UserError for files of another kind. FLUX's VAE has
-    the very same shapes: only a diffusers config.json beside it gives it away."""
+    Its sizes are read off the shapes, which FLUX's VAE shares: only its config.json gives that away."""
     wanted = "the VAE of SD3 or SD3.5 (sd3.5_medium.safetensors, or the model's vae folder)"
     source = TensorFiles(path, "vae", "first_stage_model.")
     entries = _config_beside(source.path)
@@ -400,8 +399,7 @@ _SIGLIP_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 16}  # published wid
 
 def load_siglip(path: str, device: str | torch.device = "cpu") -> SigLIP:
     """The vision tower of a SigLIP or SigLIP 2 file or folder (of fixed resolution), text tower or not.
-    Sizes are read off the shapes. Heads, and pixels that the patches leave over, come from SigLIP's
-    config.json beside the file, else from the published sizes. Raises UserError for other files."""
+    Heads, and pixels that the patches leave over, come from a config.json beside it, else from a table."""
     wanted = "the vision tower of SigLIP or SigLIP 2 (such as siglip2-base-patch16-256, no NaFlex)"
     source, entries = TensorFiles(path, prefix="vision_model."), _config_beside(path)
     with source.building(wanted):
@@ -458,10 +456,8 @@ class SemTokConfig:
             raise ValueError("tokens and patches together, and bits, must be at most 8192")
         if self.bits % self.entropy_group:
             raise ValueError(f"entropy_group {self.entropy_group} must divide the {self.bits} bits")
-        for part in ("encoder", "decoder"):  # a head's channels are halves, for rows and columns, of pairs
-            width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
-            if width % (4 * heads):
-                raise ValueError(f"{part}_width {width} must be a multiple of 4 x {part}_heads, {4 * heads}")
+        if self.encoder_width % (4 * self.encoder_heads) or self.decoder_width % (4 * self.decoder_heads):
+            raise ValueError("widths must be multiples of 4 x heads")  # pairs, for rows and for columns
 
     @property
     def grid(self) -> int:
@@ -496,8 +492,7 @@ class LossWeights:
 
 
 class Encoder(MMDiT):
-    """Eq. 1: latents and K learnable mask tokens through an MMDiT without timestep -> x and z.
-    With config.causal the token stream is sequential, as in SelfTok (Wang et al. 2025; Table 5)."""
+    """Eq. 1: latents and K learnable mask tokens through an MMDiT without timestep -> x and z."""
 
     def __init__(self, config: SemTokConfig):
         width, head_dim = config.encoder_width, config.encoder_width // config.encoder_heads
@@ -519,9 +514,8 @@ class Encoder(MMDiT):
 
 
 def causal_mask(tokens: int, patches: int) -> torch.Tensor:
-    """Which rows attend to which columns, tokens first: (tokens + patches, tokens + patches) bool.
-    A token sees the image, itself and earlier tokens. The image, which would pass later ones on, sees none.
-    """
+    """Sequential tokens (SelfTok, Wang et al. 2025; Table 5), before the patches: (tokens + patches)^2 bool.
+    A token sees the image, itself and earlier tokens. The image sees none: it would pass later ones on."""
     mask = torch.ones(tokens + patches, tokens + patches, dtype=torch.bool, device="cpu")
     mask[:tokens, :tokens] = mask[:tokens, :tokens].tril()
     mask[tokens:, :tokens] = False
@@ -547,9 +541,8 @@ class Decoder(MMDiT):
         self.z_rope = RotaryTable(rope_1d(config.tokens, head_dim))
 
     def forward(self, codes: torch.Tensor, noisy: torch.Tensor | None = None, t: torch.Tensor | None = None):
-        """codes (B, K, d) -> (B, channels, h, w).
-        Stage I: from noisy latents x_t (B, channels, h, w) and times t (B,), the velocity x_v - eps.
-        Stage II: mask tokens stand for x_t, t is 1, and the output is the latent."""
+        """codes (B, K, d), noisy x_t (B, channels, h, w), t (B,) -> the velocity x_v - eps, like x_t.
+        Without x_t and t, stage II: mask tokens stand for x_t, t is 1, and the output is the latent."""
         if noisy is None:
             x, t = self.mask_tokens.expand(len(codes), -1, -1), codes.new_ones(len(codes))
         else:
@@ -610,8 +603,7 @@ class SemTok(nn.Module):
 
     def pretraining_losses(self, latents, noise, t, features, positive, candidates, weights) -> dict:
         """Stage I, Eq. 6, on the results of `prepare` and `draw_noise`, with `LossWeights`.
-        Returns `loss`, its terms `flow_loss`, `entropy_loss`, `distill_loss`, `contrast_loss`, the two
-        entropies, and `codes` (B, K, d)."""
+        Returns `loss`, its terms, named `..._loss`, the two entropies, and `codes` (B, K, d)."""
         x, codes, u = self.quantise(latents)
         times = t[:, None, None, None]
         velocity = self.decoder(codes, times * noise + (1 - times) * latents, t)  # Eq. 5: D(x_t, codes, t)
