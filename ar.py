@@ -30,7 +30,6 @@ from mmdit import RotaryTable, attend, load_checkpoint, modulate, normed_rotated
 @dataclass(frozen=True)
 class ARConfig:
     """Sizes, by default of SemTok-AR-L on ImageNet with 2^18 codes. ValueError for what cannot be."""
-
     depth: int = 24
     width: int = 1024
     heads: int = 16
@@ -49,7 +48,7 @@ class ARConfig:
         if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} must be a multiple of 2 x heads, {2 * self.heads}")
         if not 1 <= self.group_bits <= 12 or self.bits % self.group_bits:
-            raise ValueError(f"group_bits {self.group_bits} must divide {self.bits} bits and be at most 12")
+            raise ValueError(f"group_bits {self.group_bits} must divide the {self.bits} bits, at most 12")
         if not 0 <= self.guidance <= 1000:
             raise ValueError(f"guidance {self.guidance} is not between 0 and 1000")
 
@@ -279,9 +278,8 @@ def guidance(scale: float, share: float, schedule: str) -> float:
 
 def sample_groups(logits: torch.Tensor, top_p: float, generator: torch.Generator | None = None):
     """Draw a value per group of bits from logits (..., groups, V), each from its smallest set of values whose
-    probability reaches top_p: a bit that is surer than top_p is taken outright.
-
-    Returns values (..., groups) int64 and their log probability (...) before this filter."""
+    probability reaches top_p: a bit surer than that is taken outright. Returns the values (..., groups) int64
+    and their log probability (...) before this filter."""
     probabilities, values = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = probabilities.cumsum(-1) - probabilities  # the mass of all likelier values
     kept = torch.where(before < top_p, probabilities, 0.0)

@@ -7,9 +7,8 @@
     + <------- gate, attn2: x on itself; MMDiT-X's first blocks              |
     + <------- gate, MLP                                     MLP, gate ----> +     depth times
 
-With AdaLN a conditioning vector (B, width) makes every shift, scale and gate. SemTok section 3.1 and appendix
-A.1; Esser et al., "Scaling Rectified Flow Transformers" (2024). Modules are named as in SD3.5's files. This
-file needs torch and safetensors alone.
+With AdaLN a conditioning vector (B, width) makes every shift, scale and gate. SemTok section 3.1; Esser et
+al. 2024 (SD3). Modules are named as in SD3.5's files. This file needs torch and safetensors alone.
 
     import torch
     from mmdit import MMDiT, rope_1d, rope_2d

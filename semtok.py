@@ -7,8 +7,7 @@
     Encoder, Eq. 1: x (B, 256, w) ---------+  and w_z(codes) like their mean                     |
                     z (B, K, d) --BSQ, Eq. 3--> codes (B, K, d) --------------------> Decoder, Eq. 5 and 7
 
-Section 3.1 and 3.2, Eq. 1 to 7, appendix A.1. It needs `bsq.py` and `mmdit.py` beside it. What is trained on
-top (perceptual networks, discriminator, optimiser) is in train.py.
+Section 3.1 and 3.2, Eq. 1 to 7, appendix A.1. It needs bsq.py and mmdit.py. Judges and optimiser: train.py.
 
     import torch
     from semtok import PRESETS, SemTok
@@ -148,7 +147,7 @@ def write_picture(path: str, picture: Image.Image) -> None:
 def choose_device(name: str | None) -> torch.device:
     """The device asked for; by default CUDA where there is one. UserError for one that is not there."""
     name, count = name or ("cuda" if torch.cuda.is_available() else "cpu"), torch.cuda.device_count()
-    known = ["cpu", *["cuda"][:count], *(f"cuda:{i}" for i in range(count))]
+    known = ["cpu", "cuda", *(f"cuda:{i}" for i in range(count))] if count else ["cpu"]
     if name not in known:
         raise UserError(f"--device {name} is not there: use {' or '.join(known)}")
     return torch.device(name)
@@ -160,7 +159,6 @@ def choose_device(name: str | None) -> torch.device:
 @dataclass(frozen=True)
 class VAEConfig:
     """Sizes of the VAE. blocks: residual ones a level in the encoder; the decoder has one more."""
-
     channels: tuple[int, ...] = (128, 256, 512, 512)
     blocks: int = 2
     latent_channels: int = 16
@@ -337,7 +335,6 @@ def load_vae(path: str, device: str | torch.device = "cpu") -> VAE:
 @dataclass(frozen=True)
 class SigLIPConfig:
     """Sizes of a SigLIP or SigLIP 2 vision tower (the default is base-patch16-256)."""
-
     width: int = 768
     depth: int = 12
     heads: int = 12
@@ -345,11 +342,6 @@ class SigLIPConfig:
     patch: int = 16
     grid: int = 16
     margin: int = 0  # pixels right and below that no patch covers: 384 - 27 * 14 = 6 in so400m-patch14-384
-
-    @property
-    def side(self) -> int:
-        """The pixels a side that the tower was trained on."""
-        return self.grid * self.patch + self.margin
 
 
 class SigLIPLayer(nn.Module):
@@ -377,7 +369,7 @@ class SigLIP(nn.Module):
 
     def __init__(self, config: SigLIPConfig):
         super().__init__()
-        self.config = config
+        self.config, self.side = config, config.grid * config.patch + config.margin
         patches = nn.Conv2d(3, config.width, config.patch, config.patch)
         positions = nn.Embedding(config.grid**2, config.width)
         self.embeddings = nn.ModuleDict({"patch_embedding": patches, "position_embedding": positions})
@@ -386,7 +378,7 @@ class SigLIP(nn.Module):
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1], resized if need be -> patch features (B, width, grid, grid)."""
-        side, grid = self.config.side, self.config.grid
+        side, grid = self.side, self.config.grid
         if pictures.shape[-2:] != (side, side):
             pictures = F.interpolate(pictures, (side, side), mode="bilinear", antialias=True)
         patches = self.embeddings["patch_embedding"](pictures.to(self.post_layernorm.weight.dtype))
@@ -428,7 +420,6 @@ def load_siglip(path: str, device: str | torch.device = "cpu") -> SigLIP:
 @dataclass(frozen=True)
 class SemTokConfig:
     """Sizes, by default the paper's (Table 8, 2^18 codes). ValueError for what cannot be."""
-
     image_size: int = 256
     tokens: int = 256  # K
     bits: int = 18  # d, bits of a token
@@ -484,7 +475,6 @@ PRESETS = {
 @dataclass(frozen=True)
 class LossWeights:
     """The weights of Eq. 6 (section 4.1). Table 4 sets `distill` or `contrast` to 0."""
-
     lambda_q: float = 0.0025  # of the entropy loss, Eq. 4
     lambda_s: float = 0.05  # of the semantic alignment, Eq. 2
     distill: float = 1.0  # within the alignment

@@ -294,14 +294,14 @@ def test_siglip_pixels_that_no_patch_covers(transformers, tmp_path):
     reference = siglip_tower(transformers, image_size=46)  # 5 patches of 8
     reference.save_pretrained(tmp_path)
     ours = siglip_agrees(tmp_path, reference, 46)
-    assert (ours.config.grid, ours.config.side) == (5, 46)
+    assert (ours.config.grid, ours.side) == (5, 46)
     published = siglip_tower(
         transformers, hidden_size=384, num_attention_heads=6, intermediate_size=8, num_hidden_layers=1,
         patch_size=14, image_size=384,
     )
     published.save_pretrained(tmp_path / "published")
     (tmp_path / "published/config.json").unlink()
-    assert siglip_agrees(tmp_path / "published", published, 384).config.side == 384
+    assert siglip_agrees(tmp_path / "published", published, 384).side == 384
 
 
 def test_siglip_of_unknown_width_asks_for_its_config(transformers, tmp_path):
