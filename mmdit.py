@@ -476,8 +476,7 @@ def load_sd35(decoder: nn.Module, path: str, device: str | torch.device = "cpu")
     mapping["t_embedder.mlp.2.bias"] = from_keys(*keys, make=folded)
 
     # Not used: the position table, for there is RoPE; the text's embedder; the weight that sees only zeros.
-    unused = r"pos_embed|context_embedder|model_sampling\.|y_embedder\.mlp\.0\.weight"
-    unused += r"|time_text_embed\.text_embedder\.linear_1\.weight"
+    unused = r"pos_embed|context_embedder|model_sampling|.*(y_embedder.mlp.0|text_embedder.linear_1).weight"
     wanted = "SD3.5-Medium (sd3.5_medium.safetensors or its transformer folder)"
     return load_tensors(decoder, source, mapping, wanted, unused, device)
 

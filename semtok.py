@@ -464,8 +464,7 @@ class SemTokConfig:
 PRESETS = {
     "paper": SemTokConfig(),
     "tiny": SemTokConfig(
-        image_size=32, tokens=16, bits=24,
-        encoder_depth=2, encoder_width=64, encoder_heads=4,
+        image_size=32, tokens=16, bits=24, encoder_depth=2, encoder_width=64, encoder_heads=4,
         decoder_depth=3, decoder_width=64, decoder_heads=4, decoder_dual_depth=2,
         semantic_width=64, vae=VAEConfig(channels=(16, 16, 32), blocks=1, latent_channels=8),
     ),
@@ -660,12 +659,11 @@ class SemTok(nn.Module):
         return to_uint8(self.decode(latents))
 
 
-def euler(velocity, noise: torch.Tensor, steps: int, shift: float = 1.0) -> torch.Tensor:
-    """Follow dx/dt = -velocity(x, t), which estimates x_v - eps (Eq. 5), from noise (B, ...) to t = 0.
+def euler(velocity, x: torch.Tensor, steps: int, shift: float = 1.0) -> torch.Tensor:
+    """Follow dx/dt = -velocity(x, t), which estimates x_v - eps (Eq. 5), from noise x (B, ...) to t = 0.
     shift s moves the times to s t / (1 + (s - 1) t) (Esser et al. 2024); 1 is right at 256 x 256."""
-    times = torch.linspace(1, 0, steps + 1, device=noise.device)
+    times = torch.linspace(1, 0, steps + 1, device=x.device)
     times = shift * times / (1 + (shift - 1) * times)
-    x = noise
     for now, following in zip(times[:-1], times[1:]):
         x = x + (now - following) * velocity(x, now).to(x.dtype)
     return x
