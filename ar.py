@@ -46,7 +46,7 @@ class ARConfig:
         if least < 1 or max(self.tokens, self.bits) > 8192:
             raise ValueError("all sizes must be at least 1, tokens and bits at most 8192")
         if self.width % (2 * self.heads):
-            raise ValueError(f"width {self.width} must be a multiple of 2 x heads, {2 * self.heads}")
+            raise ValueError(f"heads {self.heads}, doubled, must divide the width {self.width}")
         if not 1 <= self.group_bits <= 12 or self.bits % self.group_bits:
             raise ValueError(f"group_bits {self.group_bits} must divide the {self.bits} bits, at most 12")
         if not 0 <= self.guidance <= 1000:

@@ -217,39 +217,46 @@ def _middle(width: int) -> nn.Sequential:
     return named(block_1=first, attn_1=attention, block_2=second)
 
 
-def vae_encoder(config: VAEConfig) -> nn.Sequential:
+class VAEEncoder(nn.Module):
     """Pictures (B, 3, H, W) in [-1, 1] -> (B, 2 * latent_channels, H/f, W/f): means, then log-variances."""
-    widths = config.channels
-    conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-    down = nn.Sequential(*(_level(*pair, config.blocks) for pair in zip(widths[:1] + widths, widths)))
-    for level, width in zip(down[:-1], widths):  # padded on the right and below only, as SD does
-        conv = nn.Conv2d(width, width, 3, stride=2)
-        level.downsample = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv)
-    mid, norm_out = _middle(widths[-1]), _group_norm(widths[-1])
-    conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
-    return named(conv_in=conv_in, down=down, mid=mid, norm_out=norm_out, silu=nn.SiLU(), conv_out=conv_out)
 
-
-class Upwards(nn.ModuleList):
-    """The decoder's levels. 0 is the FULL resolution, so they run backwards."""
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = config.channels
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        before = widths[:1] + widths
+        self.down = nn.Sequential(*(_level(*pair, config.blocks) for pair in zip(before, widths)))
+        for level, width in zip(self.down[:-1], widths):  # padded on the right and below only, as SD does
+            conv = nn.Conv2d(width, width, 3, stride=2)
+            level.downsample = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv)
+        self.mid, self.norm_out = _middle(widths[-1]), _group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for level in reversed(self):
-            x = level(x)
-        return x
+        return self.conv_out(F.silu(self.norm_out(self.mid(self.down(self.conv_in(x))))))
 
 
-def vae_decoder(config: VAEConfig) -> nn.Sequential:
+class VAEDecoder(nn.Module):
     """Latents (B, latent_channels, H/f, W/f), not normalised -> pictures (B, 3, H, W), about [-1, 1]."""
-    widths = config.channels
-    conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-    mid = _middle(widths[-1])
-    up = Upwards(_level(*pair, config.blocks + 1) for pair in zip(widths[1:] + widths[-1:], widths))
-    for level, width in zip(up[1:], widths[1:]):
-        conv = nn.Conv2d(width, width, 3, padding=1)
-        level.upsample = named(nearest=nn.Upsample(scale_factor=2.0), conv=conv)
-    norm_out, conv_out = _group_norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
-    return named(conv_in=conv_in, mid=mid, up=up, norm_out=norm_out, silu=nn.SiLU(), conv_out=conv_out)
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = config.channels
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.mid = _middle(widths[-1])
+        # up[0] is the FULL resolution: the list is built in that order and walked backwards
+        before = widths[1:] + widths[-1:]
+        self.up = nn.ModuleList(_level(*pair, config.blocks + 1) for pair in zip(before, widths))
+        for level, width in zip(self.up[1:], widths[1:]):
+            conv = nn.Conv2d(width, width, 3, padding=1)
+            level.upsample = named(nearest=nn.Upsample(scale_factor=2.0), conv=conv)
+        self.norm_out, self.conv_out = _group_norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.mid(self.conv_in(x))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class VAE(nn.Module):
@@ -259,7 +266,7 @@ class VAE(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        self.config, self.encoder, self.decoder = config, vae_encoder(config), vae_decoder(config)
+        self.config, self.encoder, self.decoder = config, VAEEncoder(config), VAEDecoder(config)
 
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> normalised posterior means (B, latent_channels, H/f, W/f)."""
@@ -448,7 +455,7 @@ class SemTokConfig:
         if self.bits % self.entropy_group:
             raise ValueError(f"entropy_group {self.entropy_group} must divide the {self.bits} bits")
         if self.encoder_width % (4 * self.encoder_heads) or self.decoder_width % (4 * self.decoder_heads):
-            raise ValueError("widths must be multiples of 4 x heads")  # pairs, for rows and for columns
+            raise ValueError("4 x encoder_heads must divide encoder_width, and so for the decoder")
 
     @property
     def grid(self) -> int:
