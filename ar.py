@@ -1,8 +1,12 @@
 """The masked autoregressive transformer on SemTok's tokens: class -> bits, in a few bidirectional steps.
 
-SemTok section 3.3, Eq. 8, appendix A.2, Table 9. LlamaGen blocks (RMSNorm, SwiGLU, 1D RoPE; Sun et al. 2024)
-without the causal mask, with qk-norm, a class token in front and the class through one shared AdaLN. The
-infinite-vocabulary classifier (Han et al. 2025) makes a two-way choice per bit. It needs bsq.py, mmdit.py.
+    bits (B, K, d) --Linear, or mask embedding--> (B, K, width) --.      .--> next step: a few more bits known
+    label (B,) --embedding--> class token (B, 1, width) ---------- blocks --> logits (B, K, d, 2) --> bits
+                        '---- one shared AdaLN ---------------------'
+
+SemTok section 3.3, Eq. 8, appendix A.2, Table 9. LlamaGen blocks (RMSNorm, SwiGLU, RoPE; Sun et al. 2024)
+without the causal mask, with qk-norm. The infinite-vocabulary classifier (Han et al. 2025) makes a two-way
+choice per bit. It needs bsq.py and mmdit.py beside it.
 
     import torch
     from ar import AR_PRESETS, MaskedAR
@@ -25,11 +29,7 @@ from mmdit import RotaryTable, attend, load_checkpoint, modulate, normed_rotated
 
 @dataclass(frozen=True)
 class ARConfig:
-    """Sizes of the transformer. The defaults are SemTok-AR-L on ImageNet with 2^18 codes.
-
-    Raises ValueError for sizes that do not fit each other, or that no attention and no softmax can hold.
-    """
-
+    """Sizes, by default of SemTok-AR-L on ImageNet with 2^18 codes. ValueError for what cannot be."""
     depth: int = 24
     width: int = 1024
     heads: int = 16
@@ -42,19 +42,19 @@ class ARConfig:
     causal: bool = False  # Table 5's "raster": next-token prediction from left to right in place of masks
 
     def __post_init__(self):
-        for name in ("depth", "width", "heads", "classes", "tokens", "bits"):
-            if not 1 <= getattr(self, name) <= (8192 if name in ("tokens", "bits") else math.inf):
-                raise ValueError(f"{name} must be at least 1 (tokens and bits at most 8192)")
+        least = min(self.depth, self.width, self.heads, self.classes, self.tokens, self.bits)
+        if least < 1 or max(self.tokens, self.bits) > 8192:
+            raise ValueError("all sizes must be at least 1, tokens and bits at most 8192")
         if self.width % (2 * self.heads):
-            raise ValueError(f"width {self.width} must be a multiple of 2 x heads, {2 * self.heads}")
+            raise ValueError(f"heads {self.heads}, doubled, must divide the width {self.width}")
         if not 1 <= self.group_bits <= 12 or self.bits % self.group_bits:
-            raise ValueError(f"group_bits {self.group_bits} must divide {self.bits} bits and be at most 12")
+            raise ValueError(f"group_bits {self.group_bits} must divide the {self.bits} bits, at most 12")
         if not 0 <= self.guidance <= 1000:
             raise ValueError(f"guidance {self.guidance} is not between 0 and 1000")
 
     @property
     def steps(self) -> int:
-        """Sampling steps by default: 64, at most one a token. Next-token prediction takes one a token."""
+        """Sampling steps by default: 64, at most one a token; one a token in next-token prediction."""
         return self.tokens if self.causal else min(64, self.tokens)
 
 
@@ -63,40 +63,33 @@ AR_PRESETS = {
     "XL": ARConfig(depth=36, width=1280, heads=20, guidance=5.3),
     "XXL": ARConfig(depth=24, width=2048, heads=32, guidance=4.9),
     "base": ARConfig(depth=14, width=768, heads=12, tokens=128),
-    # guidance: best of four scales
     "tiny": ARConfig(depth=4, width=128, heads=2, tokens=16, bits=24, classes=10, guidance=9.0),
 }
 
 
 class Attention(nn.Module):
-    """Self-attention with RMS qk-norm and RoPE, no biases, causal or not: (B, L, width) -> (B, L, width)."""
+    """Self-attention with RMS qk-norm and RoPE (2, L, head_dim): (B, L, width) -> (B, L, width)."""
 
-    def __init__(self, width: int, heads: int, causal: bool = False):
+    def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
         self.heads, self.causal = heads, causal
         self.wqkv = nn.Linear(width, 3 * width, bias=False)
         self.wo = nn.Linear(width, width, bias=False)
-        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6)
-        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6)
+        self.q_norm, self.k_norm = (nn.RMSNorm(width // heads, eps=1e-6) for _ in range(2))
 
     def forward(self, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-        """rope: (2, L, head_dim)."""
         q, k, v = normed_rotated(self.wqkv(x), self.heads, self.q_norm, self.k_norm, rope)
         return self.wo(attend(q, k, v, causal=self.causal))
 
 
 class SwiGLU(nn.Module):
-    """LlamaGen's feed-forward: w2(silu(w1 x) * w3 x), (B, L, width) -> (B, L, width).
-
-    The hidden width is 8/3 widths, rounded up to a multiple of 256 (at small widths of 32).
-    """
+    """LlamaGen's feed-forward: w2(silu(w1 x) * w3 x), (B, L, width) -> (B, L, width)."""
 
     def __init__(self, width: int):
         super().__init__()
-        multiple = 256 if width >= 512 else 32
+        multiple = 256 if width >= 512 else 32  # 8/3 widths inside, rounded up
         hidden = math.ceil(8 * width / 3 / multiple) * multiple
-        self.w1 = nn.Linear(width, hidden, bias=False)
-        self.w3 = nn.Linear(width, hidden, bias=False)
+        self.w1, self.w3 = (nn.Linear(width, hidden, bias=False) for _ in range(2))
         self.w2 = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -104,9 +97,9 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block. Its AdaLN is the shared one plus a table of its own, 6 x width."""
+    """x (B, L, width) -> the same. Its AdaLN is the shared (B, 6, width) plus a table of its own."""
 
-    def __init__(self, width: int, heads: int, causal: bool = False):
+    def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
         self.attention_norm = nn.RMSNorm(width, eps=1e-6)
         self.attention = Attention(width, heads, causal)
@@ -115,19 +108,15 @@ class Block(nn.Module):
         self.table = nn.Parameter(torch.zeros(6, width))
 
     def forward(self, x: torch.Tensor, modulation: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-        """x (B, L, width), modulation (B, 6, width), rope (2, L, head_dim) -> (B, L, width)."""
-        modulation = (modulation + self.table)[:, :, None]  # (B, 6, 1, width)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.table)[:, :, None].unbind(1)
         x = torch.addcmul(x, self.attention(modulate(self.attention_norm(x), shift1, scale1), rope), gate1)
         return torch.addcmul(x, self.feed_forward(modulate(self.ffn_norm(x), shift2, scale2)), gate2)
 
 
 class MaskedAR(nn.Module):
     """theta of Eq. 8: known tokens and a mask -> the distribution of every bit of every token.
-
-    With config.causal it is Table 5's other row, a next-token transformer. The place of the class predicts
-    the first token, the place of token i token i + 1. Each sees only what is before it. It reads no mask.
-    """
+    With config.causal it is Table 5's next-token transformer: the place of the class predicts the first
+    token, the place of token i token i + 1. It reads no mask."""
 
     def __init__(self, config: ARConfig):
         super().__init__()
@@ -147,16 +136,12 @@ class MaskedAR(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2 and name.endswith("weight"):
                 nn.init.normal_(parameter, std=0.02)
-        for layer in (self.modulation[1], self.final_modulation[1], self.head):  # AdaLN-zero; even odds
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    # ---- the network
+        for layer in (self.modulation, self.final_modulation, self.head):  # AdaLN-zero; even odds
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
 
     def hidden(self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        """bits (B, K, d), labels (B,) with `classes` for none, masked (B, K) bool -> features (B, K, width).
-
-        A causal model takes fewer than K tokens too."""
+        """bits (B, K, d), labels (B,) with `classes` for none, masked (B, K) -> features (B, K, width)."""
         codes = bits_to_codes(bits, self.config.spherical).to(self.token_embedding.weight.dtype)
         if self.config.causal:
             x = self.token_embedding(codes[:, :-1])  # nothing is left for the last to predict
@@ -176,26 +161,19 @@ class MaskedAR(nn.Module):
         return modulate(self.norm(x if self.config.causal else x[:, 1:]), shift, scale)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Features (..., width) -> float32 logits (..., d / g, 2^g), two per bit when `group_bits` g is 1."""
+        """Features (..., width) -> float32 logits (..., d / g, 2^g), g = `group_bits`: two per bit for 1."""
         return self.head(hidden).float().unflatten(-1, (-1, 2**self.config.group_bits))
 
     def forward(self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """bits (B, K, d), labels (B,), masked (B, K) bool -> logits (B, K, d / g, 2^g)."""
         return self.logits(self.hidden(bits, labels, masked))
 
-    # ---- training
-
     @torch.no_grad()
-    def prepare(
-        self, bits: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, least_masked: float = 0.7,
-        class_dropout: float = 0.1,
-    ) -> tuple[dict, dict]:
+    def prepare(self, bits, labels, rng: torch.Generator, least_masked=0.7, class_dropout=0.1):
         """Section 3.3 and 4.1: which tokens a training step hides, and which pictures lose their class.
-
-        bits (B, K, d), labels (B,): this rank's. Returns what has a row for each picture, the arguments of
-        `loss`, and what they share: `masked_per_picture` (), the mean over the global batch. All is drawn for
-        the global batch and cut to this rank's rows, so the number of ranks changes nothing.
-        """
+        bits (B, K, d), labels (B,): this rank's. Returns a row for each picture, the arguments of `loss`; and
+        what all share, `masked_per_picture` (), the global batch's mean. All is drawn for the global batch
+        and cut to this rank's rows: the number of ranks changes nothing."""
         rank, world = ranks()
         dropped = torch.rand(world * len(bits), generator=rng, device=bits.device) < class_dropout
         masked = self.draw_masks(world * len(bits), least_masked, rng)
@@ -204,25 +182,17 @@ class MaskedAR(nn.Module):
         return rows, {"masked_per_picture": masked.sum(1).float().mean()}
 
     def draw_masks(self, count: int, least: float, rng: torch.Generator) -> torch.Tensor:
-        """Masks (count, K) bool, each hiding a share of the tokens uniform in [least, 1], at least one.
-
-        Next-token prediction predicts all of them."""
+        """Masks (count, K) that hide a share uniform in [least, 1], at least one token; if causal, all."""
         if self.config.causal:
             return torch.ones(count, self.config.tokens, dtype=torch.bool, device=rng.device)
         share = least + (1 - least) * torch.rand(count, 1, generator=rng, device=rng.device)
         order = torch.rand(count, self.config.tokens, generator=rng, device=rng.device).argsort(-1)
         return order.argsort(-1) < (share * self.config.tokens).ceil().clamp_min(1)
 
-    def loss(
-        self, bits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor,
-        masked_per_picture: torch.Tensor, smoothing: float = 0.01,
-    ) -> dict[str, torch.Tensor]:
-        """Eq. 8's likelihood: cross-entropy of the bits of MASKED tokens, in nats a bit.
-
-        Arguments as in `forward` and from `prepare`. Returns `loss` with label smoothing, `nll` without it,
-        and `accuracy`, the share of masked groups (bits) guessed right. The mean of the losses of equal
-        micro-batches is the loss of the batch, because they share the divisor.
-        """
+    def loss(self, bits, labels, masked, masked_per_picture: torch.Tensor, smoothing: float = 0.01) -> dict:
+        """Eq. 8's likelihood on the results of `prepare`: cross-entropy of MASKED tokens, in nats a bit.
+        Returns `loss` with label smoothing, `nll` without it, and `accuracy` on masked groups of bits. Equal
+        micro-batches share the divisor, so the mean of their losses is the loss of the batch."""
         logits = self(bits, labels, masked)
         targets = bits_to_index(bits.unflatten(-1, (-1, self.config.group_bits)))  # (B, K, d / g)
         weight = masked[..., None].float()
@@ -237,19 +207,15 @@ class MaskedAR(nn.Module):
         loss, nll = (mean(values) / self.config.group_bits for values in (smooth, plain))
         return {"loss": loss, "nll": nll, "accuracy": mean((logits.argmax(-1) == targets).float())}
 
-    # ---- generation
-
     @torch.no_grad()
     def generate_steps(
         self, labels: torch.Tensor, steps: int | None = None, cfg: float = 1.0, cfg_schedule: str = "linear",
         top_p: float = 0.75, order: str = "random", generator: torch.Generator | None = None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Eq. 8: fill K masked tokens in steps; after each, yields bits (B, K, d), masked (B, K), both bool.
-
-        labels (B,) int64. steps: by default config.steps. cfg, cfg_schedule: see `guidance`. top_p: see
-        `sample_groups`. order: "random" per picture, or "confidence" (Table 14), the tokens whose drawn bits
-        are surest. A causal model fills one token a step from left to right. generator: on the labels'
-        device. Raises ValueError for another order, and in a causal model for other steps or "confidence".
+        labels (B,) int64. cfg, cfg_schedule: see `guidance`. top_p: see `sample_groups`. order: "random", or
+        "confidence" (Table 14): the tokens whose drawn bits are surest. A causal model fills one token a step
+        from left to right. Raises ValueError for another order, and steps or order that a causal model lacks.
         """
         config, device, confident = self.config, labels.device, order == "confidence"
         steps = config.steps if steps is None else steps
@@ -294,9 +260,7 @@ class MaskedAR(nn.Module):
 
 def fill_counts(tokens: int, steps: int) -> list[int]:
     """How many tokens each step fills: after step n of N, floor(K cos(pi/2 n/N)) stay masked (MaskGIT).
-
-    Every step fills at least one, so there are never more than K steps. Raises ValueError below one step.
-    """
+    Every step fills at least one, so there are never more than K steps."""
     if steps < 1:
         raise ValueError(f"{steps} sampling steps: at least 1 is needed")
     counts, left = [], tokens
@@ -309,21 +273,14 @@ def fill_counts(tokens: int, steps: int) -> list[int]:
 
 
 def guidance(scale: float, share: float, schedule: str) -> float:
-    """The guidance scale when `share` of the tokens, this step's counted, is predicted.
-
-    "linear" is 1 + (s-1) share, "constant" s. Raises KeyError for another schedule.
-    """
+    """The guidance scale when this share of the tokens is predicted, this step's counted."""
     return {"linear": 1 + (scale - 1) * share, "constant": scale}[schedule]
 
 
-def sample_groups(
-    logits: torch.Tensor, top_p: float, generator: torch.Generator | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one value per group of bits from logits (..., groups, V), each from its own smallest set of values
-    whose probability reaches top_p: a bit that is surer than top_p is taken outright.
-
-    Returns values (..., groups) int64 and the log probability (...) that the unfiltered distribution gives.
-    """
+def sample_groups(logits: torch.Tensor, top_p: float, generator: torch.Generator | None = None):
+    """Draw a value per group of bits from logits (..., groups, V), each from its smallest set of values whose
+    probability reaches top_p: a bit surer than that is taken outright. Returns the values (..., groups) int64
+    and their log probability (...) before this filter."""
     probabilities, values = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = probabilities.cumsum(-1) - probabilities  # the mass of all likelier values
     kept = torch.where(before < top_p, probabilities, 0.0)
@@ -337,5 +294,4 @@ def sample_groups(
 
 def load_ar(path: str, device: str | torch.device = "cpu") -> tuple[MaskedAR, dict[str, str]]:
     """A transformer from train.py's `ar.safetensors`, in eval mode, and its metadata. Raises UserError."""
-    facts = ("fingerprint", "classes", "tokenizer")
-    return load_checkpoint(path, "semtok-ar", ARConfig, MaskedAR, device, facts)
+    return load_checkpoint(path, "semtok-ar", ARConfig, MaskedAR, device, "tokenizer")

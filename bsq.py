@@ -5,15 +5,14 @@
                              '--> entropy_loss, Eq. 4: each token sure of its code, all tokens together unsure
 
 SemTok section 3.1, Eq. 3 and 4; Zhao et al., "Image and Video Tokenization with Binary Spherical
-Quantization" (2024). `spherical=False` is LFQ (Yu et al. 2023), the sign without the sphere, for Table 10.
-This file needs torch alone.
+Quantization" (2024). `spherical=False` is LFQ (Yu et al. 2023; Table 10). This file needs torch alone.
 
     import torch
-    from bsq import BSQ, codes_to_index
+    from bsq import BSQ, bits_to_index, codes_to_bits
     quantizer = BSQ(bits=18)
     codes, u = quantizer(torch.randn(2, 256, 18))     # corners of the sphere
     loss = quantizer.entropy_loss(u)["entropy_loss"]  # Eq. 4, a negative number
-    index = codes_to_index(codes)                     # (2, 256) int64
+    index = bits_to_index(codes_to_bits(codes))       # Eq. 3, (2, 256) int64
 """
 
 import torch
@@ -34,10 +33,7 @@ def bits_to_codes(bits: torch.Tensor, spherical: bool = True) -> torch.Tensor:
 
 
 def bits_to_index(bits: torch.Tensor) -> torch.Tensor:
-    """Eq. 3, the code number: the FIRST channel is the LEAST significant bit. (..., d) -> (...) int64.
-
-    Raises ValueError above 63 bits, which int64 cannot number.
-    """
+    """Eq. 3: the FIRST channel is the LEAST significant bit. (..., d <= 63) -> (...) int64."""
     if bits.shape[-1] > 63:
         raise ValueError(f"codes of {bits.shape[-1]} bits have no number in int64: keep the bits themselves")
     return (bits.long() << torch.arange(bits.shape[-1], device=bits.device)).sum(-1)
@@ -48,17 +44,10 @@ def index_to_bits(index: torch.Tensor, bits: int) -> torch.Tensor:
     return (index.long()[..., None] >> torch.arange(bits, device=index.device) & 1).bool()
 
 
-def codes_to_index(codes: torch.Tensor) -> torch.Tensor:
-    """Eq. 3 for quantised vectors: (..., d) float -> (...) int64."""
-    return bits_to_index(codes_to_bits(codes))
-
-
 def code_usage(bits: torch.Tensor) -> dict[str, float]:
-    """How alive a codebook is, from a batch of bits (..., d).
-
-    `used`: distinct codes, as a share of the most there could be, min(tokens, 2^d). `imbalance`: the mean
-    over bits of |share of ones - 0.5|, from 0 (best) to 0.5 (dead). `dead_bits`: how many bits never change.
-    """
+    """The health of a codebook on bits (..., d).
+    used: distinct codes, as a share of min(tokens, 2^d). imbalance: mean over bits of |share of ones - 0.5|.
+    dead_bits: how many never change."""
     flat = bits.reshape(-1, bits.shape[-1])
     share = flat.float().mean(0)
     distinct = len(bits_to_index(flat).unique() if flat.shape[-1] <= 63 else flat.unique(dim=0))
@@ -76,61 +65,50 @@ def ranks() -> tuple[int, int]:
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """The mean of equally shaped tensors over all ranks, each of which must call this.
-
-    The gradient goes to this rank's value unchanged. Data parallelism averages gradients over ranks. The two
-    together are exact where every rank computes the same from the mean, as in Eq. 4.
-    """
-    count = ranks()[1]
-    if count == 1:
+    """The mean of equal shapes over all ranks, each of which must call this.
+    The gradient goes to this rank's value, and data parallelism averages it: exact where, as in Eq. 4, every
+    rank computes the same from the mean."""
+    if ranks()[1] == 1:
         return value
     mean = value.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(mean)
-    return mean / count + (value - value.detach())
+    return mean / ranks()[1] + (value - value.detach())
 
 
 def gather(rows: torch.Tensor) -> torch.Tensor:
     """The rows (B, ...) of every rank, in the order of the ranks: (ranks * B, ...), without gradient."""
-    everyone = [torch.empty_like(rows) for _ in range(ranks()[1])]
-    if len(everyone) == 1:
+    if ranks()[1] == 1:
         return rows
+    everyone = [torch.empty_like(rows) for _ in range(ranks()[1])]
     dist.all_gather(everyone, rows.contiguous())
     return torch.cat(everyone)
 
 
 class BSQ(nn.Module):
     """The quantiser of Eq. 3 and its entropy loss, Eq. 4. It has no parameters.
-
-    bits: d, channels of a token. group_size: how many bits the second entropy takes together, with a table of
-    2^group_size numbers per group and token (BSQ at 18 bits: 1; FlowMo: 9). temperature: tau. spherical:
-    False is LFQ, here without its commitment loss. Raises ValueError unless group_size divides bits.
-    """
+    bits: d. group_size: bits that the second entropy takes together, in a table of 2^group_size numbers (BSQ
+    at 18 bits: 1; FlowMo: 9). temperature: tau. spherical: False is LFQ, here without its commitment loss."""
 
     def __init__(self, bits: int, group_size: int = 1, temperature: float = 1.0, spherical: bool = True):
         super().__init__()
         if bits % group_size:
             raise ValueError(f"entropy groups of {group_size} bits do not divide {bits}: choose a divisor")
-        self.bits, self.group_size = bits, group_size
-        self.temperature, self.spherical = temperature, spherical
+        self.bits, self.group_size, self.temperature = bits, group_size, temperature
+        self.spherical = spherical
         self.magnitude = bits**-0.5 if spherical else 1.0
 
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """z (..., d) -> codes (..., d), every channel +-magnitude, and u (..., d), z on the sphere: float32.
-
-        The gradient of codes goes to u unchanged: it is bsq-vit's without its 1/sqrt(d).
-        """
+        """z (..., d) -> codes (..., d) and u (..., d), z on the sphere; float32."""
         u = F.normalize(z.float(), dim=-1) if self.spherical else z.float()
         corner = torch.where(u > 0, self.magnitude, -self.magnitude)  # torch.sign(0) would be no corner
-        return corner + (u - u.detach()), u  # in this order the value is the corner to the last bit
+        # The gradient goes to u, without bsq-vit's 1/sqrt(d). In this order the value is the corner exactly.
+        return corner + (u - u.detach()), u
 
     def entropy_loss(self, u: torch.Tensor) -> dict[str, torch.Tensor]:
         """Eq. 4 on u (..., d), in nats: `entropy_loss` = `token_entropy` - `code_entropy`.
-
-        The soft assignment q(c|u) ~ exp(2 tau c.u) over the 2^d corners is a product over bits with
-        p_i = sigmoid(4 tau m u_i), m the magnitude of a code's channel. So the first term is an exact sum.
-        The second, the entropy of the average q, is at most the sum over groups of bits, which stands for
-        it. A healthy run has a slightly NEGATIVE loss: the average of tokens is less certain than a token.
-        """
+        The soft assignment q(c|u) ~ exp(2 tau c.u) is a product over bits, p_i = sigmoid(4 tau m u_i) with m
+        the magnitude of a channel: the first term is an exact sum. The second, the entropy of the average q,
+        is bounded by the sum over groups of bits. A healthy run has a slightly NEGATIVE loss."""
         logits = (4 * self.temperature * self.magnitude) * u.float().reshape(-1, self.bits)  # (N, d)
         p = logits.sigmoid()
         token_entropy = (p * F.softplus(-logits) + (1 - p) * F.softplus(logits)).sum(-1).mean()

@@ -7,9 +7,8 @@
     + <------- gate, attn2: x on itself; MMDiT-X's first blocks              |
     + <------- gate, MLP                                     MLP, gate ----> +     depth times
 
-With AdaLN a conditioning vector (B, width) makes every shift, scale and gate. SemTok section 3.1 and appendix
-A.1; Esser et al., "Scaling Rectified Flow Transformers" (2024). The modules are named as in SD3.5's published
-files. This file needs torch and safetensors alone.
+With AdaLN a conditioning vector (B, width) makes every shift, scale and gate. SemTok section 3.1; Esser et
+al. 2024 (SD3). Modules are named as in SD3.5's files. This file needs torch and safetensors alone.
 
     import torch
     from mmdit import MMDiT, rope_1d, rope_2d
@@ -25,7 +24,9 @@ import math
 import os
 import re
 import typing
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -37,30 +38,22 @@ from torch.utils.checkpoint import checkpoint
 # ----------------------------------------------------------------------------------------- rotary positions
 
 
-def _angles(length: int, count: int, theta: float) -> torch.Tensor:
+def rope_1d(length: int, head_dim: int) -> torch.Tensor:
+    """Rotations of positions 0..length-1 (RoFormer, Su et al. 2021): a table (2, length, head_dim)."""
     # With device and type: a model built on the meta device or in bfloat16 still has real, exact tables
-    steps, positions = (torch.arange(n, dtype=torch.float32, device="cpu") for n in (count, length))
-    return positions[:, None] * theta ** (-steps / count)  # (length, count)
-
-
-def _table(angles: torch.Tensor) -> torch.Tensor:
+    positions = torch.arange(length, dtype=torch.float32, device="cpu")
+    pairs = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
+    angles = positions[:, None] * 10000.0 ** (-pairs / len(pairs))  # (length, head_dim/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
 
 
-def rope_1d(length: int, head_dim: int, theta: float = 10000.0) -> torch.Tensor:
-    """Rotations of positions 0..length-1 (RoFormer, Su et al. 2021): a table (2, length, head_dim)."""
-    return _table(_angles(length, head_dim // 2, theta))
-
-
-def rope_2d(height: int, width: int, head_dim: int, theta: float = 10000.0) -> torch.Tensor:
-    """Rotations on a grid, row by row: a table (2, height * width, head_dim).
-
-    Half of each head turns with the row, half with the column. head_dim must divide by 4.
-    """
-    rows = _angles(height, head_dim // 4, theta)[:, None].expand(-1, width, -1)  # (height, width, head_dim/4)
-    columns = _angles(width, head_dim // 4, theta)[None].expand(height, -1, -1)
-    return _table(torch.cat([rows, columns], -1).flatten(0, 1))
+def rope_2d(height: int, width: int, head_dim: int) -> torch.Tensor:
+    """Rotations on a grid, half of each head by row and half by column: (2, height * width, head_dim)."""
+    rows, columns = (rope_1d(side, head_dim // 2).unflatten(-1, (2, -1)) for side in (height, width))
+    rows, columns = rows[:, :, None], columns[:, None]  # (2, height or 1, width or 1, 2, head_dim/4)
+    shape = torch.broadcast_shapes(rows.shape, columns.shape)
+    return torch.cat([rows.expand(shape), columns.expand(shape)], -1).flatten(3).flatten(1, 2)
 
 
 def apply_rope(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
@@ -70,10 +63,7 @@ def apply_rope(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
 
 
 class RotaryTable(nn.Module):
-    """A `table` of rotations that moves with its model, outside of its state dict.
-
-    It stays float32 when the model is cast: bfloat16's 8 bits would change every rotation.
-    """
+    """A `table` outside of the state dict. It stays float32 when its model is cast to bfloat16's 8 bits."""
 
     def __init__(self, table: torch.Tensor):
         super().__init__()
@@ -82,6 +72,9 @@ class RotaryTable(nn.Module):
     def _apply(self, fn, recurse=True):  # what .to(), .cuda(), .bfloat16() all come down to
         self.table = self.table.to(fn(self.table).device)
         return self
+
+
+# --------------------------------------------------------------------------------- attention of two streams
 
 
 def normed_rotated(qkv: torch.Tensor, heads: int, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm, rope: torch.Tensor):
@@ -94,21 +87,20 @@ def normed_rotated(qkv: torch.Tensor, heads: int, q_norm: nn.RMSNorm, k_norm: nn
     return q, k, v[0]
 
 
-# --------------------------------------------------------------------------------- attention of two streams
+def attend(q, k, v, mask: torch.Tensor | None = None, causal: bool = False) -> torch.Tensor:
+    """Softmax attention: q, k, v (B, heads, L, head_dim), mask (L, L), True where seen -> (B, L, width)."""
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    return out.transpose(1, 2).flatten(2)
 
 
 class AttentionWeights(nn.Module):
-    """One stream's projections in an attention: qkv, RMS qk-norm and, unless `pre_only`, the way out.
-
-    x (B, L, width), rope (2, L, head_dim) -> q, k, v of `normed_rotated`.
-    """
+    """One stream's qkv, RMS qk-norm and, unless `pre_only`, projection out; its forward makes q, k, v."""
 
     def __init__(self, width: int, heads: int, pre_only: bool = False):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.ln_q = nn.RMSNorm(width // heads, eps=1e-6)
-        self.ln_k = nn.RMSNorm(width // heads, eps=1e-6)
+        self.ln_q, self.ln_k = (nn.RMSNorm(width // heads, eps=1e-6) for _ in range(2))
         if not pre_only:
             self.proj = nn.Linear(width, width)
 
@@ -116,25 +108,14 @@ class AttentionWeights(nn.Module):
         return normed_rotated(self.qkv(x), self.heads, self.ln_q, self.ln_k, rope)
 
 
-def attend(q, k, v, mask: torch.Tensor | None = None, causal: bool = False) -> torch.Tensor:
-    """Softmax attention over q, k, v (B, heads, L, head_dim) -> (B, L, width), the heads side by side.
-
-    mask: (L, L) bool, True where a row may see a column. causal: every place sees itself and those before.
-    """
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    return out.transpose(1, 2).flatten(2)
+def named(**parts: nn.Module) -> nn.Sequential:
+    """Modules one after the other, under the names of the published files."""
+    return nn.Sequential(OrderedDict(parts))
 
 
-class FeedForward(nn.Module):
-    """(B, L, width) -> the same: fc1, GELU (tanh form), fc2; `hidden` wide inside, by default 4 width."""
-
-    def __init__(self, width: int, hidden: int | None = None):
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden or 4 * width)
-        self.fc2 = nn.Linear(hidden or 4 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+def feed_forward(width: int, hidden: int) -> nn.Sequential:
+    """(B, L, width) -> the same."""
+    return named(fc1=nn.Linear(width, hidden), gelu=nn.GELU("tanh"), fc2=nn.Linear(hidden, width))
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor | None) -> torch.Tensor:
@@ -148,15 +129,12 @@ def gated(x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
 
 
 class StreamBlock(nn.Module):
-    """One stream's half of a joint block: norms, attention weights, MLP and, with `adaln`, its modulation.
-
-    `dual` adds attn2, MMDiT-X's attention of the stream on itself. `pre_only` is the last context block: it
-    gives keys and values, and nothing leaves it.
-    """
+    """One stream's half of a joint block. dual: with attn2, MMDiT-X's attention of the stream on itself.
+    pre_only: the last context block, which gives keys and values and lets nothing out."""
 
     def __init__(self, width: int, heads: int, adaln: bool, dual: bool = False, pre_only: bool = False):
         super().__init__()
-        self.adaln, self.dual, self.pre_only = adaln, dual, pre_only
+        self.dual, self.pre_only = dual, pre_only
         self.chunks = 2 if pre_only else 9 if dual else 6
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = AttentionWeights(width, heads, pre_only)
@@ -164,31 +142,30 @@ class StreamBlock(nn.Module):
             self.attn2 = AttentionWeights(width, heads)
         if not pre_only:
             self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-            self.mlp = FeedForward(width)
+            self.mlp = feed_forward(width, 4 * width)
         if adaln:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.chunks * width))
 
-    def modulation(self, conditioning: torch.Tensor | None) -> list[torch.Tensor | None]:
+    def modulation(self, conditioning: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
         """(B, width) -> shift, scale, gate of the attention, the same of the MLP, of attn2; or None each."""
-        if not self.adaln:
+        if conditioning is None:
             return [None] * self.chunks
-        return list(self.adaLN_modulation(conditioning)[:, None].chunk(self.chunks, -1))
+        return self.adaLN_modulation(conditioning)[:, None].chunk(self.chunks, -1)
 
     def residual_mlp(self, x: torch.Tensor, shift, scale, gate) -> torch.Tensor:
-        """x (B, L, width) -> x plus the gated MLP of it."""
+        """x (B, L, width) plus the gated MLP of it."""
         return x + gated(self.mlp(modulate(self.norm2(x), shift, scale)), gate)
 
 
 class JointBlock(nn.Module):
-    """Two streams that attend to each other, each with its own weights and rotation (MMDiT, MMDiT-X)."""
+    """Two streams that attend to each other, each with its own weights and rotation; forward as in MMDiT."""
 
-    def __init__(self, width: int, heads: int, adaln: bool, dual: bool = False, pre_only: bool = False):
+    def __init__(self, width: int, heads: int, adaln: bool, dual: bool, pre_only: bool):
         super().__init__()
         self.context_block = StreamBlock(width, heads, adaln, pre_only=pre_only)
         self.x_block = StreamBlock(width, heads, adaln, dual=dual)
 
     def forward(self, x, context, x_rope, context_rope, conditioning=None, mask=None):
-        """As MMDiT's forward, for one block."""
         x_block, context_block = self.x_block, self.context_block
         x_mod, c_mod = x_block.modulation(conditioning), context_block.modulation(conditioning)
         x_norm, c_norm = x_block.norm1(x), context_block.norm1(context)
@@ -209,30 +186,24 @@ class JointBlock(nn.Module):
 
 
 class MMDiT(nn.Module):
-    """A stack of joint blocks.
-
-    dual_depth: how many first blocks have attn2 (SD3.5-Medium: 13 of 24). adaln: a conditioning vector
-    modulates the blocks. context_pre_only: the last block's context only feeds the image (SD3.5).
-    checkpoint_activations, an attribute: the backward pass recomputes the blocks.
-    """
+    """A stack of joint blocks, the first `dual_depth` with attn2 (SD3.5-Medium: 13 of 24).
+    adaln: a conditioning vector modulates them. context_pre_only: no context leaves the last (SD3.5)."""
 
     def __init__(self, depth, width, heads, dual_depth=0, adaln=False, context_pre_only=False):
         super().__init__()
-        self.joint_blocks = nn.ModuleList(
-            JointBlock(width, heads, adaln, dual=i < dual_depth, pre_only=context_pre_only and i == depth - 1)
-            for i in range(depth)
-        )
-        self.checkpoint_activations = False
+        only = depth - 1 if context_pre_only else depth  # the block that lets no context out, if there is one
+        blocks = (JointBlock(width, heads, adaln, i < dual_depth, i == only) for i in range(depth))
+        self.joint_blocks = nn.ModuleList(blocks)
+        self.checkpoint_activations = False  # True: the backward pass recomputes the blocks
         self.apply(_init_linear)
         if adaln:  # AdaLN-zero (DiT, Peebles and Xie 2023): from scratch, every block starts as the identity
-            for block in self.joint_blocks:
-                for stream in (block.x_block, block.context_block):
-                    nn.init.zeros_(stream.adaLN_modulation[1].weight)
+            for name, parameter in self.named_parameters():
+                if "adaLN_modulation" in name:
+                    nn.init.zeros_(parameter)
 
     def forward(self, x, context, x_rope, context_rope, conditioning=None, mask=None):
         """x (B, L, width), context (B, M, width), x_rope (2, L, head_dim), context_rope (2, M, head_dim),
-        conditioning (B, width) or None, mask (M + L, M + L) bool or None -> (x, context) of the same shapes;
-        with context_pre_only the context is None."""
+        conditioning (B, width), mask (M + L, M + L) -> (x, context), or (x, None) if context_pre_only."""
         for block in self.joint_blocks:
             inputs = x, context, x_rope, context_rope, conditioning, mask
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -265,23 +236,22 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Flow time t (B,) in [0, 1] -> (B, width): sinusoids of 1000 t, as in SD3.5, then a small MLP."""
+    """Flow time t (B,) in [0, 1] -> (B, width): 256 sinusoids of 1000 t, as in SD3.5, then a small MLP."""
 
-    def __init__(self, width: int, frequencies: int = 256):
+    def __init__(self, width: int):
         super().__init__()
-        self.frequencies = frequencies
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.mlp.apply(_init_linear)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        steps = torch.arange(self.frequencies // 2, dtype=torch.float32, device=t.device)
-        angles = 1000 * t.float()[:, None] * torch.exp(steps * (-math.log(10000) / len(steps)))
+        steps = torch.arange(128, dtype=torch.float32, device=t.device)
+        angles = 1000 * t.float()[:, None] * torch.exp(steps * (-math.log(10000) / 128))
         waves = torch.cat([angles.cos(), angles.sin()], -1)
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
 
 class FinalLayer(nn.Module):
-    """Image tokens (B, h w, width), modulated by the conditioning (B, width) -> (B, channels, h p, w p)."""
+    """Image tokens (B, h w, width), conditioning (B, width), grid (h, w) -> (B, channels, h p, w p)."""
 
     def __init__(self, width: int, patch: int, channels: int):
         super().__init__()
@@ -289,12 +259,10 @@ class FinalLayer(nn.Module):
         self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(width, patch * patch * channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-        for layer in (self.linear, self.adaLN_modulation[1]):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: torch.Tensor, conditioning: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """grid: (h, w), patches per side."""
         shift, scale = self.adaLN_modulation(conditioning)[:, None].chunk(2, -1)
         patches = self.linear(modulate(self.norm_final(x), shift, scale))
         patches = patches.unflatten(-1, (self.patch, self.patch, -1)).unflatten(1, grid)  # (B, h, w, p, p, c)
@@ -313,7 +281,6 @@ class UserError(Exception):
 
 _KINDS = {  # what a file is, by a part of a key that only this kind has; the first match counts
     "encoder.joint_blocks.": "a SemTok tokenizer",
-    "attention.wqkv.": "a SemTok AR transformer",
     "input_blocks.": "a Stable Diffusion 1, 2 or XL U-Net",
     "_blocks.0.attentions.": "a diffusers U-Net (Stable Diffusion 1, 2 or XL)",
     "single_": "a FLUX transformer",
@@ -333,120 +300,93 @@ _DISGUISES = {  # how a file begins that is something else -> what it is and wha
 }
 
 
-def read_json(path: str) -> dict:
-    """The table that a model's JSON file holds. Raises UserError for anything else, such as an HTML page."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return dict(json.loads(file.read(1 << 24)))
-    except (ValueError, TypeError, RecursionError):  # no JSON; no table; nested without end
-        raise UserError(f"{path} is not the JSON table that its name promises: download it again") from None
-
-
 class TensorFiles:
-    """Tensors by name out of one safetensors file or a folder of shards, read one at a time and never held.
-
-    path: a file, a folder, or a folder with a subfolder `part`. prefix: a file that holds several models has
-    it before the names of the one that is meant. The others are left aside, and `prefix` is "" without it.
-    `shapes`: name without prefix -> shape. `metadata`: of the first file. Raises UserError for a path without
-    safetensors, two files with the same tensor, and files that are damaged or something else.
-    """
+    """Tensors by name out of one safetensors file or a folder of shards. None is held in memory.
+    path: a file, a folder, or a folder with a subfolder `part`. prefix: what stands before the names of the
+    wanted model in a file of several. `shapes`: name without prefix -> shape. Raises UserError."""
 
     def __init__(self, path: str, part: str = "", prefix: str = ""):
-        if part and os.path.isdir(os.path.join(path, part)):
-            path = os.path.join(path, part)
-        files = [path]
-        if os.path.isdir(path):
-            files = [os.path.join(path, n) for n in sorted(os.listdir(path)) if n.endswith(".safetensors")]
+        path = Path(path, part) if os.path.isdir(Path(path, part)) else Path(path)
+        files = sorted(path.glob("*.safetensors")) if os.path.isdir(path) else [path]
         if not files:
             raise UserError(f"{path} holds no .safetensors file: give the file, or the folder that holds it")
-        self.path, self.metadata, self._file_of, shapes = path, {}, {}, {}
+        self.path, self.metadata, self.file_of, shapes = path, {}, {}, {}
         for file in files:
             if not (os.path.isfile(file) and os.access(file, os.R_OK)):
                 raise UserError(f"{file} does not exist or may not be read: give a .safetensors file")
-            with self._reading(file) as handle:
+            with self.opened(file) as handle:
                 self.metadata = self.metadata or handle.metadata() or {}
                 for name in sorted(handle.keys()):
                     if name in shapes:  # two models, or two copies of one
-                        both = f"{file} and {self._file_of[name]}"
-                        raise UserError(f"{both} both hold {name}: give one of them")
-                    shapes[name], self._file_of[name] = tuple(handle.get_slice(name).get_shape()), file
+                        raise UserError(f"{file} and {self.file_of[name]} both hold {name}: give one of them")
+                    shapes[name], self.file_of[name] = tuple(handle.get_slice(name).get_shape()), file
         self.prefix = prefix if any(name.startswith(prefix) for name in shapes) else ""
         names = [name for name in shapes if name.startswith(self.prefix)]
         self.shapes = {name.removeprefix(self.prefix): shapes[name] for name in names}
 
+    @staticmethod
+    @contextlib.contextmanager
+    def opened(file: str) -> Iterator:
+        """The open file. UserError when it is damaged or something else in disguise."""
+        try:
+            with safe_open(file, "pt") as handle:
+                yield handle
+        except (SafetensorError, OSError) as error:
+            with open(file, "rb") as content:
+                start = content.read(256)
+            damaged = f"{os.path.getsize(file):,} bytes, truncated or damaged ({error}); download it again"
+            found = next((text for pattern, text in _DISGUISES.items() if re.match(pattern, start)), damaged)
+            raise UserError(f"{file} is no complete safetensors file: it is {found}") from None
+
     def get(self, name: str) -> torch.Tensor:
-        """One tensor on the CPU. The file is opened for it alone: pages read before are given back."""
+        """One tensor on the CPU. The file is opened for it alone, which gives pages read before back."""
         name = self.prefix + name
-        with self._reading(self._file_of[name]) as handle:
+        with self.opened(self.file_of[name]) as handle:
             tensor = handle.get_tensor(name)
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise UserError(f"{self.path} has {tensor.dtype} in {name}: 16 to 64 bit floats are needed")
         return tensor
 
-    @staticmethod
-    @contextlib.contextmanager
-    def _reading(file: str) -> Iterator:
-        try:
-            with safe_open(file, "pt") as handle:
-                yield handle
-        except (SafetensorError, OSError) as error:
-            with open(file, "rb") as opened:
-                start = opened.read(256)
-            damaged = f"{os.path.getsize(file):,} bytes, truncated or damaged ({error}); download it again"
-            found = next((text for pattern, text in _DISGUISES.items() if re.match(pattern, start)), damaged)
-            raise UserError(f"{file} is no complete safetensors file: it is {found}") from None
-
     def unlike(self, wanted: str, told: str) -> UserError:
         """The error that says what the file seems to be, what is wanted, and what told them apart."""
-        keys = self._file_of
+        keys = self.file_of
         names = f"an unknown file (keys such as {', '.join(sorted(keys)[:3]) or 'none at all'})"
         kind = next((kind for part, kind in _KINDS.items() if any(part in key for key in keys)), names)
         return UserError(f"{self.path} looks like {kind}, and {wanted} is needed: {told}")
 
     @contextlib.contextmanager
     def building(self, wanted: str) -> Iterator[None]:
-        """Inside, models are built on the meta device by sizes that the file states. They may be wrong.
-
-        A model that outgrows the file stops at once, before it takes time or memory. That, and sizes that
-        are missing or fit nothing, raise UserError.
-        """
+        """Inside, a model is built on the meta device by the file's own sizes. UserError if they are wrong.
+        A model that outgrows the file stops at once."""
         # Twice what the file has and some more, so that a file which lacks a part still has it named
-        tensors, numbers = 2 * len(self.shapes) + 1000, 2 * sum(map(math.prod, self.shapes.values())) + 10**7
+        left = 2 * sum(math.prod(shape) + 10**4 for shape in self.shapes.values()) + 10**7
 
         def count(module, name, parameter):
-            nonlocal tensors, numbers
-            tensors, numbers = tensors - 1, numbers - (0 if parameter is None else parameter.numel())
-            if min(tensors, numbers) < 0:
+            nonlocal left
+            left -= 10**4 + (0 if parameter is None else parameter.numel())
+            if left < 0:
                 raise ValueError("its sizes make a model much larger than the file")
 
         hook = register_module_parameter_registration_hook(count)
         try:
             with torch.device("meta"):
                 yield
-        except KeyError as error:
-            raise self.unlike(wanted, f"it lacks {self.prefix}{error.args[0]}") from None
-        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-            raise self.unlike(wanted, f"{error}") from None
+        except Exception as error:  # of any type: sizes from a file can be anything
+            told = f"it lacks {self.prefix}{error.args[0]}" if type(error) is KeyError else str(error)
+            raise self.unlike(wanted, told) from None
         finally:
             hook.remove()
 
 
 def from_keys(*keys: str, make: Callable[..., torch.Tensor] = lambda tensor: tensor) -> tuple:
-    """How to make one tensor: `make` of the tensors under these keys, by default the one as it is."""
+    """How `load_tensors` makes one tensor: `make` of those under these keys, by default the one as it is."""
     return keys, make
 
 
-def load_tensors(
-    module: nn.Module, source: TensorFiles, mapping: dict[str, tuple], wanted: str, unused: str = r"^$",
-    device: str | torch.device = "cpu",
-) -> nn.Module:
-    """Fill a module, best built on the meta device, from a file with other names; returns it on `device`.
-
-    mapping: name in the module -> `from_keys(...)`; names left out keep their initialisation. wanted: what
-    the file should be, for the message. unused: regular expression of keys that are knowingly not used.
-    Tensors get the module's dtype and are read one by one: the peak is the module plus one tensor. Raises
-    UserError naming the missing, unexpected and misshapen keys.
-    """
+def load_tensors(module, source: TensorFiles, mapping: dict, wanted: str, unused=r"^$", device="cpu"):
+    """Fill a module, best built on the meta device, from a file, tensor by tensor; returns it on `device`.
+    mapping: name in the module -> `from_keys(...)`; names left out keep their initialisation. unused: pattern
+    of keys to pass over. Raises UserError naming the missing, unexpected and misshapen keys."""
     targets = module.state_dict()
     used = {key for keys, _ in mapping.values() for key in keys}
     missing, misshapen = used - source.shapes.keys(), set()
@@ -462,8 +402,9 @@ def load_tensors(
                 misshapen.add(f"{parts} for {name} {tuple(targets[name].shape)}")
     told = []
     for fault, keys in {"lacks": missing, "has unexpected": unexpected, "has misshapen": misshapen}.items():
-        named = ", ".join(source.prefix + key for key in sorted(keys)[:8])
-        told += [f"it {fault} {named}" + f" and {len(keys) - 8} more" * (len(keys) > 8)] if keys else []
+        if keys:
+            more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+            told.append(f"it {fault} {', '.join(source.prefix + key for key in sorted(keys)[:8])}{more}")
     if told:
         raise source.unlike(wanted, "; ".join(told))
 
@@ -475,43 +416,32 @@ def load_tensors(
     return module.to(device)
 
 
-# --------------------------------------------------------------------------------------------- SD3.5-Medium
-
-_DIFFUSERS_WORDS = {  # parts of the single file's keys -> diffusers', replaced in this order; * is q, k and v
-    "x_embedder.proj.": "pos_embed.proj.",
-    "t_embedder.mlp.0.": "time_text_embed.timestep_embedder.linear_1.",
-    "t_embedder.mlp.2.": "time_text_embed.timestep_embedder.linear_2.",
-    "y_embedder.mlp.0.": "time_text_embed.text_embedder.linear_1.",
-    "y_embedder.mlp.2.": "time_text_embed.text_embedder.linear_2.",
-    "final_layer.adaLN_modulation.1.": "norm_out.linear.",
-    "final_layer.linear.": "proj_out.",
-    "joint_blocks.": "transformer_blocks.",
-    "context_block.adaLN_modulation.1.": "norm1_context.linear.",
-    "context_block.attn.qkv.": "attn.add_*_proj.",
-    "context_block.attn.ln_": "attn.norm_added_",
-    "context_block.attn.proj.": "attn.to_add_out.",
-    "context_block.mlp.fc1.": "ff_context.net.0.proj.",
-    "context_block.mlp.fc2.": "ff_context.net.2.",
-    "x_block.adaLN_modulation.1.": "norm1.linear.",
-    "x_block.mlp.fc1.": "ff.net.0.proj.",
-    "x_block.mlp.fc2.": "ff.net.2.",
-    "x_block.attn": "attn",  # attn and attn2
-    ".qkv.": ".to_*.",
-    ".ln_": ".norm_",
-    "attn.proj.": "attn.to_out.0.",
-    "attn2.proj.": "attn2.to_out.0.",
-}
-
-
 def renamed(name: str, words: dict[str, str]) -> str:
-    """A key with every word that the table has replaced by the other layout's, in the table's order."""
+    """A key of one layout in the other's words, replaced in the table's order."""
     for ours, theirs in words.items():
         name = name.replace(ours, theirs)
     return name
 
 
+# --------------------------------------------------------------------------------------------- SD3.5-Medium
+
+_DIFFUSERS_WORDS = {  # the single file's words -> diffusers'; * is q, k and v
+    "x_embedder.": "pos_embed.",
+    "t_embedder.mlp.0.": "time_text_embed.timestep_embedder.linear_1.",
+    "t_embedder.mlp.2.": "time_text_embed.timestep_embedder.linear_2.",
+    "y_embedder.mlp.0.": "time_text_embed.text_embedder.linear_1.",
+    "y_embedder.mlp.2.": "time_text_embed.text_embedder.linear_2.",
+    "final_layer.adaLN_modulation.1.": "norm_out.linear.", "final_layer.linear.": "proj_out.",
+    "joint_blocks.": "transformer_blocks.", "context_block.adaLN_modulation.1.": "norm1_context.linear.",
+    "context_block.attn.qkv.": "attn.add_*_proj.", "context_block.attn.ln_": "attn.norm_added_",
+    "context_block.attn.proj.": "attn.to_add_out.", "context_block.mlp.": "ff_context.",
+    "x_block.adaLN_modulation.1.": "norm1.linear.", "x_block.mlp.": "ff.", "x_block.attn": "attn",
+    ".fc1.": ".net.0.proj.", ".fc2.": ".net.2.", ".qkv.": ".to_*.", ".ln_": ".norm_",
+    "attn.proj.": "attn.to_out.0.", "attn2.proj.": "attn2.to_out.0.",
+}
+
+
 def _from_diffusers(name: str, last: int) -> tuple:
-    # The single file's `name` out of diffusers' keys; `last` is the last block's number.
     name = renamed(name, _DIFFUSERS_WORDS)
     if "*" in name:
         return from_keys(*(name.replace("*", part) for part in "qkv"), make=lambda *parts: torch.cat(parts))
@@ -523,12 +453,9 @@ def _from_diffusers(name: str, last: int) -> tuple:
 
 def load_sd35(decoder: nn.Module, path: str, device: str | torch.device = "cpu") -> nn.Module:
     """Start a decoder from SD3.5-Medium: its single file, or a diffusers `transformer/` folder.
-
-    decoder: a module with `x_embedder`, `t_embedder`, `joint_blocks` and `final_layer` of this file. What it
-    has beside them keeps its initialisation. SD3.5 predicts eps - x_v and Eq. 5 wants x_v - eps: the last
-    linear layer is negated. SemTok has no pooled text: its embedder runs once on zeros, and the result joins
-    the timestep embedder's last bias, which drops 5.5M parameters. Raises UserError for any other file.
-    """
+    SD3.5 predicts eps - x_v and Eq. 5 wants x_v - eps, so the last linear layer is negated. SemTok has no
+    pooled text: its embedder runs once on zeros, and the result joins the timestep embedder's last bias. So
+    5.5M parameters go. What SD3.5 lacks keeps its initialisation. Raises UserError for any other file."""
     source = TensorFiles(path, "transformer", "model.diffusion_model.")
     diffusers = any(key.startswith("transformer_blocks.") for key in source.shapes)
     last = len(decoder.joint_blocks) - 1
@@ -536,20 +463,20 @@ def load_sd35(decoder: nn.Module, path: str, device: str | torch.device = "cpu")
     def published(name: str) -> tuple:
         return _from_diffusers(name, last) if diffusers else from_keys(name)
 
-    def folded(bias, bias0, weight2, bias2):  # float64: the order of float32 sums depends on the CPU
-        return bias.double() + weight2.double() @ F.silu(bias0.double()) + bias2.double()
+    def folded(*tensors):  # in float64: the order of float32 sums depends on the CPU
+        bias, bias0, weight2, bias2 = (tensor.double() for tensor in tensors)
+        return bias + weight2 @ F.silu(bias0) + bias2
 
     pretrained = ("x_embedder.", "t_embedder.", "joint_blocks.", "final_layer.")
     mapping = {name: published(name) for name in decoder.state_dict() if name.startswith(pretrained)}
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         mapping[name] = from_keys(*published(name)[0], make=torch.neg)
     text = ("y_embedder.mlp.0.bias", "y_embedder.mlp.2.weight", "y_embedder.mlp.2.bias")
-    bias = "t_embedder.mlp.2.bias"
-    mapping[bias] = from_keys(*(published(name)[0][0] for name in (bias, *text)), make=folded)
+    keys = [published(name)[0][0] for name in ("t_embedder.mlp.2.bias", *text)]
+    mapping["t_embedder.mlp.2.bias"] = from_keys(*keys, make=folded)
 
-    # Not used: the position table (RoPE replaces it), the embedder of text, the weight that sees only zeros.
-    unused = r"pos_embed|context_embedder|y_embedder\.mlp\.0\.weight|model_sampling\."
-    unused += r"|time_text_embed\.text_embedder\.linear_1\.weight"
+    # Not used: the position table, for there is RoPE; the text's embedder; the weight that sees only zeros.
+    unused = r"pos_embed|context_embedder|model_sampling|.*(y_embedder.mlp.0|text_embedder.linear_1).weight"
     wanted = "SD3.5-Medium (sd3.5_medium.safetensors or its transformer folder)"
     return load_tensors(decoder, source, mapping, wanted, unused, device)
 
@@ -560,35 +487,28 @@ def load_sd35(decoder: nn.Module, path: str, device: str | torch.device = "cpu")
 def config_from(config_class: type, entries):
     """A dataclass of sizes out of a JSON table. Raises ValueError unless names, types and values fit."""
     hints = typing.get_type_hints(config_class)
-    if not isinstance(entries, dict) or entries.keys() != hints.keys():
+    if type(entries) is not dict or entries.keys() != hints.keys():
         raise ValueError(f"its sizes must be a table of {', '.join(hints)}")
-    values = {}
+    values = dict(entries)
     for name, hint in hints.items():
         value, choices = entries[name], typing.get_args(hint)
         if dataclasses.is_dataclass(hint):
-            value = config_from(hint, value)
-        elif typing.get_origin(hint) is tuple and type(value) is list and {*map(type, value)} == {choices[0]}:
-            value = tuple(value)
+            values[name] = config_from(hint, value)
+        elif hint == tuple[int, ...] and type(value) is list and {*map(type, value)} == {int}:
+            values[name] = tuple(value)
         elif type(value) is not hint and value not in choices:
             raise ValueError(f"{name} is {value!r:.40}")
-        values[name] = value
     return config_class(**values)
 
 
-def load_checkpoint(
-    path: str, kind: str, config_class: type, model_class: type, device: str | torch.device,
-    facts: tuple[str, ...] = ("fingerprint", "classes"),
-) -> tuple[nn.Module, dict[str, str]]:
+def load_checkpoint(path: str, kind: str, config_class: type, model_class: type, device, *facts: str):
     """A model of train.py in eval mode, built by the sizes in its own file, and the file's metadata.
-
-    kind: the `format` that the metadata must name. facts: what else it must have; `classes` is a JSON list of
-    names, as many as the sizes say. Raises UserError for any other file.
-    """
+    kind: the metadata's `format`. facts: what else it must have. Raises UserError for any other file."""
     source, wanted = TensorFiles(path), f"a {kind}, which python train.py makes,"
     with source.building(wanted):
         if source.metadata.get("format") != kind:
             raise ValueError(f"its format is {source.metadata.get('format')}")
-        about = {name: source.metadata[name] for name in ("config", *facts)}
+        about = {name: source.metadata[name] for name in ("config", "fingerprint", "classes", *facts)}
         config, names = config_from(config_class, json.loads(about["config"])), json.loads(about["classes"])
         if type(names) is not list or not all(type(name) is str for name in names):
             raise ValueError("its classes are no list of names")

@@ -37,7 +37,7 @@ from bsq import bits_to_codes
 from mmdit import UserError
 from semtok import (
     PICTURE_SUFFIXES, choose_device, load_semtok, picture_grid, read_picture, to_uint8, write_file,
-    write_picture,
+    write_picture, write_text,
 )
 
 # torchrun's variables. The processes share a folder and need no other exchange, hence no group.
@@ -164,7 +164,7 @@ def claim(folder: str, settings: dict) -> None:
     path, text = Path(folder, "settings.json"), json.dumps(settings, sort_keys=True)
     held = os.listdir(folder) if os.path.isdir(folder) else []
     if all(name.startswith(f"{path.name}.") for name in held):  # new, but for what another process is writing
-        write_file(str(path), lambda temporary: Path(temporary).write_text(text))
+        write_text(str(path), text)
     if not path.is_file() or path.read_text() != text:
         raise UserError(f"{folder} holds files made with other settings: delete it, or choose another --out")
 

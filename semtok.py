@@ -7,8 +7,7 @@
     Encoder, Eq. 1: x (B, 256, w) ---------+  and w_z(codes) like their mean                     |
                     z (B, K, d) --BSQ, Eq. 3--> codes (B, K, d) --------------------> Decoder, Eq. 5 and 7
 
-Section 3.1 and 3.2, Eq. 1 to 7, appendix A.1. It needs `bsq.py` and `mmdit.py` beside it. What is trained on
-top (perceptual networks, discriminator, optimiser) is in train.py.
+Section 3.1 and 3.2, Eq. 1 to 7, appendix A.1. It needs bsq.py and mmdit.py. Judges and optimiser: train.py.
 
     import torch
     from semtok import PRESETS, SemTok
@@ -17,10 +16,10 @@ top (perceptual networks, discriminator, optimiser) is in train.py.
     pictures = model.decode(model.refine(codes))             # one step; model.sample(codes) takes 25
 """
 
+import json
 import math
 import os
 import re
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,8 +32,8 @@ from safetensors.torch import save_file
 
 from bsq import BSQ, gather, ranks
 from mmdit import (
-    FeedForward, FinalLayer, MMDiT, PatchEmbed, RotaryTable, TensorFiles, TimestepEmbedder, UserError, attend,
-    from_keys, load_checkpoint, load_tensors, read_json, renamed, rope_1d, rope_2d,
+    FinalLayer, MMDiT, PatchEmbed, RotaryTable, TensorFiles, TimestepEmbedder, UserError, attend,
+    feed_forward, from_keys, load_checkpoint, load_tensors, named, renamed, rope_1d, rope_2d,
 )
 
 # ------------------------------------------------------------------------------------------------- pictures
@@ -45,11 +44,8 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not PostScrip
 
 def read_picture(path: str, size: int | None = None) -> torch.Tensor:
     """A picture file of any mode -> (3, H, W) uint8; with `size`, resized and cropped to (3, size, size).
-
     EXIF rotation is applied, transparency laid on white, 16 bits reduced to 8. The shorter side goes to
-    `size` by box halvings, then bicubic, as ADM prepared ImageNet; then the centre is cut out. Raises
-    UserError for a file that is missing, truncated or no picture.
-    """
+    `size` by box halvings, then bicubic, as ADM prepared ImageNet. Raises UserError for anything else."""
     if not os.path.isfile(path):  # nor does it wait for a named pipe
         raise UserError(f"{path} does not exist or is no file: give the path of a JPEG or PNG picture")
     try:
@@ -99,19 +95,15 @@ def to_uint8(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def picture_grid(rows: dict[str, torch.Tensor], side: int = 96) -> Image.Image:
-    """Captioned rows of pictures as one image: caption -> (N, 3, H, W) uint8.
-
-    Small pictures are enlarged to about `side` pixels by whole factors, without smoothing.
-    """
-    factor = max(1, round(side / next(iter(rows.values())).shape[-1]))
+    """Captioned rows of pictures (N, 3, H, W) uint8 as one image, enlarged to about `side` pixels each."""
+    factor = max(1, round(side / next(iter(rows.values())).shape[-1]))  # whole, without smoothing
     strips = [row.cpu().permute(2, 0, 3, 1).flatten(1, 2).numpy() for row in rows.values()]  # (H, N W, 3)
     strips = [strip.repeat(factor, 0).repeat(factor, 1) for strip in strips]
     margin = 18 if any(rows) else 0
     size = max(strip.shape[1] for strip in strips), sum(strip.shape[0] + margin for strip in strips)
-    sheet = Image.new("RGB", size, "white")
-    pen, top = ImageDraw.Draw(sheet), 0
+    sheet, top = Image.new("RGB", size, "white"), 0
     for caption, strip in zip(rows, strips):
-        pen.text((4, top + 3), caption, fill="black")
+        ImageDraw.Draw(sheet).text((4, top + 3), caption, fill="black")
         sheet.paste(Image.fromarray(strip), (0, top + margin))
         top += strip.shape[0] + margin
     return sheet
@@ -154,13 +146,11 @@ def write_picture(path: str, picture: Image.Image) -> None:
 
 def choose_device(name: str | None) -> torch.device:
     """The device asked for; by default CUDA where there is one. UserError for one that is not there."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"--device {name} is unknown: use cpu, cuda or cuda:N")
-    device, count = torch.device(name), torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise UserError(f"--device {name} is not there, among {count} CUDA devices: use --device cpu")
-    return device
+    name, count = name or ("cuda" if torch.cuda.is_available() else "cpu"), torch.cuda.device_count()
+    known = ["cpu", "cuda", *(f"cuda:{i}" for i in range(count))] if count else ["cpu"]
+    if name not in known:
+        raise UserError(f"--device {name} is not there: use {' or '.join(known)}")
+    return torch.device(name)
 
 
 # ----------------------------------------------------------------------------------------- the VAE of SD3.5
@@ -168,8 +158,7 @@ def choose_device(name: str | None) -> torch.device:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of the VAE: channels per level, residual blocks per level (the decoder has one more), latents."""
-
+    """Sizes of the VAE. blocks: residual ones a level in the encoder; the decoder has one more."""
     channels: tuple[int, ...] = (128, 256, 512, 512)
     blocks: int = 2
     latent_channels: int = 16
@@ -183,10 +172,6 @@ class VAEConfig:
 def _group_norm(channels: int) -> nn.GroupNorm:
     # Published sizes have 32 groups. Small ones have 1, or a picture's brightness would get lost.
     return nn.GroupNorm(32 if channels >= 128 else 1, channels, eps=1e-6)
-
-
-def _named(**parts: nn.Module) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(parts))  # one after the other, under the names of the published files
 
 
 class ResnetBlock(nn.Module):
@@ -223,15 +208,13 @@ class AttentionBlock(nn.Module):
 
 
 def _level(channels_in: int, channels_out: int, blocks: int) -> nn.Sequential:
-    widths = ((channels_out if i else channels_in, channels_out) for i in range(blocks))
-    return _named(block=nn.Sequential(*(ResnetBlock(*pair) for pair in widths)))
+    widths = [channels_in] + [channels_out] * blocks
+    return named(block=nn.Sequential(*(ResnetBlock(*pair) for pair in zip(widths, widths[1:]))))
 
 
-def _middle(channels: int) -> nn.Sequential:
-    return _named(
-        block_1=ResnetBlock(channels, channels), attn_1=AttentionBlock(channels),
-        block_2=ResnetBlock(channels, channels),
-    )
+def _middle(width: int) -> nn.Sequential:
+    first, attention, second = ResnetBlock(width, width), AttentionBlock(width), ResnetBlock(width, width)
+    return named(block_1=first, attn_1=attention, block_2=second)
 
 
 class VAEEncoder(nn.Module):
@@ -241,13 +224,12 @@ class VAEEncoder(nn.Module):
         super().__init__()
         widths = config.channels
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        before = (widths[0], *widths)
+        before = widths[:1] + widths
         self.down = nn.Sequential(*(_level(*pair, config.blocks) for pair in zip(before, widths)))
         for level, width in zip(self.down[:-1], widths):  # padded on the right and below only, as SD does
-            pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2)
-            level.downsample = _named(pad=pad, conv=conv)
-        self.mid = _middle(widths[-1])
-        self.norm_out = _group_norm(widths[-1])
+            conv = nn.Conv2d(width, width, 3, stride=2)
+            level.downsample = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv)
+        self.mid, self.norm_out = _middle(widths[-1]), _group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -263,13 +245,12 @@ class VAEDecoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.mid = _middle(widths[-1])
         # up[0] is the FULL resolution: the list is built in that order and walked backwards
-        before = (*widths[1:], widths[-1])
+        before = widths[1:] + widths[-1:]
         self.up = nn.ModuleList(_level(*pair, config.blocks + 1) for pair in zip(before, widths))
         for level, width in zip(self.up[1:], widths[1:]):
-            nearest, conv = nn.Upsample(scale_factor=2.0), nn.Conv2d(width, width, 3, padding=1)
-            level.upsample = _named(nearest=nearest, conv=conv)
-        self.norm_out = _group_norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+            conv = nn.Conv2d(width, width, 3, padding=1)
+            level.upsample = named(nearest=nn.Upsample(scale_factor=2.0), conv=conv)
+        self.norm_out, self.conv_out = _group_norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.mid(self.conv_in(x))
@@ -288,13 +269,13 @@ class VAE(nn.Module):
         self.config, self.encoder, self.decoder = config, VAEEncoder(config), VAEDecoder(config)
 
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] -> normalised latents (B, latent_channels, H/f, W/f): posterior means."""
+        """(B, 3, H, W) in [-1, 1] -> normalised posterior means (B, latent_channels, H/f, W/f)."""
         dtype = self.encoder.conv_in.weight.dtype
         moments = self.encoder(pictures.to(dtype, memory_format=torch.channels_last))  # up to twice as fast
         return (moments.chunk(2, 1)[0] - self.SHIFT) * self.SCALE
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Normalised latents (B, latent_channels, h, w) -> (B, 3, f h, f w), about [-1, 1], not clamped."""
+        """Normalised latents (B, latent_channels, h, w) -> (B, 3, f h, f w), not clamped to [-1, 1]."""
         latents, dtype = latents / self.SCALE + self.SHIFT, self.decoder.conv_in.weight.dtype
         return self.decoder(latents.to(dtype, memory_format=torch.channels_last))
 
@@ -316,17 +297,20 @@ def _vae_diffusers_name(name: str, levels: int) -> str:
 
 
 def _config_beside(path: str) -> dict:
-    """The config.json in a folder, or in that of a file; empty without one."""
+    # The config.json in a folder, or in that of a file; empty without one.
     file = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
-    return read_json(file) if os.path.isfile(file) else {}
+    if not os.path.isfile(file):
+        return {}
+    try:
+        with open(file, encoding="utf-8") as content:
+            return dict(json.loads(content.read(1 << 24)))
+    except (ValueError, TypeError, RecursionError):  # no JSON, such as an HTML page; no table; too deep
+        raise UserError(f"{file} is not the JSON table that its name promises: download it again") from None
 
 
-def load_vae(path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> VAE:
+def load_vae(path: str, device: str | torch.device = "cpu") -> VAE:
     """The VAE out of sd3.5_medium.safetensors, a diffusers vae/ folder (or its parent), or its own file.
-
-    Its sizes are read off the tensors' shapes. Raises UserError for files of another kind. FLUX's VAE has
-    the very same shapes: only a diffusers config.json beside it gives it away.
-    """
+    Its sizes are read off the shapes, which FLUX's VAE shares: only its config.json gives that away."""
     wanted = "the VAE of SD3 or SD3.5 (sd3.5_medium.safetensors, or the model's vae folder)"
     source = TensorFiles(path, "vae", "first_stage_model.")
     entries = _config_beside(source.path)
@@ -340,7 +324,7 @@ def load_vae(path: str, dtype: torch.dtype = torch.float32, device: str | torch.
         latents = source.shapes["decoder.conv_in.weight"][1]
         blocks = {m.groups(): s[0] for key, s in source.shapes.items() if (m := re.fullmatch(pattern, key))}
         channels = tuple(width for (_, number), width in sorted(blocks.items()) if number == "0")
-        vae = VAE(VAEConfig(channels, len(blocks) // len(channels), latents)).to(dtype)
+        vae = VAE(VAEConfig(channels, len(blocks) // len(channels), latents))
 
     def as_convolution(weight):  # attention's projections are Linear in diffusers, 1x1 convolutions here
         return weight[:, :, None, None] if weight.ndim == 2 else weight
@@ -358,7 +342,6 @@ def load_vae(path: str, dtype: torch.dtype = torch.float32, device: str | torch.
 @dataclass(frozen=True)
 class SigLIPConfig:
     """Sizes of a SigLIP or SigLIP 2 vision tower (the default is base-patch16-256)."""
-
     width: int = 768
     depth: int = 12
     heads: int = 12
@@ -367,38 +350,24 @@ class SigLIPConfig:
     grid: int = 16
     margin: int = 0  # pixels right and below that no patch covers: 384 - 27 * 14 = 6 in so400m-patch14-384
 
-    @property
-    def side(self) -> int:
-        """The pixels a side that the tower was trained on."""
-        return self.grid * self.patch + self.margin
-
-
-class SigLIPAttention(nn.Module):
-    """Plain multi-head self-attention: (B, L, width) -> (B, L, width)."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected)
-        return self.out_proj(attend(q, k, v))
-
 
 class SigLIPLayer(nn.Module):
     """A pre-norm transformer layer: (B, L, width) -> (B, L, width)."""
 
     def __init__(self, config: SigLIPConfig):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.width, eps=1e-6)
-        self.self_attn = SigLIPAttention(config.width, config.heads)
-        self.layer_norm2 = nn.LayerNorm(config.width, eps=1e-6)
-        self.mlp = FeedForward(config.width, config.hidden)
+        self.heads, width = config.heads, config.width
+        self.layer_norm1 = nn.LayerNorm(width, eps=1e-6)
+        names = ("q_proj", "k_proj", "v_proj", "out_proj")
+        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in names})
+        self.layer_norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = feed_forward(width, config.hidden)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
+        normed = self.layer_norm1(x)
+        projected = (self.self_attn[f"{name}_proj"](normed) for name in "qkv")
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected)
+        x = x + self.self_attn["out_proj"](attend(q, k, v))
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -407,34 +376,29 @@ class SigLIP(nn.Module):
 
     def __init__(self, config: SigLIPConfig):
         super().__init__()
-        self.config = config
-        self.embeddings = nn.ModuleDict({
-            "patch_embedding": nn.Conv2d(3, config.width, config.patch, config.patch),
-            "position_embedding": nn.Embedding(config.grid**2, config.width),
-        })
-        self.encoder = _named(layers=nn.Sequential(*(SigLIPLayer(config) for _ in range(config.depth))))
+        self.config, self.side = config, config.grid * config.patch + config.margin
+        patches = nn.Conv2d(3, config.width, config.patch, config.patch)
+        positions = nn.Embedding(config.grid**2, config.width)
+        self.embeddings = nn.ModuleDict({"patch_embedding": patches, "position_embedding": positions})
+        self.encoder = named(layers=nn.Sequential(*(SigLIPLayer(config) for _ in range(config.depth))))
         self.post_layernorm = nn.LayerNorm(config.width, eps=1e-6)
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1], resized if need be -> patch features (B, width, grid, grid)."""
-        side = self.config.side
+        side, grid = self.side, self.config.grid
         if pictures.shape[-2:] != (side, side):
             pictures = F.interpolate(pictures, (side, side), mode="bilinear", antialias=True)
         patches = self.embeddings["patch_embedding"](pictures.to(self.post_layernorm.weight.dtype))
-        x = patches.flatten(2).transpose(1, 2)  # (B, grid^2, width)
-        x = self.encoder(x + self.embeddings["position_embedding"].weight)
-        return self.post_layernorm(x).transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid))
+        x = patches.flatten(2).transpose(1, 2) + self.embeddings["position_embedding"].weight
+        return self.post_layernorm(self.encoder(x)).transpose(1, 2).unflatten(2, (grid, grid))
 
 
 _SIGLIP_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 16}  # published widths -> heads; so400m is 1152
 
 
-def load_siglip(path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> SigLIP:
+def load_siglip(path: str, device: str | torch.device = "cpu") -> SigLIP:
     """The vision tower of a SigLIP or SigLIP 2 file or folder (of fixed resolution), text tower or not.
-
-    Sizes are read off the shapes. Heads, and pixels that the patches leave over, come from SigLIP's
-    config.json beside the file, else from the published sizes. Raises UserError for other files.
-    """
+    Heads, and pixels that the patches leave over, come from a config.json beside it, else from a table."""
     wanted = "the vision tower of SigLIP or SigLIP 2 (such as siglip2-base-patch16-256, no NaFlex)"
     source, entries = TensorFiles(path, prefix="vision_model."), _config_beside(path)
     with source.building(wanted):
@@ -451,7 +415,7 @@ def load_siglip(path: str, dtype: torch.dtype = torch.float32, device: str | tor
         size = entries.get("image_size", 384 if (patch, grid) == (14, 27) else 0)
         if type(heads) is not int or heads < 1 or width % heads:
             raise ValueError(f"it is {width} wide and its heads are unknown: put its config.json beside it")
-        tower = SigLIP(SigLIPConfig(width, depth, heads, hidden, patch, grid, int(size) % patch)).to(dtype)
+        tower = SigLIP(SigLIPConfig(width, depth, heads, hidden, patch, grid, int(size) % patch))
     mapping = {name: from_keys(name) for name in tower.state_dict()}
     unused = r"head\.|embeddings\.position_ids$"  # SemTok pools by the mean
     return load_tensors(tower, source, mapping, wanted, unused, device)
@@ -462,11 +426,7 @@ def load_siglip(path: str, dtype: torch.dtype = torch.float32, device: str | tor
 
 @dataclass(frozen=True)
 class SemTokConfig:
-    """Sizes of a tokenizer. The defaults are the paper's (Table 8, 2^18 codes).
-
-    Raises ValueError for sizes that do not fit each other.
-    """
-
+    """Sizes, by default the paper's (Table 8, 2^18 codes). ValueError for what cannot be."""
     image_size: int = 256
     tokens: int = 256  # K
     bits: int = 18  # d, bits of a token
@@ -490,19 +450,16 @@ class SemTokConfig:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if self.image_size % (side := self.vae.factor * self.patch):
             raise ValueError(f"image_size {self.image_size} is no multiple of {side}, a patch's pixels")
-        for name, value in {"tokens and patches": self.tokens + self.grid**2, "bits": self.bits}.items():
-            if value > 8192:  # rotations and masks are made before anything shows that they fit
-                raise ValueError(f"{name} must be at most 8192, not {value}")
+        if max(self.tokens + self.grid**2, self.bits) > 8192:  # masks are real even on the meta device
+            raise ValueError("tokens and patches together, and bits, must be at most 8192")
         if self.bits % self.entropy_group:
             raise ValueError(f"entropy_group {self.entropy_group} must divide the {self.bits} bits")
-        for part in ("encoder", "decoder"):  # a head's channels are halves, for rows and columns, of pairs
-            width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
-            if width % (4 * heads):
-                raise ValueError(f"{part}_width {width} must be a multiple of 4 x {part}_heads, {4 * heads}")
+        if self.encoder_width % (4 * self.encoder_heads) or self.decoder_width % (4 * self.decoder_heads):
+            raise ValueError("4 x encoder_heads must divide encoder_width, and so for the decoder")
 
     @property
     def grid(self) -> int:
-        """Image tokens a side."""
+        """Patches a side."""
         return self.image_size // self.vae.factor // self.patch
 
     @property
@@ -518,8 +475,7 @@ PRESETS = {
         decoder_depth=10, decoder_width=640, decoder_heads=10, decoder_dual_depth=2,
     ),
     "tiny": SemTokConfig(
-        image_size=32, tokens=16, bits=24,
-        encoder_depth=2, encoder_width=64, encoder_heads=4,
+        image_size=32, tokens=16, bits=24, encoder_depth=2, encoder_width=64, encoder_heads=4,
         decoder_depth=3, decoder_width=64, decoder_heads=4, decoder_dual_depth=2,
         semantic_width=64, vae=VAEConfig(channels=(16, 16, 32), blocks=1, latent_channels=8),
     ),
@@ -529,7 +485,6 @@ PRESETS = {
 @dataclass(frozen=True)
 class LossWeights:
     """The weights of Eq. 6 (section 4.1). Table 4 sets `distill` or `contrast` to 0."""
-
     lambda_q: float = 0.0025  # of the entropy loss, Eq. 4
     lambda_s: float = 0.05  # of the semantic alignment, Eq. 2
     distill: float = 1.0  # within the alignment
@@ -537,10 +492,7 @@ class LossWeights:
 
 
 class Encoder(MMDiT):
-    """Eq. 1: latents and K learnable mask tokens through an MMDiT without timestep -> x and z.
-
-    With config.causal the token stream is sequential, as in SelfTok (Wang et al. 2025; Table 5).
-    """
+    """Eq. 1: latents and K learnable mask tokens through an MMDiT without timestep -> x and z."""
 
     def __init__(self, config: SemTokConfig):
         width, head_dim = config.encoder_width, config.encoder_width // config.encoder_heads
@@ -556,18 +508,14 @@ class Encoder(MMDiT):
 
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised latents (B, channels, h, w) -> x (B, h w / p^2, width), z (B, K, d)."""
-        tokens = self.mask_tokens.expand(len(latents), -1, -1)
-        ropes = self.x_rope.table, self.z_rope.table
-        x, z = super().forward(self.x_embedder(latents), tokens, *ropes, mask=self.mask)
+        x, z = self.x_embedder(latents), self.mask_tokens.expand(len(latents), -1, -1)
+        x, z = super().forward(x, z, self.x_rope.table, self.z_rope.table, mask=self.mask)
         return x, self.to_bits(self.norm_out(z))
 
 
 def causal_mask(tokens: int, patches: int) -> torch.Tensor:
-    """Who may attend to whom, rows to columns, tokens first: (tokens + patches, tokens + patches) bool.
-
-    A token attends to the image, to itself and to the tokens before it. The image attends to no token: it
-    would pass later tokens on to earlier ones.
-    """
+    """Sequential tokens (SelfTok, Wang et al. 2025; Table 5), before the patches: (tokens + patches)^2 bool.
+    A token sees the image, itself and earlier tokens. The image sees none: it would pass later ones on."""
     mask = torch.ones(tokens + patches, tokens + patches, dtype=torch.bool, device="cpu")
     mask[:tokens, :tokens] = mask[:tokens, :tokens].tril()
     mask[tokens:, :tokens] = False
@@ -576,16 +524,12 @@ def causal_mask(tokens: int, patches: int) -> torch.Tensor:
 
 class Decoder(MMDiT):
     """The MMDiT-X of SD3.5-Medium on SemTok's tokens: Eq. 5's velocity, or in one step Eq. 7's latents.
-
-    2231M parameters at the paper's sizes; 2237M with SD3.5's pooled-text embedder, folded by `load_sd35`.
-    """
+    2231M parameters; 2237M with SD3.5's embedder of pooled text, which `load_sd35` folds."""
 
     def __init__(self, config: SemTokConfig):
         width, head_dim = config.decoder_width, config.decoder_width // config.decoder_heads
-        super().__init__(
-            config.decoder_depth, width, config.decoder_heads, config.decoder_dual_depth,
-            adaln=True, context_pre_only=True,
-        )
+        sizes = config.decoder_depth, width, config.decoder_heads, config.decoder_dual_depth
+        super().__init__(*sizes, adaln=True, context_pre_only=True)
         self.grid = (config.grid, config.grid)
         self.x_embedder = PatchEmbed(config.vae.latent_channels, config.patch, width)
         self.t_embedder = TimestepEmbedder(width)
@@ -599,11 +543,8 @@ class Decoder(MMDiT):
         self.z_rope = RotaryTable(rope_1d(config.tokens, head_dim))
 
     def forward(self, codes: torch.Tensor, noisy: torch.Tensor | None = None, t: torch.Tensor | None = None):
-        """codes (B, K, d) -> (B, channels, h, w).
-
-        Stage I gives noisy latents x_t (B, channels, h, w) and times t (B,), and gets the velocity x_v - eps.
-        Stage II gives neither: mask tokens take the place of x_t, t is 1, and the output is the latent.
-        """
+        """codes (B, K, d), noisy x_t (B, channels, h, w), t (B,) -> the velocity x_v - eps, like x_t.
+        Without x_t and t, stage II: mask tokens stand for x_t, t is 1, and the output is the latent."""
         if noisy is None:
             x, t = self.mask_tokens.expand(len(codes), -1, -1), codes.new_ones(len(codes))
         else:
@@ -618,12 +559,13 @@ class Decoder(MMDiT):
 
 
 class SemTok(nn.Module):
-    """The tokenizer: VAE (frozen), encoder, quantiser, decoder, and the alignment's two projections."""
+    """VAE (frozen), encoder, quantiser, decoder, and the alignment's two projections.
+    vae, decoder: loaded ones, in place of new ones of the config's sizes."""
 
     def __init__(self, config: SemTokConfig, vae: VAE | None = None, decoder: Decoder | None = None):
-        """vae and decoder: loaded ones, in place of new ones of the config's sizes."""
         super().__init__()
-        self.config = config
+        self.config, side = config, config.grid * config.patch
+        self.latent_shape = (config.vae.latent_channels, side, side)  # of one picture
         self.vae = (vae or VAE(config.vae)).requires_grad_(False).eval()
         self.encoder = Encoder(config)
         self.quantizer = BSQ(config.bits, config.entropy_group, spherical=config.quantizer == "bsq")
@@ -638,16 +580,11 @@ class SemTok(nn.Module):
         x, z = self.encoder(latents)
         return x, *self.quantizer(z)
 
-    # ---- training
-
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, siglip: SigLIP) -> tuple[dict, dict]:
         """What a training step needs without gradient, from this rank's pictures (B, 3, H, W) in [-1, 1].
-
-        Returns what has a row for each picture: `latents` (B, channels, h, w), `features` (B, C, g, g) and
-        `positive` (B,), its place among the candidates; and what all share: `candidates` (ranks * B, C), the
-        pooled features of the global batch, among which the contrast finds the right one.
-        """
+        A row for each picture: `latents` (B, channels, h, w), `features` (B, C, g, g), `positive` (B,), its
+        place among the candidates. What all share: `candidates` (ranks * B, C), the pooled features."""
         # CLIP clamps the temperature in place. A clamp in `forward` would have no gradient beyond it.
         self.log_t.clamp_(max=math.log(100))
         latents, features = self.vae.encode(pictures), siglip(pictures)
@@ -659,23 +596,16 @@ class SemTok(nn.Module):
     @staticmethod
     def draw_noise(latents: torch.Tensor, rng: torch.Generator) -> dict[str, torch.Tensor]:
         """Eq. 5: `noise` like the latents and times `t` (B,), uniform in [0, 1].
-
-        They are drawn for the global batch and cut to this rank's rows: the number of ranks changes nothing.
-        """
+        Drawn for the global batch and cut to this rank's rows: the number of ranks changes nothing."""
         rank, world = ranks()
         total = world * len(latents)
         noise = torch.randn(total, *latents.shape[1:], generator=rng, device=latents.device)
         t = torch.rand(total, generator=rng, device=latents.device)
         return {"noise": noise.chunk(world)[rank], "t": t.chunk(world)[rank]}
 
-    def pretraining_losses(
-        self, latents, noise, t, features, positive, candidates, weights: LossWeights
-    ) -> dict[str, torch.Tensor]:
-        """Stage I, Eq. 6, on the results of `prepare` and `draw_noise`.
-
-        Returns scalars: `loss`, its terms `flow_loss`, `entropy_loss`, `distill_loss`, `contrast_loss`, and
-        the two entropies; and `codes` (B, K, d).
-        """
+    def pretraining_losses(self, latents, noise, t, features, positive, candidates, weights) -> dict:
+        """Stage I, Eq. 6, on the results of `prepare` and `draw_noise`, with `LossWeights`.
+        Returns `loss`, its terms, named `..._loss`, the two entropies, and `codes` (B, K, d)."""
         x, codes, u = self.quantise(latents)
         times = t[:, None, None, None]
         velocity = self.decoder(codes, times * noise + (1 - times) * latents, t)  # Eq. 5: D(x_t, codes, t)
@@ -683,18 +613,13 @@ class SemTok(nn.Module):
         out = self.regularisers(x, codes, u, features, positive, candidates, weights)
         return out | {"flow_loss": flow_loss, "loss": flow_loss + out.pop("regulariser")}
 
-    def refiner_losses(
-        self, latents, features, positive, candidates, weights: LossWeights
-    ) -> tuple[torch.Tensor, dict]:
-        """Stage II, Eq. 7 but for its judges: latents (B, channels, h, w) of one decoder step, and the terms.
-
-        The terms are those of `pretraining_losses`; the one named `regulariser` is their weighted sum.
-        """
+    def refiner_losses(self, latents, features, positive, candidates, weights) -> tuple[torch.Tensor, dict]:
+        """Stage II, Eq. 7 but for its judges: latents (B, channels, h, w) in one step, and `regularisers`."""
         x, codes, u = self.quantise(latents)
         return self.decoder(codes), self.regularisers(x, codes, u, features, positive, candidates, weights)
 
-    def regularisers(self, x, codes, u, features, positive, candidates, weights: LossWeights) -> dict:
-        """Eq. 2 and 4, the terms that both stages share, and their weighted sum `regulariser`."""
+    def regularisers(self, x, codes, u, features, positive, candidates, weights) -> dict:
+        """Eq. 2 and 4, the terms that both stages share, and their weighted sum, `regulariser`."""
         out = self.quantizer.entropy_loss(u) | self.alignment_losses(x, codes, features, positive, candidates)
         semantic_loss = weights.distill * out["distill_loss"] + weights.contrast * out["contrast_loss"]
         regulariser = weights.lambda_q * out["entropy_loss"] + weights.lambda_s * semantic_loss  # Eq. 6
@@ -714,18 +639,10 @@ class SemTok(nn.Module):
 
     @torch.no_grad()
     def start_refiner(self) -> None:
-        """Stage II's mask tokens start as the embedding of nearly zero noise. Its first output is stage I's
-        mean prediction at t = 1. A tenth of a noise sample stays: it makes the places differ."""
+        """Stage II starts at stage I's mean prediction at t = 1, from the embedding of nearly zero noise."""
         embedder = self.decoder.x_embedder
-        noise = 0.1 * torch.randn(self.latent_shape(1))
+        noise = 0.1 * torch.randn(1, *self.latent_shape)  # not zero: the places must differ
         self.decoder.mask_tokens.copy_(embedder(noise.to(embedder.proj.weight))[0])
-
-    # ---- use
-
-    def latent_shape(self, count: int) -> tuple[int, int, int, int]:
-        """The shape of `count` pictures' latents."""
-        side = self.config.grid * self.config.patch
-        return count, self.config.vae.latent_channels, side, side
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -743,38 +660,28 @@ class SemTok(nn.Module):
         return self.decoder(codes)
 
     @torch.no_grad()
-    def sample(
-        self, codes: torch.Tensor, steps: int = 25, shift: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> torch.Tensor:
-        """Stage I: codes (B, K, d) -> latents, by `steps` Euler steps of the flow from t = 1 (noise) to 0.
-
-        shift s moves the times to s t / (1 + (s - 1) t) (Esser et al. 2024); 1 is right at 256 x 256.
-        """
-        noise = torch.randn(self.latent_shape(len(codes)), generator=generator, device=codes.device)
+    def sample(self, codes: torch.Tensor, steps=25, shift=1.0, generator=None) -> torch.Tensor:
+        """Stage I: codes (B, K, d) -> latents, by Euler steps of the flow from t = 1 (noise) to 0."""
+        noise = torch.randn(len(codes), *self.latent_shape, generator=generator, device=codes.device)
         return euler(lambda x, t: self.decoder(codes, x, t.expand(len(x))), noise, steps, shift)
 
-    def reconstruct(
-        self, pictures: torch.Tensor, generator: torch.Generator | None = None, steps: int = 25
-    ) -> torch.Tensor:
+    def reconstruct(self, pictures: torch.Tensor, generator=None, steps: int = 25) -> torch.Tensor:
         """uint8 (B, 3, H, W) -> uint8, through the tokens: stage I with a generator, else the refiner."""
         codes = self.encode(to_signed(pictures))
         latents = self.refine(codes) if generator is None else self.sample(codes, steps, generator=generator)
         return to_uint8(self.decode(latents))
 
 
-def euler(velocity, noise: torch.Tensor, steps: int, shift: float = 1.0) -> torch.Tensor:
-    """Follow dx/dt = -velocity(x, t), which estimates x_v - eps (Eq. 5), from noise (B, ...) to t = 0."""
-    times = torch.linspace(1, 0, steps + 1, device=noise.device)
+def euler(velocity, x: torch.Tensor, steps: int, shift: float = 1.0) -> torch.Tensor:
+    """Follow dx/dt = -velocity(x, t), which estimates x_v - eps (Eq. 5), from noise x (B, ...) to t = 0.
+    shift s moves the times to s t / (1 + (s - 1) t) (Esser et al. 2024); 1 is right at 256 x 256."""
+    times = torch.linspace(1, 0, steps + 1, device=x.device)
     times = shift * times / (1 + (shift - 1) * times)
-    x = noise
     for now, following in zip(times[:-1], times[1:]):
         x = x + (now - following) * velocity(x, now).to(x.dtype)
     return x
 
 
 def load_semtok(path: str, device: str | torch.device = "cpu") -> tuple[SemTok, dict[str, str]]:
-    """A tokenizer from train.py's `stage1` or `stage2.safetensors`, in eval mode, and its metadata.
-
-    Raises UserError for another file, a damaged one, and one whose sizes make no tokenizer."""
+    """A tokenizer of train.py's stage 1 or 2, in eval mode, and its metadata. Raises UserError."""
     return load_checkpoint(path, "semtok-tokenizer", SemTokConfig, SemTok, device)

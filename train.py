@@ -68,7 +68,7 @@ from mmdit import TensorFiles, UserError, load_sd35
 from semtok import (
     PICTURE_SUFFIXES, PRESETS, VAE, Decoder, LossWeights, SemTok, SemTokConfig, SigLIP, SigLIPConfig,
     choose_device, flush, load_semtok, load_siglip, load_vae, picture_grid, read_picture, to_signed, to_uint8,
-    write_file, write_picture, write_tensors,
+    write_picture, write_tensors, write_text,
 )
 
 # ---------------------------------------------------------------------------------------------------- recipes
@@ -144,8 +144,8 @@ RECIPES = {
     "tiny": {
         "0": Recipe(1200, 24, 1e-3, warmup=30, ema=0.0, **TINY_EVERY),
         "1": TokenizerRecipe(1200, 16, 3e-3, warmup=50, **TINY_EVERY),
-        # In batches of 16 the paper's lambda_s or lambda_p drown the pixels. The discriminator, small as it is,
-        # plays only at a rate of its own; at the paper's lambda_gan it costs the refiner more than 1 dB.
+        # In batches of 16 the paper's lambda_s or lambda_p drown the pixels. The discriminator plays only at a
+        # rate of its own, and with lambda_gan 0.02 it costs the refiner 1 dB.
         "2": RefinerRecipe(
             1000, 16, 8e-3, warmup=50, lambda_s=0.003, lambda_p=0.002, lambda_gan=0.002, gan_start=700,
             discriminator_lr=2e-3, **TINY_EVERY,
@@ -955,11 +955,6 @@ def averaged(stage: nn.Module, average: dict[str, torch.Tensor]) -> Iterator[Non
         stage.reshard()  # a pass without gradient leaves the root gathered
     swap()
     stage.train()
-
-
-def write_text(path: str, text: str) -> None:
-    """A text file, whole or not at all."""
-    write_file(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 @torch.no_grad()

@@ -294,14 +294,14 @@ def test_siglip_pixels_that_no_patch_covers(transformers, tmp_path):
     reference = siglip_tower(transformers, image_size=46)  # 5 patches of 8
     reference.save_pretrained(tmp_path)
     ours = siglip_agrees(tmp_path, reference, 46)
-    assert (ours.config.grid, ours.config.side) == (5, 46)
+    assert (ours.config.grid, ours.side) == (5, 46)
     published = siglip_tower(
         transformers, hidden_size=384, num_attention_heads=6, intermediate_size=8, num_hidden_layers=1,
         patch_size=14, image_size=384,
     )
     published.save_pretrained(tmp_path / "published")
     (tmp_path / "published/config.json").unlink()
-    assert siglip_agrees(tmp_path / "published", published, 384).config.side == 384
+    assert siglip_agrees(tmp_path / "published", published, 384).side == 384
 
 
 def test_siglip_of_unknown_width_asks_for_its_config(transformers, tmp_path):
@@ -844,7 +844,7 @@ config = semtok.PRESETS["paper"]
 with torch.device("meta"):
     decoder = semtok.Decoder(config).to(torch.bfloat16)
 mmdit.load_sd35(decoder, path)
-vae = semtok.load_vae(path, torch.bfloat16)
+vae = semtok.load_vae(path).to(torch.bfloat16)
 torch.set_default_dtype(torch.bfloat16)
 model = semtok.SemTok(config, vae, decoder).eval()
 transformer = ar.MaskedAR(ar.AR_PRESETS["L"]).eval()
@@ -856,7 +856,7 @@ with torch.no_grad():
     refined = model.refine(codes)
     out = model.decode(refined)
     bits, masked = next(transformer.generate_steps(torch.tensor([207]), steps=64, cfg=6.0))
-index = bsq.codes_to_index(codes)
+index = bsq.bits_to_index(bsq.codes_to_bits(codes))
 assert refined.shape == (1, 16, 32, 32) and codes.shape == (1, 256, 18)
 assert index.unique().numel() > 1 and 0 <= index.min() and index.max() < 2**18
 assert out.shape == (1, 3, 256, 256) and out.isfinite().all() and out.float().std() > 0
