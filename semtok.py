@@ -17,10 +17,12 @@ Section 3.1 and 3.2, Eq. 1 to 7, appendix A.1. It needs bsq.py and mmdit.py. Jud
 """
 
 import json
+import glob
 import math
 import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -115,6 +117,11 @@ def picture_grid(rows: dict[str, torch.Tensor], side: int = 96) -> Image.Image:
 def write_file(path: str, write) -> None:
     """Call write(temporary path), flush to disk, then rename to path. Raises OSError."""
     temporary, folder = f"{path}.{os.getpid()}.part", os.path.dirname(path) or "."
+    for left in glob.glob(f"{glob.escape(path)}.*.part"):
+        try:
+            os.kill(int(left.split(".")[-2]), 0)  # asks whether the process lives
+        except ProcessLookupError:
+            os.remove(left)
     try:
         os.makedirs(folder, exist_ok=True)
         write(temporary)
@@ -137,6 +144,11 @@ def write_tensors(path: str, tensors: dict[str, torch.Tensor], metadata: dict[st
     """A safetensors file by `write_file`."""
     cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_file(path, lambda temporary: save_file(cpu, temporary, metadata))
+
+
+def write_text(path: str, text: str) -> None:
+    """A text file by `write_file`."""
+    write_file(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def write_picture(path: str, picture: Image.Image) -> None:

@@ -262,7 +262,7 @@ def test_unreadable_pictures_are_skipped_counted_and_named(tmp_path):
     ("--stage 1 --set encoder_heads=3", "encoder_heads"),
     ("--stage 1 --set image_size=30", "multiple of 8"), ("--stage ar --set smoothing=2", "at most 1"),
     ("--stage all --set group_bits=5", "group_bits 5"),
-    ("--stage ar --set heads=3", "2 x heads, 6"),
+    ("--stage ar --set heads=3", "heads 3, doubled"),
     ("--stage ar --set group_bits=0", "group_bits 0"), ("--stage ar --set group_bits=24", "at most 12"),
 ])
 def test_bad_flags_and_settings(arguments, words, tmp_path):
