@@ -75,7 +75,8 @@ def test_terms_of_the_alignment_can_be_left_out(world, stage, term, heads):
 def test_quantizer(world):
     bsq, lfq = (make_stage(world, "1", f"quantizer={kind}") for kind in ("bsq", "lfq"))
     assert replace(lfq.semtok.config, quantizer="bsq") == bsq.semtok.config == make_stage(world, "1").semtok.config
-    assert all(torch.equal(a, b) for a, b in zip(bsq.state_dict().values(), lfq.state_dict().values()))
+    for (name, a), b in zip(bsq.state_dict().items(), lfq.state_dict().values()):
+        assert torch.equal(a, b * 24**0.5 if "token_embedder.weight" in name else b), name
     z = torch.randn(2, 16, 24)
     (on_sphere, _), (corner, u) = bsq.semtok.quantizer(z), lfq.semtok.quantizer(z)
     assert torch.equal(corner, z.sign()) and torch.equal(u, z)
@@ -172,7 +173,7 @@ def test_untrained_heads_of_any_grouping_lose_one_bit_a_bit(group_bits):
 @pytest.mark.parametrize("bits, allowed", [(18, {1, 2, 3, 6, 9}), (24, {1, 2, 3, 4, 6, 8, 12}), (7, {1, 7})])
 def test_group_bits_divide_the_bits_into_softmaxes_that_fit(bits, allowed):
     for group_bits in set(range(bits + 2)) - allowed:
-        with pytest.raises(ValueError, match=f"group_bits {group_bits} must divide {bits} bits"):
+        with pytest.raises(ValueError, match=f"group_bits {group_bits}"):
             replace(ar.AR_PRESETS["tiny"], bits=bits, group_bits=group_bits)
     assert all(replace(ar.AR_PRESETS["tiny"], bits=bits, group_bits=g).group_bits == g for g in allowed)
 
