@@ -343,8 +343,8 @@ class TensorFiles:
         name = self.prefix + name
         with self.opened(self.file_of[name]) as handle:
             tensor = handle.get_tensor(name)
-        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise UserError(f"{self.path} has {tensor.dtype} in {name}: 16 to 64 bit floats are needed")
+        if tensor.is_complex() or tensor.element_size() < 2:
+            raise UserError(f"{self.path} has {tensor.dtype} in {name}: 16 to 64 bit numbers are needed")
         return tensor
 
     def unlike(self, wanted: str, told: str) -> UserError:
