@@ -1521,7 +1521,10 @@ def lock(folder: str) -> Iterator[None]:
             except BlockingIOError:
                 raise UserError(f"another run is at work in {folder}: wait or change --out") from None
             for left in glob.glob(f"{glob.escape(folder)}/**/*.part", recursive=True):  # by a killed run
-                shutil.rmtree(left) if os.path.isdir(left) else os.remove(left)
+                if os.path.isdir(left):
+                    shutil.rmtree(left)
+                elif os.path.exists(left):  # it was not in one of the folders
+                    os.remove(left)
         yield
 
 
