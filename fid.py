@@ -645,7 +645,7 @@ def save_statistics(out, source, network, digest, args):
     note = {"n": source.count, "resize": args.resize, "sha256": digest}
     step = math.ceil(source.count / FEW)
     shape = (math.ceil(source.count / step), *source.size, 3)
-    part = os.path.join(os.path.dirname(out), f".{os.path.basename(out)}.{os.getpid()}.part")
+    part = os.path.join(os.path.dirname(out), f".{os.path.basename(out)}.part")
     try:
         with zipfile.ZipFile(part, "w") as archive:
             arrays = measure(source, network, args) | {"made_with": np.array(json.dumps(note))}

@@ -502,6 +502,7 @@ WEIGHTS = {  # other people's networks, by flag: file name, what it is, size. RE
     "lpips": (fid.HEADS[0], "the LPIPS heads for VGG16 (v0.1)", "7 kB"),
     "resnet": ("resnet50-0676ba61.pth", "torchvision's ResNet-50 (IMAGENET1K_V1)", "98 MiB"),
 }
+HUB = os.path.join(torch.hub.get_dir(), "checkpoints")  # where torchvision puts its files
 STAND_INS = {  # stage 0's twins of them
     "vae": "standins/vae.safetensors", "siglip": "standins/siglip", "vgg": "standins/vgg16.safetensors",
     "lpips": "standins/lpips.safetensors", "resnet": "standins/resnet50.safetensors",
@@ -550,11 +551,15 @@ class Job:
         return {"seed": self.args.seed, "pictures": self.train.fingerprint} | found
 
     def weights(self, name: str) -> str:
-        """Where a frozen network's file is: as given, else the tiny preset's stand-in, else in weights/."""
-        if name == "vae" and not self.args.vae and os.path.exists(self.weights("sd35")):
+        """Where a frozen network's file is: as given, tiny's stand-in, in weights/, in torch hub's cache."""
+        if given := getattr(self.args, name):
+            return given
+        if name == "vae" and os.path.exists(self.weights("sd35")):
             return self.weights("sd35")
-        stand_in = self.path(STAND_INS[name]) if self.tiny and name in STAND_INS else ""
-        return getattr(self.args, name) or stand_in or os.path.join("weights", WEIGHTS[name][0])
+        if self.tiny and name in STAND_INS:
+            return self.path(STAND_INS[name])
+        wanted, cached = (os.path.join(folder, WEIGHTS[name][0]) for folder in ("weights", HUB))
+        return cached if os.path.exists(cached) and not os.path.exists(wanted) else wanted
 
     def network(self, name: str) -> nn.Module:
         """A frozen network, "vae", "siglip", "lpips" or "resnet", out of its file; planned, of its sizes."""
@@ -1429,7 +1434,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.partition("\n")[0])
     for stage in STAGES:
         parser.add_argument_group(f"stage {stage}, --set changes", ", ".join(setting_names(stage)))
-    parser.error = lambda message: parser.exit(2, f"train.py: {message}; --help explains every option\n")
+    said = "train.py: {}; --help explains every option\n"  # in one line, whatever was typed
+    parser.error = lambda message: parser.exit(2, said.format(" ".join(message.split())))
     add = parser.add_argument
     add("--stage", required=True, choices=[*STAGES, "all"], help="what to train; all: 1, 2 and ar in order")
     add("--preset", default="tiny", choices=list(RECIPES), help="sizes and recipe (default: tiny)")
