@@ -144,8 +144,8 @@ RECIPES = {
     "tiny": {
         "0": Recipe(1200, 24, 1e-3, warmup=30, ema=0.0, **TINY_EVERY),
         "1": TokenizerRecipe(1200, 16, 3e-3, warmup=50, **TINY_EVERY),
-        # In batches of 16 the paper's lambda_s or lambda_p drown the pixels. The discriminator plays only at a
-        # rate of its own, and with lambda_gan 0.02 it costs the refiner 1 dB.
+        # In batches of 16 the paper's lambda_s or lambda_p drown the pixels. The discriminator plays only at
+        # a rate of its own, and with lambda_gan 0.02 it costs the refiner 1 dB.
         "2": RefinerRecipe(
             1000, 16, 8e-3, warmup=50, lambda_s=0.003, lambda_p=0.002, lambda_gan=0.002, gan_start=700,
             discriminator_lr=2e-3, **TINY_EVERY,
