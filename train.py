@@ -151,7 +151,7 @@ RECIPES = {
             discriminator_lr=2e-3, **TINY_EVERY,
         ),
         # Of 16 tokens, a share of 0.7 masked leaves at most 4 known: sampling would end beyond all training.
-        # The longer warm-up bears the higher rate; after 50 steps of it 6e-3 costs 0.06 nats a bit.
+        # So high a rate needs the long warm-up: with one of 50 steps, 6e-3 cost 0.06 nats a bit.
         "ar": ARRecipe(
             3000, 32, 5e-3, weight_decay=0.03, warmup=200, least_masked=0.0,
             log_every=50, save_every=1000, preview_every=1000,
@@ -302,7 +302,8 @@ class Pictures(Dataset):
 def find_pictures(folder: str, split: str) -> tuple[list[str], list[str], list[int], str]:
     """Classes in alphabetical order, paths, labels and fingerprint of a split of FOLDER/CLASS/**/picture.
 
-    Every 50th picture of a class (at most 1000 in all) is "val". Raises UserError for another layout."""
+    Every 50th picture of a class is "val", at most 1000 in all, but one of each class that has two. Raises
+    UserError for another layout."""
     layout = "FOLDER/CLASS/picture.jpg, one subfolder for each class"
     if not os.path.isdir(folder):
         raise UserError(f"--data {folder} is no folder: give one laid out as {layout}")
@@ -620,9 +621,10 @@ class Job:
         for name in needed:
             path, (_, about, size) = self.weights(name), WEIGHTS[name]
             if not os.path.exists(path):
-                how = f"README says how to get it; or give --{name} PATH"
-                how = f"{self.command('0')} makes it" if path.startswith(self.path("standins")) else how
-                sentences.append(f"{path} is missing ({about}, {size}): {how}")
+                how = f"({about}, {size}): README says how to get it; or give --{name} PATH"
+                if path.startswith(self.path("standins")):
+                    how = f"(a small stand-in): {self.command('0')} makes it"
+                sentences.append(f"{path} is missing {how}")
         if earlier and not os.path.isfile(result := self.path(STAGES[earlier].result)):
             sentences.append(f"{result} is missing: make it first with {self.command(earlier)}")
         if not self.tiny and not os.path.isdir(self.args.data or ""):
@@ -639,7 +641,7 @@ def check_settings(path: str, found: dict, asked: dict, free: tuple[str, ...] = 
             raise UserError(f"{was}, this run has {name} {value}: {advice}")
 
 
-# ----------------------------------------------------------- the stages: what each one feeds, loses and shows
+# ------------------------------------------------ the stages: what each one is fed, its losses, what it shows
 
 class Pretraining(nn.Module):
     """Stage I, Eq. 6: flow matching through the tokens, entropy of the codes, alignment with SigLIP."""
@@ -1116,10 +1118,13 @@ def train_stage(name: str, job: Job) -> None:
     say(f"stage {name}: {title}, {recipe.steps} steps of {recipe.batch_size} on {world} x {device}")
 
     cost = measure(name, job, recipe.batch_size)
-    needed = cost["activations"] / world + 16 * sum(p.numel() for p in cost["stage"].parameters())
+    accumulate = args.accumulate if name != "0" else 1  # its windows are of every third picture, and small
+    held = cost["checkpointed" if args.checkpoint_activations else "activations"] / world / accumulate
+    # 16 bytes a parameter: itself, its gradient, two moments
+    needed = held + 16 * sum(p.numel() for p in cost["stage"].parameters())
     if device.type == "cpu" and needed > (there := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
         lack = f"needs some {needed / 2**30:,.0f} GiB of memory, and {there / 2**30:,.0f} are here"
-        raise UserError(f"stage {name} {lack}: lower --batch-size or its sizes, or use a GPU")
+        raise UserError(f"stage {name} {lack}: lower --batch-size or its sizes, or raise --accumulate")
 
     # ---- the stage, its data, its optimiser, its averages
     torch.manual_seed(args.seed)
@@ -1139,8 +1144,9 @@ def train_stage(name: str, job: Job) -> None:
     for n, parameter in parameters.items():
         players.setdefault(n.split(".")[0], []).append(parameter)
     optimizer = make_optimizer(stage, recipe)
-    shown = {n: p for n, p in parameters.items() if recipe.ema and not n.startswith("discriminator.")}
-    average, persistent = {n: p.detach().clone() for n, p in shown.items()}, stage.state_dict()
+    # weights that have an average: not the discriminator's, with which nobody draws
+    tracked = {n: p for n, p in parameters.items() if recipe.ema and not n.startswith("discriminator.")}
+    average, persistent = {n: p.detach().clone() for n, p in tracked.items()}, stage.state_dict()
     buffers = {n: b for n, b in stage.named_buffers() if n in persistent}
     # Bad steps are counted where the gradients are: asking for them would make the host wait for the GPU.
     skipped, bad_in_a_row = (torch.zeros((), dtype=torch.long, device=device) for _ in range(2))
@@ -1175,7 +1181,8 @@ def train_stage(name: str, job: Job) -> None:
 
     # ---- the loop
     bar = tqdm(batches, f"stage {name}", initial=step, total=recipe.steps, unit="step", disable=rank > 0)
-    noted, since = [], (time.time(), step)  # signals: the step under way is taken and saved before the end
+    # signals, obeyed once the step under way is saved; when and where the log last looked
+    noted, since = [], (time.time(), step)
     with bar, contextlib.ExitStack() as at_end:
         for number in (signal.SIGINT, signal.SIGTERM):
             handler = signal.signal(number, lambda number, _: noted.append(number))
@@ -1184,19 +1191,19 @@ def train_stage(name: str, job: Job) -> None:
             warm = min(1.0, (step + 1) / recipe.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * (warm * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))
-            before = [buffer.clone() for buffer in buffers.values()]
+            old_buffers = [buffer.clone() for buffer in buffers.values()]  # put back if the step is bad
             with autocast():
                 batch = [tensor.to(device, non_blocking=True) for tensor in batch]
                 rows, shared = stage.prepare(*batch, step_generator(args.seed, name, step, device), step)
 
             # micro-batches: gradients add up on each rank, and the last one averages them over the ranks
             outs = []
-            for i in range(args.accumulate):
+            for i in range(accumulate):
                 if world > 1:
-                    stage.set_requires_gradient_sync(i == args.accumulate - 1)
+                    stage.set_requires_gradient_sync(i == accumulate - 1)
                 with autocast():
-                    out = stage({n: tensor.chunk(args.accumulate)[i] for n, tensor in rows.items()}, shared)
-                (out["loss"] / args.accumulate).backward()
+                    out = stage({n: tensor.chunk(accumulate)[i] for n, tensor in rows.items()}, shared)
+                (out["loss"] / accumulate).backward()
                 outs.append({n: value.detach() for n, value in out.items()})
             losses = {n: torch.stack([out[n].float() for out in outs]).mean() for n in out if n != "codes"}
             for player, members in players.items():
@@ -1210,17 +1217,19 @@ def train_stage(name: str, job: Job) -> None:
             # the step, which a loss or gradient that is not finite makes a step of nothing
             decisive = torch.stack([value for n, value in losses.items() if n == "loss" or "grad_norm" in n])
             bad = ~decisive.isfinite().all()
-            optimizer.found_inf = bad.to(torch.float32)  # the fused AdamW skips without asking the device
+            # As GradScaler sets it: the fused AdamW reads it on the device, and skips the step.
+            optimizer.found_inf = bad.to(torch.float32)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            for buffer, old in zip(buffers.values(), before):
+            for buffer, old in zip(buffers.values(), old_buffers):
                 buffer.copy_(torch.where(bad, old, buffer))
             skipped += bad
             bad_in_a_row.add_(1).mul_(bad)
-            if average:  # warmed up: a short run would keep its initial weights
+            if average:
+                # a decay that grows: else a short run's average would stay near its initial weights
                 decay = min(recipe.ema, (1 + step) / (10 + step))
                 with torch.no_grad():
-                    torch._foreach_lerp_(list(average.values()), list(shown.values()), 1 - decay)
+                    torch._foreach_lerp_(list(average.values()), list(tracked.values()), 1 - decay)
             step += 1
 
             # look, log, save
@@ -1271,7 +1280,8 @@ def train_stage(name: str, job: Job) -> None:
     following = {"0": "1", "1": "2", "2": "ar"}.get(name)
     say(
         f"stage {name} done in {time.time() - started:.0f} s: {reached} on held-out pictures -> {result}\n"
-        f"  look at {job.path(f'preview-{name}-{step:07d}.png')}: {stage.look_for}; at curves-{name}.png\n"
+        f"  look at {job.path(f'preview-{name}-{step:07d}.png')}: {stage.look_for}\n"
+        f"  and at {job.path(f'curves-{name}.png')}\n"
         f"  next: {job.command(following) if following else f'python sample.py --class 1 --run {args.out}'}"
     )
     wait_for_all()
