@@ -1,0 +1,330 @@
+"""The paper's ablations in the small world, by hand: what does each ingredient do?
+
+    python tests/paper.py                                     # every entry of ENTRIES; resumable
+    python tests/paper.py table4 figure9 --seeds 0 1 2        # some of them
+
+An entry trains what it needs with train.py, at one thread a run, as many runs at once as there are cores. Runs
+share stages: all take stage 0 of seed 0, as the paper takes one VAE and one SigLIP, and what differs only later
+starts from the default run. RESULTS.md and the figures' PNGs lie in --out.
+
+Scores are of pictures that no training saw: PSNR and SSIM of reconstructions, the share of samples that an
+independent classifier recognises, and in the classifier's features Frechet distance (rFD of reconstructions, gFD
+of samples), precision and recall. Every number is the mean of the seeds, with half their range behind it.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import fid  # noqa: E402
+import recognise  # noqa: E402
+import sample  # noqa: E402
+from mmdit import TensorFiles  # noqa: E402
+from semtok import load_semtok, to_signed, write_picture, write_tensors, write_text  # noqa: E402
+from train import in_batches  # noqa: E402
+
+COST = {"0": 40, "1": 60, "2": 100, "ar": 150, "score": 25}  # for the bar: about the seconds of each
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training: what --set changes, the stages it trains itself; earlier ones are the default run's."""
+
+    changes: str = ""
+    stages: tuple[str, ...] = ("1", "2", "ar")
+
+
+RUNS = {
+    "default": Run(),
+    "neither": Run("distill=0 contrast=0"), "distill": Run("contrast=0"), "contrast": Run("distill=0"),
+    "raster": Run("causal=1"),
+    "bits": Run("bits=40", ("1", "2")),
+    "lfq": Run("quantizer=lfq", ("1", "2")),
+    "lpips": Run("perceptual=lpips", ("2",)), "resnet": Run("perceptual=resnet", ("2",)),
+    "scratch": Run("init=scratch", ("2",)),
+    "groups": Run("group_bits=12", ("ar",)),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows: name -> (run, scores, the paper's figures in the columns' order). The last row is SemTok's choice."""
+
+    title: str
+    columns: str
+    paper: str  # what the paper calls the columns
+    rows: dict[str, tuple[str, tuple[str, ...], tuple[float, ...]]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Scores of the default run's samples while one option of sample.py runs through values."""
+
+    title: str
+    option: str
+    values: tuple
+    fixed: str = ""
+
+
+def drawn(**options) -> str:
+    """The name of a score of samples: sample.py's options."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
+
+
+SAMPLES, REFINED, DIFFUSED = drawn(), "stage2", "stage1"
+SCALES = (1, 2, 3, 5, 7, 9, 12, 16)
+RECONSTRUCTION = "rFD PSNR SSIM", "rFID PSNR SSIM"
+GENERATION = "gFD recognised precision recall", "gFID IS precision recall"
+BOTH = "rFD PSNR gFD recognised", "rFID PSNR gFID IS"
+ENTRIES = {
+    "table4": Table("Semantic alignment", *BOTH, {
+        "neither": ("neither", (REFINED, SAMPLES), (1.08, 21.74, 3.83, 271.4)),
+        "contrast": ("contrast", (REFINED, SAMPLES), (0.97, 21.86, 2.87, 276.8)),
+        "distillation": ("distill", (REFINED, SAMPLES), (1.02, 21.79, 3.55, 264.9)),
+        "both": ("default", (REFINED, SAMPLES), (0.88, 22.19, 2.77, 293.1)),
+    }),
+    "table5": Table("Masked or next-token prediction", *BOTH, {
+        "raster": ("raster", (REFINED, SAMPLES), (1.22, 21.07, 3.08, 269.9)),
+        "global": ("default", (REFINED, SAMPLES), (0.88, 22.19, 2.77, 293.1)),
+    }),
+    "table6": Table("Two stages; bits a token (paper: 32 and 18)", *RECONSTRUCTION, {
+        "diffusion, 40 bits": ("bits", (DIFFUSED,), (1.03, 21.43, 0.633)),
+        "refiner, 40 bits": ("bits", (REFINED,), (0.67, 23.05, 0.684)),
+        "diffusion, 24 bits": ("default", (DIFFUSED,), (1.31, 20.48, 0.580)),
+        "refiner, 24 bits": ("default", (REFINED,), (0.88, 22.19, 0.639)),
+    }),
+    "table10": Table("Quantiser", *RECONSTRUCTION, {
+        "LFQ": ("lfq", (REFINED,), (1.32, 20.78, 0.564)),
+        "BSQ": ("default", (REFINED,), (0.88, 22.19, 0.639)),
+    }),
+    "table11": Table("Perceptual loss", *RECONSTRUCTION, {
+        "LPIPS": ("lpips", (REFINED,), (1.13, 22.73, 0.649)),
+        "ResNet": ("resnet", (REFINED,), (0.89, 22.02, 0.622)),
+        "LPIPS + ResNet": ("default", (REFINED,), (0.88, 22.19, 0.639)),
+    }),
+    "table12": Table("Generative pre-training", *RECONSTRUCTION, {
+        "only stage 2": ("scratch", (REFINED,), (1.80, 20.54, 0.556)),
+        "stages 1 and 2": ("default", (REFINED,), (0.88, 22.19, 0.639)),
+    }),
+    "table13": Table("Bitwise classifier", *GENERATION, {
+        "2 groups": ("groups", (SAMPLES,), (4.77, 251.4, 0.76, 0.48)),
+        "bitwise": ("default", (SAMPLES,), (2.77, 293.1, 0.78, 0.60)),
+    }),
+    "table14": Table("Order of filling", *GENERATION, {
+        "confidence": ("default", (drawn(order="confidence"),), (3.60, 246.8, 0.74, 0.62)),
+        "random": ("default", (SAMPLES,), (2.77, 293.1, 0.78, 0.60)),
+    }),
+    "figure7": Figure("guidance scale, linear schedule", "cfg", SCALES),
+    "figure8": Figure("guidance scale, constant schedule", "cfg", SCALES, "--cfg-schedule constant"),
+    "figure9": Figure("sampling steps", "steps", (1, 2, 4, 8, 16)),
+    "figure10": Figure("top-p", "top_p", (0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 1.0)),
+}
+LOWER_IS_BETTER = ("rFD", "gFD")
+
+
+def needs(entry: Table | Figure) -> list[tuple[str, str]]:
+    """The scores that an entry shows, (run, score); a figure's in the order of its values."""
+    if isinstance(entry, Figure):
+        return [("default", f"{entry.fixed} {drawn(**{entry.option: v})}".strip()) for v in entry.values]
+    return [(run, score) for run, scores, _ in entry.rows.values() for score in scores]
+
+
+class Laboratory:
+    """Trains and scores in a folder. Nothing is done twice; scores are kept by the checkpoints' fingerprints."""
+
+    def __init__(self, out: Path, count: int, patience: float, bar: tqdm):
+        self.out, self.count, self.patience, self.bar = out, count, patience, bar
+        self.file, self.lock = out / "scores.json", threading.Lock()
+        self.scores = json.loads(self.file.read_text()) if self.file.exists() else {}
+
+    def train(self, out: Path, seed: int, stage: str, changes: str) -> None:
+        """train.py on one stage; a finished one says so. Its words go into train.log."""
+        command = [sys.executable, ROOT / "train.py", "--stage", stage, "--out", out, "--seed", seed, "--resume"]
+        if stage != "0":
+            files = ("vae.safetensors", "siglip", "vgg16.safetensors", "lpips.safetensors", "resnet50.safetensors")
+            for name, file in zip(("vae", "siglip", "vgg", "lpips", "resnet"), files):
+                command += [f"--{name}", self.out / "stand-ins" / "standins" / file]
+        command += ["--set", *changes.split(), f"patience={self.patience}"]
+        with open(out / "train.log", "a") as log:
+            single = os.environ | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run([*map(str, command)], stdout=log, stderr=log, cwd=ROOT, env=single)
+        if done.returncode:
+            raise SystemExit(f"paper.py: {' '.join(map(str, command))} failed: see {out / 'train.log'}")
+        self.bar.update(COST[stage])
+
+    def run(self, name: str, seed: int, scores: list[str]) -> dict[tuple[str, str], dict[str, float]]:
+        """Train a run as far as its scores need it; -> its scores by (run, score)."""
+        out, own = self.out / f"{name}-{seed}", RUNS[name]
+        out.mkdir(exist_ok=True)
+        if own.stages[0] != "1" and own.changes != "init=scratch":
+            before = f"stage{'2' if own.stages[0] == 'ar' else '1'}.safetensors"
+            shutil.copyfile(self.out / f"default-{seed}" / before, out / before)
+        for stage in own.stages:
+            self.train(out, seed, stage, own.changes)
+        return {(name, score): self.score(out, seed, score) for score in scores}
+
+    def prepare_judge(self) -> None:
+        """The classifier and the held-out pictures (N, 3, 32, 32) that all scores share."""
+        path = self.out / "judge.safetensors"
+        if not path.exists():
+            trained = recognise.classifier(*recognise.drawn("train", 99, range(8000))).state_dict()
+            write_tensors(str(path), {name: tensor.contiguous() for name, tensor in trained.items()}, {})
+        self.judge = recognise.network().requires_grad_(False).eval()
+        self.judge.load_state_dict(load_file(path))
+        self.pictures, _ = recognise.drawn("val", 98, range(self.count))
+        self.features, _ = self.look(self.pictures)
+
+    def look(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 (N, 3, 32, 32) -> features (N, 96): the last maps' means; and the class that is seen (N,)."""
+        flat = next(i for i, layer in enumerate(self.judge) if isinstance(layer, torch.nn.Flatten))
+        maps = in_batches(self.judge[:flat], to_signed(pictures))
+        return maps.mean((2, 3)), self.judge[flat:](maps).argmax(1)
+
+    def distance(self, features: torch.Tensor) -> float:
+        """Frechet distance to the held-out pictures' features."""
+        statistics = ((f.double().mean(0), f.double().T.cov()) for f in (self.features, features))
+        return fid.frechet_distance(*(value for pair in statistics for value in pair))
+
+    @torch.no_grad()
+    def score(self, out: Path, seed: int, what: str) -> dict[str, float]:
+        """Scores of a run: of "stage1" or "stage2" on held-out pictures, else of samples by sample.py's options."""
+        path = out / f"{what if what in (REFINED, DIFFUSED) else 'ar'}.safetensors"
+        key = f"{out.name} {what} {self.count} {TensorFiles(str(path)).metadata['fingerprint']}"
+        if key not in self.scores:
+            if path.stem == "ar":
+                options = sample.parse_arguments(["--npz", str(self.count), "--run", str(out), *what.split()])
+                sampler = sample.Sampler(options, torch.device("cpu"))
+                wanted = torch.arange(self.count) % len(sampler.classes)
+                made = sampler.draw(wanted.tolist(), sample.generator(torch.device("cpu"), seed))
+                features, seen = self.look(made)
+                scores = {"gFD": self.distance(features), "recognised": (seen == wanted).float().mean().item()}
+                scores |= zip(("precision", "recall"), fid.precision_recall(self.features, features))
+            else:
+                tokenizer, rng = load_semtok(str(path))[0], torch.Generator().manual_seed(seed)
+                rng = rng if what == DIFFUSED else None
+                made = in_batches(lambda part: tokenizer.reconstruct(part, rng), self.pictures)
+                scores = {"rFD": self.distance(self.look(made)[0])}
+                scores |= {f.__name__.upper(): f(made, self.pictures).mean().item() for f in (fid.psnr, fid.ssim)}
+            with self.lock:
+                self.scores[key] = scores
+                write_text(str(self.file), json.dumps(self.scores, indent=1))
+        self.bar.update(COST["score"])
+        return self.scores[key]
+
+
+def verdict(column: str, ours: list[np.ndarray], paper: list[float]) -> str:
+    """Whether SemTok's row, the last, stands to the other rows as in the paper. `ours`: each row's seeds."""
+    found = []
+    for row, published in zip(ours[:-1], paper[:-1]):
+        difference, spread = ours[-1].mean() - row.mean(), (np.ptp(ours[-1]) + np.ptp(row)) / 2
+        better = (paper[-1] < published) if column in LOWER_IS_BETTER else (paper[-1] > published)
+        agrees = (difference < 0) == better if column in LOWER_IS_BETTER else (difference > 0) == better
+        found.append("within the spread" if abs(difference) <= spread else "as the paper" if agrees else "opposite")
+    return ", ".join(found)
+
+
+def markdown(name: str, table: Table, scores: dict) -> str:
+    """A table's Markdown: our figures, the paper's in brackets, and the verdict on each column."""
+    columns, published = table.columns.split(), [paper for _, _, paper in table.rows.values()]
+    values = []  # of each row and column, its seeds
+    for run, kinds, _ in table.rows.values():
+        seeds = [{k: v for one in kinds for k, v in one.items()} for kinds in zip(*(scores[run, k] for k in kinds))]
+        values.append([np.array([seed[column] for seed in seeds]) for column in columns])
+    lines = [f"**{name}: {table.title}**", "", "| | " + " | ".join(
+        f"{ours} ({theirs})" for ours, theirs in zip(columns, table.paper.split())) + " |"]
+    lines.append("| --- " * (len(columns) + 1) + "|")
+    for label, row, paper in zip(table.rows, values, published):
+        cells = [f"{v.mean():.3g} ± {np.ptp(v) / 2:.2g} ({p:g})" for v, p in zip(row, paper)]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    judged = [verdict(c, [row[i] for row in values], [p[i] for p in published]) for i, c in enumerate(columns)]
+    return "\n".join([*lines, f"| last row against each | {' | '.join(judged)} |", ""])
+
+
+def chart(figure: Figure, scores: dict) -> Image.Image:
+    """A panel for each of gFD, recognised, precision, recall over the option's values: mean and range."""
+    names, wide, high = ("gFD", "recognised", "precision", "recall"), 250, 190
+    sheet = Image.new("RGB", (wide * len(names), high + 20), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((8, 4), figure.title + ", ticks at the values that were run; the bars are the seeds' range", fill="black")
+    for number, name in enumerate(names):
+        left, top, right, bottom = number * wide + 44, 40, (number + 1) * wide - 10, high - 16
+        seeds = np.array([[one[name] for one in scores[key]] for key in needs(figure)])  # (values, seeds)
+        low, top_value = seeds.min(), seeds.max()
+        across = np.linspace(left + 6, right - 6, len(seeds))
+        def height(value):
+            return bottom - 6 - (value - low) / ((top_value - low) or 1) * (bottom - top - 12)
+        pen.text((left, top - 14), name, fill="black")
+        pen.rectangle((left, top, right, bottom), outline="grey")
+        for value in (low, (low + top_value) / 2, top_value):
+            pen.text((left - 40, height(value) - 6), f"{value:.3g}", fill="black")
+            pen.line((left - 3, height(value), left, height(value)), fill="grey")
+        for x, value, row in zip(across, figure.values, seeds):
+            pen.text((x - 8, bottom + 4), f"{value:g}", fill="black")
+            pen.line((x, height(row.min()), x, height(row.max())), fill="steelblue")
+        pen.line([*zip(across, height(seeds.mean(1)))], fill="steelblue", width=2)
+        pen.text(((left + right) / 2 - 20, bottom + 16), figure.option, fill="grey")
+    return sheet
+
+
+def main() -> None:
+    """The command of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("entries", nargs="*", metavar="ENTRY", help=f"of {', '.join(ENTRIES)}; default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--out", type=Path, default=Path("runs/paper"))
+    parser.add_argument("--n", type=int, default=1000, help="pictures and samples of each score")
+    parser.add_argument("--patience", type=float, default=1.0, help="so many times the default run's steps")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each")
+    args = parser.parse_args()
+    if unknown := [name for name in args.entries if name not in ENTRIES]:
+        parser.error(f"{unknown[0]} is none of {', '.join(ENTRIES)}")
+    names = args.entries or list(ENTRIES)
+    wanted = list(dict.fromkeys(pair for name in names for pair in needs(ENTRIES[name])))
+    groups = {run: [score for of, score in wanted if of == run] for run in RUNS}  # the default run comes first
+    groups = {run: scores for run, scores in groups.items() if scores or run == "default"}
+
+    torch.set_num_threads(1)
+    (args.out / "stand-ins").mkdir(parents=True, exist_ok=True)
+    seconds = sum(sum(map(COST.get, RUNS[run].stages)) + COST["score"] * len(groups[run]) for run in groups)
+    total = COST["0"] + seconds * len(args.seeds)
+    with tqdm(total=total, unit="s", desc="about") as bar, ThreadPoolExecutor(args.jobs) as pool:
+        laboratory = Laboratory(args.out, args.n, args.patience, bar)
+        laboratory.train(args.out / "stand-ins", 0, "0", "")
+        laboratory.prepare_judge()
+        scores = {}
+        # The default runs end first: others start from their stages. The longest of the others start early.
+        for wave in (["default"], sorted(groups.keys() - {"default"}, key=lambda run: -len(RUNS[run].stages))):
+            jobs = [(run, seed, groups[run]) for run in wave for seed in args.seeds]
+            for found in pool.map(lambda job: laboratory.run(*job), jobs):
+                for key, values in found.items():
+                    scores.setdefault(key, []).append(values)  # in the order of the seeds
+    parts = []
+    for name in names:
+        if isinstance(entry := ENTRIES[name], Figure):
+            write_picture(str(args.out / f"{name}.png"), chart(entry, scores))
+            parts.append(f"**{name}: {entry.title}**\n\n![{entry.title}]({name}.png)\n")
+        else:
+            parts.append(markdown(name, entry, scores))
+    head = f"{args.n} pictures, seeds {', '.join(map(str, args.seeds))}, {args.patience:g} times the default steps"
+    write_text(str(args.out / "RESULTS.md"), "\n".join([head, "", *parts]))
+    print(args.out / "RESULTS.md")
+
+
+if __name__ == "__main__":
+    main()
