@@ -311,7 +311,7 @@ def labelled_pictures(folder: str, size: int, most: int) -> tuple[torch.Tensor, 
     if len(names) < 2 or counts.min() < 6:
         raise UserError(
             f"{len(owners)} pictures in {len(names)} classes of {folder or 'the built-in world'} are too "
-            "few: --clusters needs FOLDER/CLASS/picture.jpg, at least two classes, each of at least 6 pictures"
+            "few: --clusters needs FOLDER/CLASS/picture.jpg, at least two classes, each of 6 pictures or more"
         )
     order = labels.argsort(kind="stable")
     return torch.stack([pictures[i] for i in order]), torch.from_numpy(labels[order]), names.tolist()
