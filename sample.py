@@ -364,8 +364,8 @@ def clusters(args: argparse.Namespace, device: torch.device) -> str:
     """`--clusters` (Figure 6): classes in stage 2's encoder, in SigLIP and, as the control, in pixels.
     Prints `neighbour_accuracy` in each, draws `discriminants` of each; returns the picture's path.
 
-    The encoder's features are its tokens just before their compression to bits, side by side: each token has
-    its own meaning, and a mean over them would lose the class. SigLIP's are the mean that Eq. 2 aligns to."""
+    The encoder's features are its tokens just before their compression to bits, side by side. The paper names
+    no pooling; in the tiny run their mean loses the class. SigLIP's are the mean that Eq. 2 aligns to."""
     tokenizer, standin = load(args.run, "stage2", device)[0], os.path.join(args.run, "standins", "siglip")
     published = os.path.join("weights", "siglip2-base-patch16-256.safetensors")
     path = args.siglip or (standin if os.path.exists(standin) else published)
