@@ -39,7 +39,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from ar import load_ar
-from bsq import bits_to_codes
+from bsq import bits_to_codes, index_to_bits
 from mmdit import UserError
 from semtok import (
     PICTURE_SUFFIXES, choose_device, load_semtok, load_siglip, picture_grid, read_picture, to_signed,
@@ -131,18 +131,24 @@ class Sampler:
             pictures.append(to_uint8(self.tokenizer.decode(self.tokenizer.refine(codes))).cpu())
         return torch.cat(pictures)
 
+    @torch.no_grad()
     def draw_steps(self, labels: list[int], random: torch.Generator, order: str) -> tuple[torch.Tensor, dict]:
         """Figure 5: a picture for each label after 1, 2, 4, ... steps and the last: (B, S, 3, H, W) uint8.
-        Also how many tokens each of these S steps knows. A token still masked is decoded as a zero code, the
-        mean of a code's two values. The refiner has never seen one in training."""
-        pictures, known = [], {}
+        Also how many tokens each of these S steps knows. A token still masked is decoded as the mean of its
+        code under the transformer; as zero in next-token prediction, which looks one token ahead only."""
+        pictures, known, config = [], {}, self.ar.config
+        group = torch.arange(2**config.group_bits, device=self.device)
+        group = bits_to_codes(index_to_bits(group, config.group_bits), spherical=False)  # (2^g, g) of +-1
         for batch in torch.tensor(labels, device=self.device).split(self.batch_size):
             steps = self.ar.generate_steps(batch, generator=random, **self.options | {"order": order})
             shown = []
             for step, (bits, masked) in enumerate(steps, 1):
                 if step & (step - 1) == 0 or not masked.any():  # a power of two, or the last
                     known[step] = int((~masked[0]).sum())
-                    codes = bits_to_codes(bits, self.ar.config.spherical).masked_fill(masked[..., None], 0)
+                    codes = bits_to_codes(bits, config.spherical)
+                    mean = (self.ar(bits, batch, masked).softmax(-1) @ group).flatten(-2)  # of +-1, (B, K, d)
+                    mean *= 0 if config.causal else codes.abs().amax()
+                    codes = torch.where(masked[..., None], mean.to(codes.dtype), codes)
                     shown.append(to_uint8(self.tokenizer.decode(self.tokenizer.refine(codes))).cpu())
             pictures.append(torch.stack(shown, 1))
         return torch.cat(pictures), known
