@@ -213,23 +213,24 @@ class MaskedAR(nn.Module):
         top_p: float = 0.75, order: str = "random", generator: torch.Generator | None = None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Eq. 8: fill K masked tokens in steps; after each, yields bits (B, K, d), masked (B, K), both bool.
-        labels (B,) int64. cfg, cfg_schedule: see `guidance`. top_p: see `sample_groups`. order: "random", or
-        "confidence" (Table 14): the tokens whose drawn bits are surest. A causal model fills one token a step
-        from left to right. Raises ValueError for another order, and steps or order that a causal model lacks.
+        labels (B,) int64. cfg, cfg_schedule: see `guidance`. top_p: see `sample_groups`. order: "random";
+        "raster" (Figure 5), from left to right; or "confidence" (Table 14): the tokens whose drawn bits are
+        surest. A causal model always fills one token a step from left to right. Raises ValueError for another
+        order, and for steps or an order that a causal model lacks.
         """
         config, device, confident = self.config, labels.device, order == "confidence"
         steps = config.steps if steps is None else steps
-        if order not in ("random", "confidence"):
-            raise ValueError(f"order {order!r} is neither random nor confidence")
+        if order not in ("random", "raster", "confidence"):
+            raise ValueError(f"order {order!r} is none of random, raster and confidence")
         if config.causal and (steps != config.tokens or confident):
             raise ValueError(f"a next-token model takes {config.tokens} steps, not {steps}, {order}")
         bits = torch.zeros(len(labels), config.tokens, config.bits, dtype=torch.bool, device=device)
         masked = torch.ones_like(bits[..., 0])
         everywhere = torch.arange(config.tokens, device=device).expand_as(masked)
-        sequence, counts = everywhere, [1] * config.tokens
-        if not config.causal:
+        sequence = everywhere
+        if not config.causal and order != "raster":
             sequence = torch.rand(masked.shape, generator=generator, device=device).argsort(-1)
-            counts = fill_counts(config.tokens, steps)
+        counts = [1] * config.tokens if config.causal else fill_counts(config.tokens, steps)
 
         passes = 1 if cfg == 1 else 2  # with the class; guided, also without
         conditions = torch.cat([labels, torch.full_like(labels, config.classes)][:passes])

@@ -2,9 +2,11 @@
 
     python sample.py --class 1              # a grid of pictures of class 1, from runs/tiny
     python sample.py --labels 0 star 7      # several classes
+    python sample.py --class 4 --progress   # decoded after 1, 2, 4, ... steps, in random and raster order
     python sample.py --image A.jpg B.jpg    # original | stage-1 sample | stage-2 refiner, a row each
     python sample.py --npz 50000            # class-balanced pictures in ADM's format, for fid.py
     python sample.py --reconstruct FOLDER   # every picture of a folder through the tokens, for fid.py --pairs
+    python sample.py --clusters FOLDER      # do classes cluster in the encoder, in SigLIP, in pixels?
 
 Section 3.3 and appendix A.2, "Inference". A run's checkpoints describe themselves, so nothing else is asked.
 
@@ -16,6 +18,7 @@ Section 3.3 and appendix A.2, "Inference". A run's checkpoints describe themselv
 
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -28,16 +31,19 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import numpy as np
+import scipy.linalg
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from ar import load_ar
-from bsq import bits_to_codes
+from bsq import bits_to_codes, index_to_bits
 from mmdit import UserError
 from semtok import (
-    PICTURE_SUFFIXES, choose_device, load_semtok, picture_grid, read_picture, to_uint8, write_file,
-    write_picture, write_text,
+    PICTURE_SUFFIXES, choose_device, load_semtok, load_siglip, picture_grid, read_picture, to_signed,
+    to_uint8, write_file, write_picture, write_text,
 )
 
 # torchrun's variables. The processes share a folder and need no other exchange, hence no group.
@@ -80,14 +86,16 @@ class Sampler:
                 f"ar.safetensors in {args.run} was trained on another stage2.safetensors than the one beside "
                 "it: train it again with python train.py --stage ar --overwrite"
             )
-        if config.causal and (args.steps not in (None, config.tokens) or args.order or args.compile):
+        ordered = args.order not in (None, "raster")
+        if config.causal and (args.steps not in (None, config.tokens) or ordered or args.compile):
             raise UserError(
                 f"ar.safetensors in {args.run} predicts the next token: it takes {config.tokens} steps from "
                 "left to right, each on one token more, so leave out --steps, --order and --compile"
             )
         self.options = {
             "steps": args.steps or config.steps, "cfg": config.guidance if args.cfg is None else args.cfg,
-            "cfg_schedule": args.cfg_schedule, "top_p": args.top_p, "order": args.order or "random",
+            "cfg_schedule": args.cfg_schedule, "top_p": args.top_p,
+            "order": args.order or ("raster" if config.causal else "random"),
         }
         cuda = device.type == "cuda"
         half = cuda if args.bfloat16 is None else args.bfloat16
@@ -123,21 +131,50 @@ class Sampler:
             pictures.append(to_uint8(self.tokenizer.decode(self.tokenizer.refine(codes))).cpu())
         return torch.cat(pictures)
 
+    @torch.no_grad()
+    def draw_steps(self, labels: list[int], random: torch.Generator, order: str) -> tuple[torch.Tensor, dict]:
+        """Figure 5: a picture for each label after 1, 2, 4, ... steps and the last: (B, S, 3, H, W) uint8.
+        Also how many tokens each of these S steps knows. A token still masked is decoded as the mean of its
+        code under the transformer; as zero in next-token prediction, which looks one token ahead only."""
+        pictures, known, config = [], {}, self.ar.config
+        group = torch.arange(2**config.group_bits, device=self.device)
+        group = bits_to_codes(index_to_bits(group, config.group_bits), spherical=False)  # (2^g, g) of +-1
+        for batch in torch.tensor(labels, device=self.device).split(self.batch_size):
+            steps = self.ar.generate_steps(batch, generator=random, **self.options | {"order": order})
+            shown = []
+            for step, (bits, masked) in enumerate(steps, 1):
+                if step & (step - 1) == 0 or not masked.any():  # a power of two, or the last
+                    known[step] = int((~masked[0]).sum())
+                    codes = bits_to_codes(bits, config.spherical)
+                    mean = (self.ar(bits, batch, masked).softmax(-1) @ group).flatten(-2)  # of +-1, (B, K, d)
+                    mean *= 0 if config.causal else codes.abs().amax()
+                    codes = torch.where(masked[..., None], mean.to(codes.dtype), codes)
+                    shown.append(to_uint8(self.tokenizer.decode(self.tokenizer.refine(codes))).cpu())
+            pictures.append(torch.stack(shown, 1))
+        return torch.cat(pictures), known
+
 
 def class_grid(args: argparse.Namespace, device: torch.device) -> str:
-    """`--class` and `--labels`: n pictures of each class; returns the picture's path."""
+    """`--class` and `--labels`: n pictures of each class, with `--progress` a row each; returns the path."""
     sampler = Sampler(args, device)
     labels = list(dict.fromkeys(sampler.label(text) for text in args.labels or [vars(args)["class"]]))
-    count = args.n or (16 if len(labels) == 1 else 8)
-    if len(labels) * count > 4096:
+    count = args.n or (2 if args.progress else 16 if len(labels) == 1 else 8)
+    if len(labels) * count > (256 if args.progress else 4096):
         raise UserError(f"{len(labels) * count:,} pictures are no grid to look at: lower --n, or use --npz")
     every = [label for label in labels for _ in range(count)]
-    pictures = sampler.draw(every, generator(device, args.seed), progress=True)
-    rows = {}
-    for label, block in zip(labels, pictures.split(count)):
-        for i, row in enumerate(block.split(8)):
-            rows[" " * len(rows) if i else f"{label}: {sampler.classes[label]}"] = row
-    name = f"class-{'-'.join(map(str, labels))}-seed-{args.seed}.png"
+    rows, both = {}, args.progress and not args.order and not sampler.ar.config.causal
+    for order in ("random", "raster") if both else (sampler.options["order"],):
+        random, told = generator(device, args.seed), ""
+        if args.progress:
+            pictures, known = sampler.draw_steps(every, random, order)
+            steps, tokens = (", ".join(map(str, numbers)) for numbers in (known, known.values()))
+            told = f", {order} order, steps {steps} with {tokens} tokens"
+        else:
+            pictures = sampler.draw(every, random, progress=True)
+        for label, block in zip(labels, pictures.split(count)):
+            for i, row in enumerate(block if args.progress else block.split(8)):
+                rows[" " * len(rows) if i else f"{label}: {sampler.classes[label]}{told}"] = row
+    name = f"class-{'-'.join(map(str, labels))}{'-progress' * args.progress}-seed-{args.seed}.png"
     path = args.out or os.path.join(args.run, name)
     write_picture(path, picture_grid(rows))
     return path
@@ -207,6 +244,20 @@ def npz(args: argparse.Namespace, device: torch.device) -> str:
     return path
 
 
+def picture_files(folder: Path) -> list[Path]:
+    """Every picture below a folder but hidden ones, in the order of their paths."""
+    paths = sorted(folder.rglob("*"))
+    return [path for path in paths if path.suffix.lower() in PICTURE_SUFFIXES and path.name[0] != "."]
+
+
+def tell_skipped(bad: list[str], count: int) -> None:
+    """Say on stderr which of `count` pictures could not be read. Raises UserError if it is all of them."""
+    if bad and len(bad) == count:
+        raise UserError(f"none of the {count} pictures can be read: {bad[0]}")
+    if bad:
+        print(f"skipped {len(bad)} of {count} pictures: {'; '.join(bad[:3])}", file=sys.stderr)
+
+
 def reconstruct(args: argparse.Namespace, device: torch.device) -> str:
     """`--reconstruct`: every picture below a folder through tokens and refiner; returns the results' folder.
 
@@ -217,12 +268,11 @@ def reconstruct(args: argparse.Namespace, device: torch.device) -> str:
     if Path(out).resolve().is_relative_to(source.resolve()):
         raise UserError(f"--out {out} lies in the folder that --reconstruct reads: choose another --out")
     targets, bad = {}, []
-    for path in sorted(source.rglob("*")):
-        if path.suffix.lower() in PICTURE_SUFFIXES and path.name[0] != ".":
-            target = Path(out, path.relative_to(source)).with_suffix(".png")
-            if target in targets:  # fid.py --pairs could not tell them apart either
-                raise UserError(f"{targets[target]} and {path} would both become {target}: rename one")
-            targets[target] = path
+    for path in picture_files(source):
+        target = Path(out, path.relative_to(source)).with_suffix(".png")
+        if target in targets:  # fid.py --pairs could not tell them apart either
+            raise UserError(f"{targets[target]} and {path} would both become {target}: rename one")
+        targets[target] = path
     if not targets:
         raise UserError(f"--reconstruct {source} holds no pictures: give a folder of JPEG or PNG files")
     claim(out, {"tokenizer": metadata["fingerprint"], "pictures": str(source.resolve())})
@@ -240,19 +290,124 @@ def reconstruct(args: argparse.Namespace, device: torch.device) -> str:
             outputs = tokenizer.reconstruct(torch.stack(list(pictures.values())).to(device))
             for target, output in zip(pictures, outputs):
                 write_picture(str(target), picture_grid({"": output[None]}, side=size))
-    if len(bad) == len(targets):
-        raise UserError(f"none of the {len(bad)} pictures can be read: {bad[0]}")
-    if bad:
-        print(f"skipped {len(bad)} of {len(targets)} pictures: {'; '.join(bad[:3])}", file=sys.stderr)
+    tell_skipped(bad, len(targets))
+    return out
+
+
+def labelled_pictures(folder: str, size: int, most: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Pictures (N, 3, size, size) uint8, sorted labels (N,), the classes' names. At most so many of each of
+    the first ten classes of FOLDER/CLASS/**/picture, or, without a folder, of the built-in world's held-out
+    pictures. UserError for fewer than two classes of six."""
+    if folder:
+        pictures, owners, bad = [], [], []
+        for entry in [entry for entry in sorted(Path(folder).glob("[!.]*")) if entry.is_dir()][:10]:
+            for path in picture_files(entry)[:most]:
+                try:
+                    pictures.append(read_picture(str(path), size))
+                    owners.append(entry.name)
+                except UserError as error:
+                    bad.append(str(error))
+        tell_skipped(bad, len(bad) + len(owners))
+    else:
+        from train import Pictures  # nothing else here needs the training code
+        world = Pictures(None, "val", 0, size)
+        pictures, labels = (part[: most * len(world.classes)] for part in world.spread(len(world)))
+        owners = [world.classes[label] for label in labels]
+    names, labels, counts = np.unique(owners, return_inverse=True, return_counts=True)
+    if len(names) < 2 or counts.min() < 6:
+        raise UserError(
+            f"{len(owners)} pictures in {len(names)} classes of {folder or 'the built-in world'} are too "
+            "few: --clusters needs FOLDER/CLASS/picture.jpg, at least two classes, each of 6 pictures or more"
+        )
+    order = labels.argsort(kind="stable")
+    return torch.stack([pictures[i] for i in order]), torch.from_numpy(labels[order]), names.tolist()
+
+
+def neighbour_accuracy(features: torch.Tensor, labels: torch.Tensor, k: int = 5) -> float:
+    """Leave-one-out: the share of rows (N, D) whose label (N,) their k nearest other rows vote for.
+    Distances are Euclidean. Of classes with equal votes the nearest row's wins."""
+    distances = torch.cdist(features, features).fill_diagonal_(math.inf)
+    nearest = labels[distances.topk(k, largest=False).indices]  # (N, k)
+    votes = F.one_hot(nearest) * (1 + 0.1 * 0.5 ** torch.arange(k))[:, None]  # (N, k, classes)
+    return (votes.sum(1).argmax(1) == labels).float().mean().item()
+
+
+def discriminants(features: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+    """LDA: the plane in which classes lie farthest apart for their own spread. Every other row of features
+    (N, D) decides it, and the rest are returned in it, (N // 2, 2): those that it was fitted to always look
+    well apart. labels (N,) are sorted, so both halves have every class."""
+    fitted = features[::2]
+    components = torch.linalg.svd(fitted - fitted.mean(0), full_matrices=False)[2][:50]
+    fitted, shown = ((half @ components.T).double() for half in (fitted, features[1::2]))  # (., 50)
+    means = torch.stack([fitted[labels[::2] == label].mean(0) for label in labels.unique()])
+    within = torch.cov((fitted - means[labels[::2]]).T)
+    # Shrinkage: without it, directions win in which a few pictures happen to agree.
+    within += (0.1 * torch.cov(fitted.T).diagonal().mean() + 1e-9) * torch.eye(len(within))
+    directions = scipy.linalg.eigh(torch.cov(means.T).numpy(), within.numpy())[1]  # the best are the last
+    return shown.numpy() @ directions[:, [-1, -2]]
+
+
+def scatter_plot(panels: dict[str, np.ndarray], labels: torch.Tensor, names: list[str]) -> Image.Image:
+    """Panels beside each other, title -> points (N, 2), coloured by labels (N,), of at most ten classes."""
+    colours = "1f77b4 ff7f0e 2ca02c d62728 9467bd 8c564b e377c2 666666 bcbd22 17becf".split()
+    sheet, dots = Image.new("RGB", (400 * len(panels), 460), "white"), []
+    pen = ImageDraw.Draw(sheet)
+    for left, (title, points) in zip(range(10, sheet.width, 400), panels.items()):
+        places = (points - points.min(0)) / (np.ptp(points, 0) + 1e-9) * 370 + (left + 5, 40)
+        dots += zip(places.tolist(), labels.tolist())
+        pen.text((left, 8), title, "black", font_size=16)
+    for label, name in enumerate(names):
+        x = 15 + label * sheet.width // len(names)
+        dots.append(((x, 440), label))
+        pen.text((x + 9, 431), name[:12], "black", font_size=14)
+    for (x, y), label in dots:
+        pen.ellipse((x - 3, y - 3, x + 3, y + 3), f"#{colours[label]}", "white")
+    return sheet
+
+
+@torch.no_grad()
+def clusters(args: argparse.Namespace, device: torch.device) -> str:
+    """`--clusters` (Figure 6): classes in stage 2's encoder, in SigLIP and, as the control, in pixels.
+    Prints `neighbour_accuracy` in each, draws `discriminants` of each; returns the picture's path.
+
+    The encoder's features are its tokens just before their compression to bits, side by side. The paper names
+    no pooling; in the tiny run their mean loses the class. SigLIP's are the mean that Eq. 2 aligns to."""
+    tokenizer, standin = load(args.run, "stage2", device)[0], os.path.join(args.run, "standins", "siglip")
+    published = os.path.join("weights", "siglip2-base-patch16-256.safetensors")
+    path = args.siglip or (standin if os.path.exists(standin) else published)
+    if not os.path.exists(path):
+        raise UserError(f"{path} is missing: README.md says how to get SigLIP 2; or give --siglip PATH")
+    siglip = load_siglip(path, device)
+    pictures, labels, names = labelled_pictures(args.clusters, tokenizer.config.image_size, args.n or 200)
+    tokenizer.encoder.to_bits = nn.Identity()  # the encoder now returns what stands before the bits
+
+    def features(batch):
+        signed = to_signed(batch.to(device))
+        before_bits = tokenizer.encoder(tokenizer.vae.encode(signed))[1]  # (B, K, encoder width)
+        pooled, pixels = siglip(signed).mean((2, 3)), F.adaptive_avg_pool2d(signed, 32)
+        return [part.flatten(1).cpu() for part in (before_bits, pooled, pixels)]
+
+    spaces, panels = zip(*map(features, tqdm(pictures.split(32), "encoding", unit="x32", leave=False))), {}
+    for name, parts in zip(("encoder", "SigLIP", "pixels"), spaces):
+        space = torch.cat(parts)  # (N, D)
+        title = f"{name}: 5 nearest neighbours {neighbour_accuracy(space, labels):.1%}"
+        panels[title] = discriminants(space, labels)
+    print(f"{len(labels)} pictures of {len(names)} classes", *panels, sep="\n")
+    out = args.out or os.path.join(args.run, "clusters.png")
+    write_picture(out, scatter_plot(panels, labels[1::2], names))
     return out
 
 
 # ------------------------------------------------------------------------------------------------ the command
 
-JOBS = {"class": class_grid, "labels": class_grid, "image": photo, "npz": npz, "reconstruct": reconstruct}
+JOBS = {
+    "class": class_grid, "labels": class_grid, "image": photo, "npz": npz, "reconstruct": reconstruct,
+    "clusters": clusters,
+}
 DRAWING = ("class", "labels", "npz")
 USED_BY = {  # the jobs in which an option changes something; the others refuse it
-    "n": ("class", "labels"), "steps": (*DRAWING, "image"), "seed": (*DRAWING, "image"),
+    "n": ("class", "labels", "clusters"), "progress": ("class", "labels"), "siglip": ("clusters",),
+    "steps": (*DRAWING, "image"), "seed": (*DRAWING, "image"),
     **dict.fromkeys(("batch_size", "cfg", "cfg_schedule", "top_p", "order", "bfloat16", "compile"), DRAWING),
 }
 
@@ -281,17 +436,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--image", nargs="+", metavar="FILE", help="original | stage 1 | stage 2, a row each")
     what.add_argument("--npz", type=count, metavar="N", help="N class-balanced pictures in ADM's .npz format")
     what.add_argument("--reconstruct", metavar="FOLDER", help="each picture below it through the tokens")
+    what.add_argument("--clusters", nargs="?", const="", metavar="FOLDER",
+        help="classes of FOLDER/CLASS/picture in encoder, SigLIP and pixels (default: the built-in world's)")
     add, flag, runs = parser.add_argument, argparse.BooleanOptionalAction, os.path.join("runs", "tiny")
     add("--run", default=runs, metavar="FOLDER", help="train.py's --out (default: runs/tiny)")
     add("--out", metavar="PATH", help="the file, or with --reconstruct the folder, to write")
-    add("--n", type=count, help="pictures of each class (default: 16 of one, 8 of each of several)")
+    add("--progress", action="store_true", help="with --class, --labels: after 1, 2, 4, ... steps")
+    add("--siglip", metavar="PATH", help="file or folder, for --clusters (default: the run's, or weights/'s)")
+    add("--n", type=count, help="pictures of each class (default: 16 of one, 8 of each of several, 2 with "
+        "--progress, at most 200 with --clusters)")
     add("--steps", type=number(int, 1, 10_000), help="default: 64, at most one a token; with --image 25")
     add("--cfg", type=number(float, 0, 1000), help="guidance scale; 1 is none (default: the run's best)")
     add("--cfg-schedule", choices=["linear", "constant"], default="linear",
         help="guidance grows with the share of tokens that are known, or stays (default: linear)")
     add("--top-p", type=number(float, 0, 1), default=0.75,
         help="per bit, the likelier value alone if its probability reaches this (default: 0.75)")
-    add("--order", choices=["random", "confidence"], help="of filling tokens (Table 14; default: random)")
+    add("--order", choices=["random", "raster", "confidence"],
+        help="of filling tokens (Table 14; default: random, with --progress random and raster)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="decides the pictures (default: 0)")
     add("--batch-size", type=count, default=64, help="pictures drawn at once (default: 64)")
     add("--bfloat16", action=flag, help="draw with networks in bfloat16 (default: on CUDA)")

@@ -193,7 +193,7 @@ def test_words_thrown_together_on_a_command_line(tmp_path, rounds, capfd, monkey
         train: ["--set", "--steps", "--batch-size", "--lr", "--seed", "--device", "--workers", "--accumulate", "--gpus",
                 "--data", "--vae", "--resume", "--overwrite", "--preset", "--ar-size"],
         sample: ["--n", "--steps", "--cfg", "--top-p", "--seed", "--batch-size", "--device", "--order", "--npz", "--image",
-                 "--class", "--labels", "--reconstruct", "--out"],
+                 "--class", "--labels", "--reconstruct", "--out", "--clusters", "--siglip", "--progress"],
     }
     for seed in range(4 * rounds):
         rng, (command, options) = random.Random(seed), list(flags.items())[seed % 2]

@@ -273,8 +273,8 @@ def test_schedule_fills_every_position_once(tokens, steps):
 def test_schedules():
     with pytest.raises(ValueError, match="at least 1"):
         ar.fill_counts(16, 0)
-    with pytest.raises(ValueError, match="'raster' is neither random nor confidence"):
-        ar.MaskedAR(ar.AR_PRESETS["tiny"]).generate(torch.tensor([1]), order="raster")
+    with pytest.raises(ValueError, match="'spiral' is none of random, raster and confidence"):
+        ar.MaskedAR(ar.AR_PRESETS["tiny"]).generate(torch.tensor([1]), order="spiral")
     assert ar.guidance(6.0, 0.5, "linear") == 3.5 and ar.guidance(6.0, 1.0, "linear") == 6.0
     assert ar.guidance(6.0, 0.1, "constant") == 6.0 and ar.guidance(1.0, 0.7, "linear") == 1.0
 
@@ -300,7 +300,7 @@ def test_top_p_on_larger_groups():
     assert torch.allclose(counts[1:3], torch.tensor([0.625, 0.375]), atol=0.02)
 
 
-@pytest.mark.parametrize("order", ["random", "confidence"])
+@pytest.mark.parametrize("order", ["random", "raster", "confidence"])
 def test_generation_fills_each_token_once_and_keeps_it(order):
     model, labels = small_ar(), torch.tensor([0, 3, 9])
     before, masked = torch.zeros(3, 9, 6, dtype=torch.bool), torch.ones(3, 9, dtype=torch.bool)
@@ -312,6 +312,12 @@ def test_generation_fills_each_token_once_and_keeps_it(order):
     assert not masked.any()
     again, other = (model.generate(labels, **options, generator=seeded(seed)) for seed in (0, 1))
     assert torch.equal(again, bits) and not torch.equal(other, bits)
+
+
+def test_raster_order_fills_from_left_to_right():
+    options = {"steps": 4, "cfg": 2.0, "order": "raster"}
+    known = [(~masked).int().tolist() for _, masked in small_ar().generate_steps(torch.tensor([0, 3]), **options)]
+    assert known == [[[1] * n + [0] * (9 - n)] * 2 for n in (1, 3, 6, 9)]  # 9 cos(pi/2 n/4), floored: 8, 6, 3, 0
 
 
 def test_guided_logits_are_u_plus_g_times_c_minus_u(monkeypatch):

@@ -242,6 +242,7 @@ def test_next_token_sampling_goes_from_left_to_right():
     logits = both[1] + scale[:, None, None] * (both[0] - both[1])
     greedy = ar.index_to_bits(logits.argmax(-1), 2).flatten(-2)
     assert n == 6 and torch.equal(bits, greedy)  # it is what one pass over the finished sequence says
+    assert torch.equal(model.generate(labels, cfg=3.0, top_p=1e-6, order="raster"), bits)
     for options in ({"steps": 3}, {"order": "confidence"}):
         with pytest.raises(ValueError, match="7 steps"):
             model.generate(labels, **options)

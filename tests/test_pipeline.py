@@ -181,6 +181,56 @@ def test_each_job_of_sampling(finished, pictures, tmp_path):
     assert files == {path.relative_to(made): path.stat().st_mtime_ns for path in made.rglob("*.png")}
 
 
+def test_progress(finished, tmp_path):
+    """Figure 5: a column for each of the steps 1, 2, 4 and 6, a row for each picture and order."""
+    draw = ("sample.py", "--class", "fish", "--progress", "--steps", 6, "--run", finished[0])
+    result = call(*draw)
+    assert result.returncode == 0 and result.stdout.strip() == str(finished[0] / "class-1-progress-seed-0.png"), result.stderr
+    assert Image.open(finished[0] / "class-1-progress-seed-0.png").size == (4 * 96, 2 * 2 * (96 + 18))
+    assert call(*draw, "--order", "raster", "--n", 3, "--out", tmp_path / "a.png").returncode == 0
+    assert Image.open(tmp_path / "a.png").size == (4 * 96, 3 * (96 + 18))
+    sentence(call("sample.py", "--npz", 9, "--progress"), "--progress changes nothing with --npz: it belongs to --class, --labels")
+    sampler = sample.Sampler(sample.parse_arguments([*map(str, draw[1:])]), torch.device("cpu"))
+    shown, known = sampler.draw_steps([1, 2], sample.generator(torch.device("cpu"), 0), "random")
+    whole = sampler.draw([1, 2], sample.generator(torch.device("cpu"), 0))
+    assert known == {1: 1, 2: 3, 4: 8, 6: 16} and torch.equal(shown[:, -1], whole)  # 16 cos(pi/2 n/6), floored: 15, 13, 8, 0
+
+
+def test_clusters(finished, tmp_path):
+    folder = make_pictures(tmp_path / "data", 8)
+    (folder / "fish" / "002.png").write_bytes(b"no picture at all")
+    show = ("sample.py", "--run", finished[0], "--clusters")
+    result = call(*show, folder, "--out", tmp_path / "a.png")
+    assert result.returncode == 0 and "skipped 1 of 24 pictures" in result.stderr, result.stderr
+    said = result.stdout.splitlines()
+    assert said[0] == "23 pictures of 3 classes" and said[3] == "pixels: 5 nearest neighbours 100.0%"  # told by brightness
+    assert Image.open(tmp_path / "a.png").size == (1200, 460)
+    result = call(*show, "--n", 8)  # the built-in world
+    assert "80 pictures of 10 classes" in result.stdout and (finished[0] / "clusters.png").is_file(), result.stderr
+    for wrong in (("--n", 5), ("--siglip", tmp_path / "none"), ("--steps", 3)):
+        sentence(call(*show, folder, "--out", tmp_path / "b.png", *wrong))
+    sentence(call(*show, folder / "fish"), f"0 pictures in 0 classes of {folder / 'fish'} are too few", "FOLDER/CLASS/picture.jpg")
+    sentence(call(*show, folder, "--siglip", tmp_path / "none"), "none is missing", "--siglip PATH")
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_neighbours_and_discriminants():
+    line = torch.tensor([[0.0], [1], [2.1], [10], [11.2], [3.5]])
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    # the two nearest: 1 2.1 | 0 2.1 | 1 3.5 (equal votes: the nearer, 1) | 11.2 3.5 | 10 3.5 | 2.1 1 (wrong)
+    assert sample.neighbour_accuracy(line, labels, k=2) == pytest.approx(5 / 6)
+    shuffled = 5 - torch.arange(6)
+    assert sample.neighbour_accuracy(line[shuffled], 1 - labels[shuffled], k=4) == sample.neighbour_accuracy(line, labels, k=4)
+    rng = np.random.default_rng(0)
+    labels = torch.arange(3).repeat_interleave(40)
+    noise = torch.from_numpy(rng.normal(size=(120, 80))).float()
+    noise[:, 7] += 6.0 * labels  # the one direction that tells the classes
+    plane = sample.discriminants(noise, labels)
+    assert plane.shape == (60, 2) and abs(np.corrcoef(plane[:, 0], labels[1::2])[0, 1]) > 0.9
+    random = sample.discriminants(torch.from_numpy(rng.normal(size=(120, 80))).float(), labels)
+    assert abs(np.corrcoef(random[:, 0], labels[1::2])[0, 1]) < 0.5  # held out: noise does not look like classes
+
+
 def test_wrong_and_damaged_checkpoints(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished[0], run, ignore=shutil.ignore_patterns("state-*", "preview-*"))
