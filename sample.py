@@ -42,8 +42,8 @@ from ar import load_ar
 from bsq import bits_to_codes, index_to_bits
 from mmdit import UserError
 from semtok import (
-    PICTURE_SUFFIXES, choose_device, load_semtok, load_siglip, picture_grid, read_picture, to_signed,
-    to_uint8, write_file, write_picture, write_text,
+    PICTURE_SUFFIXES, SemTok, SigLIP, choose_device, load_semtok, load_siglip, picture_grid, read_picture,
+    to_signed, to_uint8, write_file, write_picture, write_text,
 )
 
 # torchrun's variables. The processes share a folder and need no other exchange, hence no group.
@@ -244,20 +244,6 @@ def npz(args: argparse.Namespace, device: torch.device) -> str:
     return path
 
 
-def picture_files(folder: Path) -> list[Path]:
-    """Every picture below a folder but hidden ones, in the order of their paths."""
-    paths = sorted(folder.rglob("*"))
-    return [path for path in paths if path.suffix.lower() in PICTURE_SUFFIXES and path.name[0] != "."]
-
-
-def tell_skipped(bad: list[str], count: int) -> None:
-    """Say on stderr which of `count` pictures could not be read. Raises UserError if it is all of them."""
-    if bad and len(bad) == count:
-        raise UserError(f"none of the {count} pictures can be read: {bad[0]}")
-    if bad:
-        print(f"skipped {len(bad)} of {count} pictures: {'; '.join(bad[:3])}", file=sys.stderr)
-
-
 def reconstruct(args: argparse.Namespace, device: torch.device) -> str:
     """`--reconstruct`: every picture below a folder through tokens and refiner; returns the results' folder.
 
@@ -268,11 +254,12 @@ def reconstruct(args: argparse.Namespace, device: torch.device) -> str:
     if Path(out).resolve().is_relative_to(source.resolve()):
         raise UserError(f"--out {out} lies in the folder that --reconstruct reads: choose another --out")
     targets, bad = {}, []
-    for path in picture_files(source):
-        target = Path(out, path.relative_to(source)).with_suffix(".png")
-        if target in targets:  # fid.py --pairs could not tell them apart either
-            raise UserError(f"{targets[target]} and {path} would both become {target}: rename one")
-        targets[target] = path
+    for path in sorted(source.rglob("*")):
+        if path.suffix.lower() in PICTURE_SUFFIXES and path.name[0] != ".":
+            target = Path(out, path.relative_to(source)).with_suffix(".png")
+            if target in targets:  # fid.py --pairs could not tell them apart either
+                raise UserError(f"{targets[target]} and {path} would both become {target}: rename one")
+            targets[target] = path
     if not targets:
         raise UserError(f"--reconstruct {source} holds no pictures: give a folder of JPEG or PNG files")
     claim(out, {"tokenizer": metadata["fingerprint"], "pictures": str(source.resolve())})
@@ -290,37 +277,22 @@ def reconstruct(args: argparse.Namespace, device: torch.device) -> str:
             outputs = tokenizer.reconstruct(torch.stack(list(pictures.values())).to(device))
             for target, output in zip(pictures, outputs):
                 write_picture(str(target), picture_grid({"": output[None]}, side=size))
-    tell_skipped(bad, len(targets))
+    if len(bad) == len(targets):
+        raise UserError(f"none of the {len(bad)} pictures can be read: {bad[0]}")
+    if bad:
+        print(f"skipped {len(bad)} of {len(targets)} pictures: {'; '.join(bad[:3])}", file=sys.stderr)
     return out
 
 
-def labelled_pictures(folder: str, size: int, most: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Pictures (N, 3, size, size) uint8, sorted labels (N,), the classes' names. At most so many of each of
-    the first ten classes of FOLDER/CLASS/**/picture, or, without a folder, of the built-in world's held-out
-    pictures. UserError for fewer than two classes of six."""
-    if folder:
-        pictures, owners, bad = [], [], []
-        for entry in [entry for entry in sorted(Path(folder).glob("[!.]*")) if entry.is_dir()][:10]:
-            for path in picture_files(entry)[:most]:
-                try:
-                    pictures.append(read_picture(str(path), size))
-                    owners.append(entry.name)
-                except UserError as error:
-                    bad.append(str(error))
-        tell_skipped(bad, len(bad) + len(owners))
-    else:
-        from train import Pictures  # nothing else here needs the training code
-        world = Pictures(None, "val", 0, size)
-        pictures, labels = (part[: most * len(world.classes)] for part in world.spread(len(world)))
-        owners = [world.classes[label] for label in labels]
-    names, labels, counts = np.unique(owners, return_inverse=True, return_counts=True)
-    if len(names) < 2 or counts.min() < 6:
-        raise UserError(
-            f"{len(owners)} pictures in {len(names)} classes of {folder or 'the built-in world'} are too "
-            "few: --clusters needs FOLDER/CLASS/picture.jpg, at least two classes, each of 6 pictures or more"
-        )
-    order = labels.argsort(kind="stable")
-    return torch.stack([pictures[i] for i in order]), torch.from_numpy(labels[order]), names.tolist()
+def features(tokenizer: SemTok, siglip: SigLIP, pictures: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What Figure 6 compares, of uint8 (B, 3, H, W): the encoder's tokens (B, K, width) just before their
+    compression to bits; SigLIP's mean (B, C), which Eq. 2 aligns to; pixels (B, 3, 32, 32). The paper names no
+    pooling of the tokens, and in the tiny run their mean loses the class: they stand side by side."""
+    signed, before = to_signed(pictures), []
+    hook = tokenizer.encoder.to_bits.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
+    tokenizer.encode(signed)
+    hook.remove()
+    return before[0], siglip(signed).mean((2, 3)), F.adaptive_avg_pool2d(signed, 32)
 
 
 def neighbour_accuracy(features: torch.Tensor, labels: torch.Tensor, k: int = 5) -> float:
@@ -368,33 +340,33 @@ def scatter_plot(panels: dict[str, np.ndarray], labels: torch.Tensor, names: lis
 @torch.no_grad()
 def clusters(args: argparse.Namespace, device: torch.device) -> str:
     """`--clusters` (Figure 6): classes in stage 2's encoder, in SigLIP and, as the control, in pixels.
-    Prints `neighbour_accuracy` in each, draws `discriminants` of each; returns the picture's path.
 
-    The encoder's features are its tokens just before their compression to bits, side by side. The paper names
-    no pooling; in the tiny run their mean loses the class. SigLIP's are the mean that Eq. 2 aligns to."""
+    Prints `neighbour_accuracy` in each, draws `discriminants` of each; returns the picture's path. They are of
+    the first ten classes of FOLDER, or of the built-in world's held-out pictures."""
+    from train import Pictures  # nothing else here needs the training code
     tokenizer, standin = load(args.run, "stage2", device)[0], os.path.join(args.run, "standins", "siglip")
     published = os.path.join("weights", "siglip2-base-patch16-256.safetensors")
     path = args.siglip or (standin if os.path.exists(standin) else published)
     if not os.path.exists(path):
         raise UserError(f"{path} is missing: README.md says how to get SigLIP 2; or give --siglip PATH")
     siglip = load_siglip(path, device)
-    pictures, labels, names = labelled_pictures(args.clusters, tokenizer.config.image_size, args.n or 200)
-    tokenizer.encoder.to_bits = nn.Identity()  # the encoder now returns what stands before the bits
-
-    def features(batch):
-        signed = to_signed(batch.to(device))
-        before_bits = tokenizer.encoder(tokenizer.vae.encode(signed))[1]  # (B, K, encoder width)
-        pooled, pixels = siglip(signed).mean((2, 3)), F.adaptive_avg_pool2d(signed, 32)
-        return [part.flatten(1).cpu() for part in (before_bits, pooled, pixels)]
-
-    spaces, panels = zip(*map(features, tqdm(pictures.split(32), "encoding", unit="x32", leave=False))), {}
-    for name, parts in zip(("encoder", "SigLIP", "pixels"), spaces):
-        space = torch.cat(parts)  # (N, D)
+    split = "train" if args.clusters else "val"
+    world = Pictures(args.clusters or None, split, 0, tokenizer.config.image_size)
+    members = [np.flatnonzero(np.equal(world.labels, c))[: args.n or 200] for c in range(len(world.classes[:10]))]
+    if len(members) < 2 or min(map(len, members)) < 6:
+        found = f"{len(members)} classes of {min(map(len, members))} pictures and more"
+        raise UserError(f"--clusters needs two classes or more, each of 6 pictures or more, not {found}")
+    pictures, labels = zip(*(world[int(index), False] for index in np.concatenate(members)))
+    labels, spaces = torch.tensor(labels), []
+    for batch in tqdm(torch.stack(pictures).split(32), "encoding", unit="x32", leave=False):
+        spaces.append([part.flatten(1).cpu() for part in features(tokenizer, siglip, batch.to(device))])
+    panels = {}
+    for name, space in zip(("encoder", "SigLIP", "pixels"), map(torch.cat, zip(*spaces))):  # (N, D)
         title = f"{name}: 5 nearest neighbours {neighbour_accuracy(space, labels):.1%}"
         panels[title] = discriminants(space, labels)
-    print(f"{len(labels)} pictures of {len(names)} classes", *panels, sep="\n")
+    print(f"{len(labels)} pictures of {len(members)} classes", *panels, sep="\n")
     out = args.out or os.path.join(args.run, "clusters.png")
-    write_picture(out, scatter_plot(panels, labels[1::2], names))
+    write_picture(out, scatter_plot(panels, labels[1::2], world.classes[:10]))
     return out
 
 

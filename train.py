@@ -294,7 +294,7 @@ class Pictures(Dataset):
             except UserError as error:
                 self.skipped += 1
                 tqdm.write(f"skipped ({int(self.skipped)} so far): {error}", file=sys.stderr)
-        raise UserError("50 pictures in a row could not be read: check the folder given as --data")
+        raise UserError("50 pictures in a row could not be read: check the folder")
 
     def spread(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The same `count` pictures every time, over all classes: (N, 3, H, W) uint8 and labels (N,)."""
@@ -310,7 +310,7 @@ def find_pictures(folder: str, split: str) -> tuple[list[str], list[str], list[i
     UserError for another layout."""
     layout = "FOLDER/CLASS/picture.jpg, one subfolder for each class"
     if not os.path.isdir(folder):
-        raise UserError(f"--data {folder} is no folder: give one laid out as {layout}")
+        raise UserError(f"{folder} is no folder: give one laid out as {layout}")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     paths, labels, digest = [], [], hashlib.sha256()
     for label, name in enumerate(classes):
@@ -323,7 +323,7 @@ def find_pictures(folder: str, split: str) -> tuple[list[str], list[str], list[i
         labels += [label] * len(chosen)
     if not paths:
         where = f"in {len(classes)} subfolders"
-        raise UserError(f"--data {folder} has no {split} pictures {where}: it must be {layout}")
+        raise UserError(f"{folder} has no {split} pictures {where}: it must be {layout}")
     for path in paths:  # a picture's size and time of change stand for it
         stamp = os.lstat(path)
         about = f"{os.path.relpath(path, folder)} {stamp.st_size} {stamp.st_mtime_ns}\n"
