@@ -37,7 +37,7 @@ import recognise  # noqa: E402
 import sample  # noqa: E402
 from mmdit import TensorFiles  # noqa: E402
 from semtok import load_semtok, load_siglip, to_signed, write_picture, write_tensors, write_text  # noqa: E402
-from train import in_batches  # noqa: E402
+from train import in_batches, setting_names  # noqa: E402
 
 COST = {"0": 40, "1": 60, "2": 100, "ar": 150, "score": 25}  # for the bar: about the seconds of each
 
@@ -160,7 +160,8 @@ class Laboratory:
             files = ("vae.safetensors", "siglip", "vgg16.safetensors", "lpips.safetensors", "resnet50.safetensors")
             for name, file in zip(("vae", "siglip", "vgg", "lpips", "resnet"), files):
                 command += [f"--{name}", self.out / "stand-ins" / "standins" / file]
-        command += ["--set", *changes.split(), f"patience={self.patience}"]
+        fit = [text for text in changes.split() if text.partition("=")[0] in setting_names(stage)]
+        command += ["--set", *fit, f"patience={self.patience}"]
         with open(out / "train.log", "a") as log:
             single = os.environ | {"OMP_NUM_THREADS": "1"}
             done = subprocess.run([*map(str, command)], stdout=log, stderr=log, cwd=ROOT, env=single)
