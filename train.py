@@ -18,8 +18,9 @@ The models and the method are in semtok.py and ar.py. This file is the engineeri
 
 A stage is a module. `prepare(pictures, labels, rng, step) -> rows, shared` makes all that needs no gradient,
 of uint8 pictures (B, 3, H, W) or of tokens' bits (B, K, d), and `forward(rows, shared) -> losses` the rest.
-`rows` has a row for each picture of this rank, so a micro-batch is a slice of it. `preview()` is a picture,
-`validate()` is held-out figures by name, and `export(metadata)` writes the result; all ranks call them.
+`rows` has a row for each picture of this rank, so a micro-batch is a slice of it. `preview()` is a picture and
+figures of it by name, `validate()` held-out figures, and `export(metadata)` writes the result; all ranks call
+them.
 """
 
 import argparse
@@ -129,7 +130,7 @@ CADENCE = ("log_every", "save_every", "preview_every")  # they only say how ofte
 POSITIVE = (*CADENCE, "steps", "batch_size", "lr", "warmup", "patience")
 SHARES = ("least_masked", "class_dropout", "smoothing")
 ON_RESUME = (*CADENCE, "steps", "patience", "lr", "warmup", "gan_start", "discriminator_lr")  # may change
-TINY_EVERY = {"log_every": 25, "save_every": 400, "preview_every": 400}
+TINY_EVERY = {"log_every": 25, "save_every": 400, "preview_every": 200}
 RECIPES = {
     "paper": {
         "1": TokenizerRecipe(200_000, 256, 5e-5),
@@ -680,10 +681,11 @@ class Pretraining(nn.Module):
         return in_batches(lambda part: self.semtok.reconstruct(part, rng), pictures)
 
     @torch.no_grad()
-    def preview(self) -> Image.Image:
+    def preview(self) -> tuple[Image.Image, dict[str, float]]:
         pictures, _ = self.job.val.spread(10)
-        made = self.reconstruct(pictures.to(self.job.device))
-        return picture_grid({"original": pictures} | self.before | {self.caption: made})
+        made = self.reconstruct(pictures.to(self.job.device)).cpu()
+        rows = {"original": pictures} | self.before | {self.caption: made}
+        return picture_grid(rows), {"preview_psnr": fid.psnr(made, pictures).mean().item()}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -782,13 +784,13 @@ class Generating(nn.Module):
         return self.ar.loss(**rows, **shared, smoothing=self.recipe.smoothing)
 
     @torch.no_grad()
-    def preview(self) -> Image.Image:
+    def preview(self) -> tuple[Image.Image, dict[str, float]]:
         tokenizer, config = self.frozen["tokenizer"], self.ar.config
         labels = torch.arange(min(20, config.classes), device=self.job.device)
         rng = torch.Generator(labels.device).manual_seed(0)
         bits = self.ar.generate(labels, cfg=config.guidance, generator=rng)
         latents = tokenizer.refine(bits_to_codes(bits, config.spherical))
-        return picture_grid({"one sample of each class": to_uint8(tokenizer.decode(latents))})
+        return picture_grid({"one sample of each class": to_uint8(tokenizer.decode(latents))}), {}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -1056,7 +1058,7 @@ def prune_log(path: str, stage: str, step: int) -> None:
     for line in Path(path).read_bytes().splitlines() if os.path.exists(path) else []:
         with contextlib.suppress(ValueError, TypeError, KeyError):
             entry = json.loads(line)
-            if entry["stage"] != stage or (entry["step"] <= step and "loss" in entry):
+            if entry["stage"] != stage or (entry["step"] <= step and {"loss", "preview_psnr"} & {*entry}):
                 kept.append(json.dumps(entry) + "\n")
     write_text(path, "".join(kept))
 
@@ -1179,7 +1181,7 @@ def train_stage(name: str, job: Job) -> None:
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     def write_log(**entry):
-        if rank == 0:
+        if rank == 0 and entry:
             with open(log, "a", encoding="utf-8") as file:
                 print(json.dumps({"stage": name, "step": step} | entry), file=file)
 
@@ -1263,7 +1265,8 @@ def train_stage(name: str, job: Job) -> None:
                 write_log(**entry)
             if step % recipe.preview_every == 0 or last:
                 with averaged(stage, average), autocast():
-                    picture = stage.preview()
+                    picture, figures = stage.preview()
+                write_log(**figures)
                 if rank == 0:
                     write_picture(job.path(f"preview-{name}-{step:07d}.png"), picture)
             if step % recipe.save_every == 0 or last or stopped:
@@ -1294,13 +1297,15 @@ def train_stage(name: str, job: Job) -> None:
 def draw_curves(log: str, stage: str) -> Image.Image:
     """What a stage wrote into log.jsonl: a panel for each number, over the steps."""
     entries = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
-    entries = [entry for entry in entries if entry["stage"] == stage and "loss" in entry]
-    names = [name for name in entries[-1] if name not in ("stage", "step", "skipped")]
-    sheet, last = Image.new("RGB", (5 * 230, -(-len(names) // 5) * 120), "white"), entries[-1]["step"]
+    curves = {}  # name -> [(step, value)]
+    for entry in (entry for entry in entries if entry["stage"] == stage):
+        for name in entry.keys() - {"stage", "step", "skipped"}:
+            curves.setdefault(name, []).append((entry["step"], entry[name]))
+    curves = {name: curves[name] for name in sorted(curves) if len(curves[name]) > 1}
+    sheet, last = Image.new("RGB", (5 * 230, -(-len(curves) // 5) * 120), "white"), entries[-1]["step"]
     pen = ImageDraw.Draw(sheet)
-    for number, name in enumerate(names):
-        points = [(e["step"], e[name]) for e in entries if math.isfinite(e.get(name, math.nan))]
-        steps, values = np.array(points or [(0, 0)]).T
+    for number, (name, points) in enumerate(curves.items()):
+        steps, values = np.array([point for point in points if math.isfinite(point[1])] or [(0, 0)]).T
         (low, high), left, top = (values.min(), values.max()), number % 5 * 230 + 8, number // 5 * 120 + 4
         heights = (values - low) / (high - low or 1)
         pen.text((left, top), f"{name}  {values[-1]:.4g}", fill="black")
