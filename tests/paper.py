@@ -302,7 +302,6 @@ def main() -> None:
     groups = {run: [score for of, score in wanted if of == run] for run in RUNS}  # the default run comes first
     groups = {run: scores for run, scores in groups.items() if scores or run == "default"}
 
-    torch.set_num_threads(1)
     (args.out / "stand-ins").mkdir(parents=True, exist_ok=True)
     seconds = sum(sum(map(COST.get, RUNS[run].stages)) + COST["score"] * len(groups[run]) for run in groups)
     total = COST["0"] + seconds * len(args.seeds)
@@ -310,6 +309,7 @@ def main() -> None:
         laboratory = Laboratory(args.out, args.n, args.patience, bar)
         laboratory.train(args.out / "stand-ins", 0, "0", "")
         laboratory.prepare_judge()
+        torch.set_num_threads(1)  # from here on the runs are the parallelism
         scores = {}
         # The default runs end first: others start from their stages. The longest of the others start early.
         for wave in (["default"], sorted(groups.keys() - {"default"}, key=lambda run: -len(RUNS[run].stages))):

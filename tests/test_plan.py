@@ -6,8 +6,10 @@ import subprocess
 import sys
 from functools import cache
 
+import numpy as np
 import pytest
 
+import paper
 from test_pipeline import ROOT, call
 
 STAGE1, STAGE2, AR = ("--stage 1 --preset paper", "--stage 2 --preset paper", "--stage ar --preset paper --ar-size L")
@@ -130,3 +132,35 @@ def test_mistakes_are_one_sentence(arguments, sentence):
     result = call("train.py", *arguments.split(), "--dry-run")
     assert result.returncode == 2 and result.stdout == "" and sentence in result.stderr, result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_the_reading_order_points_at_the_lines_it_names():
+    rows = re.findall(r"^\| \d \| `(\w+\.py)` (\d+)-(\d+)(?:, `\w+\.py`)? \| (.*?) \|", (ROOT / "README.md").read_text(), re.M)
+    assert len(rows) >= 7
+    for name, first, last, what in rows:
+        lines = (ROOT / name).read_text().splitlines()
+        assert re.match(r"# --|def |class |@", lines[int(first) - 1]), (name, first, lines[int(first) - 1])
+        assert int(last) == len(lines) or lines[int(last) - 1].startswith("# --"), (name, last)
+        for defined in re.findall(r"`(\w+)`", what):
+            assert any(re.match(rf"(def|class) {defined}\b", line) for line in lines[int(first) - 1 : int(last)]), defined
+
+
+def test_what_the_ablations_say_of_their_figures():
+    low, high, between = (np.array(seeds) for seeds in ([1.0, 1.2], [2.0, 2.2], [1.1, 2.1]))
+    for ours, published, said in (
+        ([low, high], [3, 4], "as the paper"), ([high, low], [3, 4], "opposite"), ([high, low], [4, 3], "as the paper"),
+        ([between, high], [3, 4], "within the spread"), ([low, high, high], [5, 3, 4], "opposite, within the spread"),
+    ):
+        assert paper.verdict(ours, published) == said
+    every = {need: [] for entry in paper.ENTRIES.values() for need in paper.needs(entry)}
+    for (run, score), seeds in every.items():
+        for seed in range(2):
+            sizes = dict.fromkeys(("rFD", "PSNR", "SSIM", "kNN", "gFD", "recognised", "precision", "recall"), 1.0 + seed)
+            seeds.append({name: value + (run == "default") for name, value in sizes.items()})
+    text = paper.markdown("table14", paper.ENTRIES["table14"], every)
+    assert "| confidence | 2.5 ± 0.5 (3.6) | 2.5 ± 0.5 (246.8) |" in text and text.count("within the spread") == 4
+    for name, entry in paper.ENTRIES.items():
+        if isinstance(entry, paper.Figure):
+            assert paper.chart(entry, every).size == (1000, 210)
+        else:
+            assert "nan" not in paper.markdown(name, entry, every)
