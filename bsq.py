@@ -101,14 +101,15 @@ class BSQ(nn.Module):
         """z (..., d) -> codes (..., d) and u (..., d), z on the sphere; float32."""
         u = F.normalize(z.float(), dim=-1) if self.spherical else z.float()
         corner = torch.where(u > 0, self.magnitude, -self.magnitude)  # torch.sign(0) would be no corner
-        # The gradient goes to u, without bsq-vit's 1/sqrt(d). In this order the value is the corner exactly.
+        # Straight-through: the gradient goes to u, without bsq-vit's 1/sqrt(d). In this order the value is
+        # the corner exactly.
         return corner + (u - u.detach()), u
 
     def entropy_loss(self, u: torch.Tensor) -> dict[str, torch.Tensor]:
         """Eq. 4 on u (..., d), in nats: `entropy_loss` = `token_entropy` - `code_entropy`.
         The soft assignment q(c|u) ~ exp(2 tau c.u) is a product over bits, p_i = sigmoid(4 tau m u_i) with m
         the magnitude of a channel: the first term is an exact sum. The second, the entropy of the average q,
-        is bounded by the sum over groups of bits. A healthy run has a slightly NEGATIVE loss."""
+        is bounded by the sum over groups of bits. The loss is never positive; near 0, codes collapse."""
         logits = (4 * self.temperature * self.magnitude) * u.float().reshape(-1, self.bits)  # (N, d)
         p = logits.sigmoid()
         token_entropy = (p * F.softplus(-logits) + (1 - p) * F.softplus(logits)).sum(-1).mean()

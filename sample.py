@@ -286,8 +286,7 @@ def reconstruct(args: argparse.Namespace, device: torch.device) -> str:
 
 def features(tokenizer: SemTok, siglip: SigLIP, pictures: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What Figure 6 compares, of uint8 (B, 3, H, W): the encoder's tokens (B, K, width) just before their
-    compression to bits; SigLIP's mean (B, C), which Eq. 2 aligns to; pixels (B, 3, 32, 32). The paper names no
-    pooling of the tokens, and in the tiny run their mean loses the class: they stand side by side."""
+    compression to bits; SigLIP's mean (B, C), which Eq. 2 aligns to; pixels (B, 3, 32, 32)."""
     signed, before = to_signed(pictures), []
     hook = tokenizer.encoder.to_bits.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
     tokenizer.encode(signed)
@@ -341,8 +340,9 @@ def scatter_plot(panels: dict[str, np.ndarray], labels: torch.Tensor, names: lis
 def clusters(args: argparse.Namespace, device: torch.device) -> str:
     """`--clusters` (Figure 6): classes in stage 2's encoder, in SigLIP and, as the control, in pixels.
 
-    Prints `neighbour_accuracy` in each, draws `discriminants` of each; returns the picture's path. They are of
-    the first ten classes of FOLDER, or of the built-in world's held-out pictures."""
+    Prints `neighbour_accuracy` in each, draws `discriminants` of each; returns the picture's path. Pictures
+    are of the first ten classes of FOLDER, or the built-in world's held-out ones. Tokens stand side by side:
+    the paper names no pooling, and in the tiny run their mean loses the class."""
     from train import Pictures  # nothing else here needs the training code
     tokenizer, standin = load(args.run, "stage2", device)[0], os.path.join(args.run, "standins", "siglip")
     published = os.path.join("weights", "siglip2-base-patch16-256.safetensors")
@@ -352,7 +352,8 @@ def clusters(args: argparse.Namespace, device: torch.device) -> str:
     siglip = load_siglip(path, device)
     split = "train" if args.clusters else "val"
     world = Pictures(args.clusters or None, split, 0, tokenizer.config.image_size)
-    members = [np.flatnonzero(np.equal(world.labels, c))[: args.n or 200] for c in range(len(world.classes[:10]))]
+    names, owners = world.classes[:10], np.array(world.labels)
+    members = [np.flatnonzero(owners == label)[: args.n or 200] for label in range(len(names))]
     if len(members) < 2 or min(map(len, members)) < 6:
         found = f"{len(members)} classes of {min(map(len, members))} pictures and more"
         raise UserError(f"--clusters needs two classes or more, each of 6 pictures or more, not {found}")
@@ -366,7 +367,7 @@ def clusters(args: argparse.Namespace, device: torch.device) -> str:
         panels[title] = discriminants(space, labels)
     print(f"{len(labels)} pictures of {len(members)} classes", *panels, sep="\n")
     out = args.out or os.path.join(args.run, "clusters.png")
-    write_picture(out, scatter_plot(panels, labels[1::2], world.classes[:10]))
+    write_picture(out, scatter_plot(panels, labels[1::2], names))
     return out
 
 

@@ -628,6 +628,7 @@ class SemTok(nn.Module):
     def refiner_losses(self, latents, features, positive, candidates, weights) -> tuple[torch.Tensor, dict]:
         """Stage II, Eq. 7 but for its judges: latents (B, channels, h, w) in one step, and `regularisers`."""
         x, codes, u = self.quantise(latents)
+        # mask tokens in place of noisy latents, t = 1
         return self.decoder(codes), self.regularisers(x, codes, u, features, positive, candidates, weights)
 
     def regularisers(self, x, codes, u, features, positive, candidates, weights) -> dict:

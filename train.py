@@ -18,9 +18,8 @@ The models and the method are in semtok.py and ar.py. This file is the engineeri
 
 A stage is a module. `prepare(pictures, labels, rng, step) -> rows, shared` makes all that needs no gradient,
 of uint8 pictures (B, 3, H, W) or of tokens' bits (B, K, d), and `forward(rows, shared) -> losses` the rest.
-`rows` has a row for each picture of this rank, so a micro-batch is a slice of it. `preview()` is a picture and
-figures of it by name, `validate()` held-out figures, and `export(metadata)` writes the result; all ranks call
-them.
+`rows` has a row for each picture of this rank, so a micro-batch is a slice of it. All ranks call `preview()`
+-> a picture, its figures by name, `validate()` -> held-out figures, and `export(metadata)`, which writes.
 """
 
 import argparse
@@ -35,6 +34,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -113,7 +113,7 @@ class RefinerRecipe(TokenizerRecipe):
     lambda_p: float = 0.1
     lambda_gan: float = 0.1
     lambda_lecam: float = 0.001
-    gan_start: int = 20_000  # the step at which the discriminator joins
+    gan_start: int = 20_000  # the step at which the discriminator joins; never, if it is `steps` or more
     discriminator_lr: float = 1e-4
 
 
@@ -223,16 +223,16 @@ OUTLINES = {  # a shape for each class, of about unit radius round the origin
 HOLES = {"ring": polygon(48, 0.46), "crescent": polygon(48, 0.736) - (0, 0.42)}
 SHAPES = tuple(OUTLINES)
 PAINTS = np.array([  # red, orange, yellow, green, cyan, blue, purple, white, black
-    (215, 60, 55), (225, 135, 45), (215, 200, 60), (70, 170, 75), (60, 175, 190), (55, 80, 200), (160, 70, 185),
-    (225, 225, 220), (45, 45, 50),
+    (215, 60, 55), (225, 135, 45), (215, 200, 60), (70, 170, 75), (60, 175, 190), (55, 80, 200),
+    (160, 70, 185), (225, 225, 220), (45, 45, 50),
 ])
 
 
 def draw_shape(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray, int]:
     """Picture `index` of the built-in world: (size, size, 3) uint8 and its class, index % 10 of SHAPES.
 
-    By (split, seed, index) alone: a shape of one of nine PAINTS, of random size, place and rotation (within 11
-    degrees), on a muted gradient, stripes or woven texture."""
+    By (split, seed, index) alone: a shape in one of nine PAINTS, of random size, place and rotation (within
+    11 degrees), on a muted gradient, stripes or a woven texture."""
     rng = np.random.default_rng([list(DRAWN).index(split), seed, index])
     label, kind, direction = index % len(SHAPES), rng.integers(3), rng.uniform(0, 2 * np.pi)
     rows, columns = np.mgrid[:size, :size] / (size - 1) - 0.5
@@ -604,14 +604,20 @@ class Job:
         check_settings(path, asdict(model.config), sizes)
         return model, metadata
 
-    def command(self, stage: str) -> str:
-        """The command line that runs another stage of the same run."""
-        args, has = self.args, {*TOKENIZER_FIELDS, "patience"} & {*setting_names(stage)}
-        sizes = [f" {name}={text}" for name, text in args.changes.items() if name in has]
-        text = f"python train.py --stage {stage}" + f" --preset {args.preset}" * (not self.tiny)
-        text += f" --data {args.data}" * bool(args.data)
-        text += f" --out {args.out}" * (args.out != os.path.join("runs", args.preset))
-        return text + " --set" * bool(sizes) + "".join(sizes)
+    def command(self, stage: str, same: bool = False) -> str:
+        """The command line of another stage of this run, or of this one again, with every setting of it."""
+        args, known, sets = self.args, setting_names(stage), ""
+        usual = {"preset": "tiny", "data": None, "out": os.path.join("runs", args.preset), "seed": 0}
+        usual |= {"ar_size": "L" if args.preset == "paper" else args.preset, "accumulate": 1, "device": None}
+        text = f"python train.py --stage {stage}"
+        for name, value in (usual | dict.fromkeys(WEIGHTS)).items():
+            if getattr(args, name) != value:
+                text += f" --{name.replace('_', '-')} {shlex.quote(str(getattr(args, name)))}"
+        text += " --checkpoint-activations" * args.checkpoint_activations
+        for name, value in args.changes.items():
+            if name in known and (same or name in (*TOKENIZER_FIELDS, *AR_FIELDS, "flip", "patience")):
+                sets += f" {name}={value}"
+        return text + " --set" * bool(sets) + sets
 
     def missing(self, stage: str) -> list[str]:
         """A sentence for each thing that a stage reads and does not find."""
@@ -1244,10 +1250,10 @@ def train_stage(name: str, job: Job) -> None:
             look = step % recipe.log_every == 0 or last
             if (look or device.type == "cpu") and bad_in_a_row >= BAD_STEPS:
                 broken = ", ".join(n for n, value in losses.items() if not value.isfinite())
-                good = ["none is saved", *saved_states(states)][-1]
+                good = "".join(f"go on from {path} with --resume" for path in saved_states(states)[-1:])
                 raise UserError(
-                    f"step {step}: {broken} not finite, and the {int(bad_in_a_row)} last steps were skipped; "
-                    f"the last good training state: {good}; go on from it with --resume and a lower --lr"
+                    f"step {step}: {broken} not finite, and the {int(bad_in_a_row)} last steps were skipped: "
+                    f"{good or 'start again'} and a lower --lr"
                 )
             if look:
                 entry = {n: value.item() for n, value in losses.items()}
@@ -1272,7 +1278,8 @@ def train_stage(name: str, job: Job) -> None:
             if step % recipe.save_every == 0 or last or stopped:
                 save_state(states, step, state, settings)
             if stopped and not last:
-                raise UserError(f"stopped at step {step}, saved: go on with {job.command(name)} --resume")
+                again = job.command(name, same=True)
+                raise UserError(f"stopped at step {step}, saved: go on with {again} --resume")
 
     # ---- the result
     with averaged(stage, average):
@@ -1301,8 +1308,9 @@ def draw_curves(log: str, stage: str) -> Image.Image:
     for entry in (entry for entry in entries if entry["stage"] == stage):
         for name in entry.keys() - {"stage", "step", "skipped"}:
             curves.setdefault(name, []).append((entry["step"], entry[name]))
-    curves = {name: curves[name] for name in sorted(curves) if len(curves[name]) > 1}
-    sheet, last = Image.new("RGB", (5 * 230, -(-len(curves) // 5) * 120), "white"), entries[-1]["step"]
+    last = entries[-1]["step"]
+    curves = {name: curves[name] for name in sorted(curves) if len(curves[name]) > 1 or name == "loss"}
+    sheet = Image.new("RGB", (5 * 230, -(-len(curves) // 5) * 120), "white")
     pen = ImageDraw.Draw(sheet)
     for number, (name, points) in enumerate(curves.items()):
         steps, values = np.array([point for point in points if math.isfinite(point[1])] or [(0, 0)]).T

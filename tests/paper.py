@@ -290,7 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("entries", nargs="*", metavar="ENTRY", help=f"of {', '.join(ENTRIES)}; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--out", type=Path, default=Path("runs/paper"))
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--n", type=int, default=1000, help="pictures and samples of each score")
     parser.add_argument("--patience", type=float, default=1.0, help="so many times the default run's steps")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each")

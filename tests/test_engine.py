@@ -278,7 +278,9 @@ def test_two_processes_stop_together(base, number):
     for process, _ in started[: None if number == signal.SIGINT else 1]:
         os.kill(process.pid, number)
     said = finish("ar", out, code=2, started=started)
-    assert "stopped at step" in said and "--stage ar" in said and "--resume" in said
+    assert "stopped at step" in said and f"--out {out}" in said
+    again = said.partition("go on with python train.py ")[2].splitlines()[0].split()
+    assert again[:2] == ["--stage", "ar"] and again[-1] == "--resume" and "batch_size=4" in again and "steps=5000" in again
     step = int(states(out, "ar")[-1].name[5:])
     assert log(out, "ar")[-1]["step"] == step < 5000
     finish("ar", out, *long, step + 1, "--resume", ranks=2)
