@@ -341,31 +341,37 @@ def clusters(args: argparse.Namespace, device: torch.device) -> str:
     """`--clusters` (Figure 6): classes in stage 2's encoder, in SigLIP and, as the control, in pixels.
 
     Prints `neighbour_accuracy` in each, draws `discriminants` of each; returns the picture's path. Pictures
-    are of the first ten classes of FOLDER, or the built-in world's held-out ones. Tokens stand side by side:
-    the paper names no pooling, and in the tiny run their mean loses the class."""
-    from train import Pictures  # nothing else here needs the training code
+    are of the first ten subfolders. Tokens stand side by side: the paper names no pooling, and in the tiny
+    run their mean loses the class."""
     tokenizer, standin = load(args.run, "stage2", device)[0], os.path.join(args.run, "standins", "siglip")
     published = os.path.join("weights", "siglip2-base-patch16-256.safetensors")
     path = args.siglip or (standin if os.path.exists(standin) else published)
     if not os.path.exists(path):
         raise UserError(f"{path} is missing: README.md says how to get SigLIP 2; or give --siglip PATH")
-    siglip = load_siglip(path, device)
-    split = "train" if args.clusters else "val"
-    world = Pictures(args.clusters or None, split, 0, tokenizer.config.image_size)
-    names, owners = world.classes[:10], np.array(world.labels)
-    members = [np.flatnonzero(owners == label)[: args.n or 200] for label in range(len(names))]
-    if len(members) < 2 or min(map(len, members)) < 6:
-        found = f"{len(members)} classes of {min(map(len, members))} pictures and more"
-        raise UserError(f"--clusters needs two classes or more, each of 6 pictures or more, not {found}")
-    pictures, labels = zip(*(world[int(index), False] for index in np.concatenate(members)))
-    labels, spaces = torch.tensor(labels), []
+    siglip, pictures, labels, names = load_siglip(path, device), [], [], []
+    for owner in sorted(path for path in Path(args.clusters).glob("[!.]*") if path.is_dir())[:10]:
+        files = sorted(path for path in owner.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+        found = len(pictures)
+        for file in files[: args.n or 200]:
+            try:
+                pictures.append(read_picture(str(file), tokenizer.config.image_size))
+            except UserError as error:
+                print(f"skipped: {error}", file=sys.stderr)
+        if len(pictures) - found >= 6:
+            labels += [len(names)] * (len(pictures) - found)
+            names.append(owner.name)
+        else:
+            del pictures[found:]
+    if len(names) < 2:
+        layout = "at least two classes, FOLDER/CLASS/picture.jpg, each of 6 pictures or more"
+        raise UserError(f"--clusters {args.clusters} has {len(names)} classes of 6 pictures: give {layout}")
+    labels, spaces, panels = torch.tensor(labels), [], {}
     for batch in tqdm(torch.stack(pictures).split(32), "encoding", unit="x32", leave=False):
         spaces.append([part.flatten(1).cpu() for part in features(tokenizer, siglip, batch.to(device))])
-    panels = {}
     for name, space in zip(("encoder", "SigLIP", "pixels"), map(torch.cat, zip(*spaces))):  # (N, D)
         title = f"{name}: 5 nearest neighbours {neighbour_accuracy(space, labels):.1%}"
         panels[title] = discriminants(space, labels)
-    print(f"{len(labels)} pictures of {len(members)} classes", *panels, sep="\n")
+    print(f"{len(labels)} pictures of {len(names)} classes", *panels, sep="\n")
     out = args.out or os.path.join(args.run, "clusters.png")
     write_picture(out, scatter_plot(panels, labels[1::2], names))
     return out
@@ -409,8 +415,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--image", nargs="+", metavar="FILE", help="original | stage 1 | stage 2, a row each")
     what.add_argument("--npz", type=count, metavar="N", help="N class-balanced pictures in ADM's .npz format")
     what.add_argument("--reconstruct", metavar="FOLDER", help="each picture below it through the tokens")
-    what.add_argument("--clusters", nargs="?", const="", metavar="FOLDER",
-        help="classes of FOLDER/CLASS/picture in encoder, SigLIP and pixels (default: the built-in world's)")
+    what.add_argument("--clusters", metavar="FOLDER", help="FOLDER/CLASS/picture in encoder, SigLIP, pixels")
     add, flag, runs = parser.add_argument, argparse.BooleanOptionalAction, os.path.join("runs", "tiny")
     add("--run", default=runs, metavar="FOLDER", help="train.py's --out (default: runs/tiny)")
     add("--out", metavar="PATH", help="the file, or with --reconstruct the folder, to write")
