@@ -110,7 +110,8 @@ def test_log_has_every_term(finished):
         "ar": {"nll", "accuracy", "grad_norm_ar"},
     }
     for stage, names in terms.items():
-        step, last = (entry for entry in entries if entry["stage"] == stage)
+        step, *preview, last = (entry for entry in entries if entry["stage"] == stage)
+        assert [entry["preview_psnr"] > 0 for entry in preview] == [True] * (stage != "ar"), stage
         assert names | {"loss", "lr", "skipped", "step", "images_per_s", "tflops"} <= step.keys(), stage
         assert ({"val_nll_per_bit", "val_bit_accuracy"} if stage == "ar" else {"psnr", "ssim"}) <= last.keys()
         assert all(np.isfinite(value) for entry in (step, last) for value in entry.values() if value != stage)
