@@ -9,7 +9,8 @@ starts from the default run. RESULTS.md and the figures' PNGs lie in --out.
 
 Scores are of pictures that no training saw: PSNR and SSIM of reconstructions, the share of samples that an
 independent classifier recognises, and in the classifier's features Frechet distance (rFD of reconstructions, gFD
-of samples), precision and recall. Every number is the mean of the seeds, with half their range behind it.
+of samples), precision and recall; kNN is sample.py's neighbour_accuracy in the encoder's tokens. Every number is
+the mean of the seeds, with half their range behind it.
 """
 
 import argparse
@@ -145,6 +146,12 @@ def needs(entry: Table | Figure) -> list[tuple[str, str]]:
     return [(run, score) for run, scores, _ in entry.rows.values() for score in scores]
 
 
+def stages_of(run: str, scores: list[str]) -> list[str]:
+    """The stages that a run trains itself for these scores: the transformer only for samples."""
+    samples = any(score not in (REFINED, DIFFUSED) for score in scores)
+    return [stage for stage in RUNS[run].stages if stage != "ar" or samples]
+
+
 class Laboratory:
     """Trains and scores in a folder. Nothing is done twice; scores are kept by the checkpoints' fingerprints."""
 
@@ -176,7 +183,7 @@ class Laboratory:
         if own.stages[0] != "1" and own.changes != "init=scratch":
             before = f"stage{'2' if own.stages[0] == 'ar' else '1'}.safetensors"
             shutil.copyfile(self.out / f"default-{seed}" / before, out / before)
-        for stage in own.stages:
+        for stage in stages_of(name, scores):
             self.train(out, seed, stage, own.changes)
         return {(name, score): self.score(out, seed, score) for score in scores}
 
@@ -295,6 +302,7 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=1.0, help="so many times the default run's steps")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each")
     args = parser.parse_args()
+    args.out = args.out.resolve()  # train.py runs in the repository
     if unknown := [name for name in args.entries if name not in ENTRIES]:
         parser.error(f"{unknown[0]} is none of {', '.join(ENTRIES)}")
     names = args.entries or list(ENTRIES)
@@ -303,7 +311,7 @@ def main() -> None:
     groups = {run: scores for run, scores in groups.items() if scores or run == "default"}
 
     (args.out / "stand-ins").mkdir(parents=True, exist_ok=True)
-    seconds = sum(sum(map(COST.get, RUNS[run].stages)) + COST["score"] * len(groups[run]) for run in groups)
+    seconds = sum(sum(map(COST.get, stages_of(run, groups[run]))) + COST["score"] * len(groups[run]) for run in groups)
     total = COST["0"] + seconds * len(args.seeds)
     with tqdm(total=total, unit="s", desc="about") as bar, ThreadPoolExecutor(args.jobs) as pool:
         laboratory = Laboratory(args.out, args.n, args.patience, bar)
