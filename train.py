@@ -148,7 +148,7 @@ RECIPES = {
         # In batches of 16 the paper's lambda_s or lambda_p drown the pixels. The discriminator plays only at
         # a rate of its own, and with lambda_gan 0.02 it costs the refiner 1 dB.
         "2": RefinerRecipe(
-            1000, 16, 8e-3, warmup=50, lambda_s=0.003, lambda_p=0.002, lambda_gan=0.002, gan_start=700,
+            1300, 16, 8e-3, warmup=50, lambda_s=0.003, lambda_p=0.002, lambda_gan=0.002, gan_start=900,
             discriminator_lr=2e-3, **TINY_EVERY,
         ),
         # Of 16 tokens, a share of 0.7 masked leaves at most 4 known: sampling would end beyond all training.
