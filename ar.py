@@ -34,7 +34,7 @@ class ARConfig:
     width: int = 1024
     heads: int = 16
     group_bits: int = 1  # bits decided by one softmax: 1 is bitwise; 9 is Table 13's "2 groups" of 18
-    guidance: float = 6.0  # best scale with the linear schedule (appendix A.2)
+    guidance: float = 6.0  # with the linear schedule; L's, XL's and XXL's: best in appendix A.2
     classes: int = 1000
     tokens: int = 256  # K
     bits: int = 18  # d, bits of a token
@@ -280,8 +280,8 @@ def guidance(scale: float, share: float, schedule: str) -> float:
 
 def sample_groups(logits: torch.Tensor, top_p: float, generator: torch.Generator | None = None):
     """Draw a value per group of bits from logits (..., groups, V), each from its smallest set of values whose
-    probability reaches top_p: a bit surer than that is taken outright. Returns the values (..., groups) int64
-    and their log probability (...) before this filter."""
+    probability reaches top_p. For one bit: the likelier value, if its probability reaches top_p; else either
+    at its own odds. Returns values (..., groups) int64 and their log probability (...) before this filter."""
     probabilities, values = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = probabilities.cumsum(-1) - probabilities  # the mass of all likelier values
     kept = torch.where(before < top_p, probabilities, 0.0)

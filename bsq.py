@@ -66,8 +66,8 @@ def ranks() -> tuple[int, int]:
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The mean of equal shapes over all ranks, each of which must call this.
-    The gradient goes to this rank's value, and data parallelism averages it: exact where, as in Eq. 4, every
-    rank computes the same from the mean."""
+    The gradient reaches this rank's value alone. Averaged over the ranks, as FSDP does, it is exact where
+    every rank computes the same loss from the mean, as in Eq. 4."""
     if ranks()[1] == 1:
         return value
     mean = value.detach().clone(memory_format=torch.contiguous_format)

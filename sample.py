@@ -55,14 +55,15 @@ def load(run: str, name: str, device: torch.device) -> tuple[nn.Module, dict[str
 
     Raises UserError for a missing file, and for weights that are not finite."""
     path = os.path.join(run, f"{name}.safetensors")
-    out = "" if os.path.normpath(run) == os.path.join("runs", "tiny") else f" --out {run}"
-    command = f"python train.py --stage {name.removeprefix('stage')}{out}"
+    command = f"python train.py --stage {name.removeprefix('stage')}"
+    if os.path.normpath(run) != os.path.join("runs", "tiny"):
+        command += f" --out {run} and that run's other options"
     if not os.path.isfile(path):
         raise UserError(f"{path} is missing: make it with {command} (--stage all makes everything)")
     model, metadata = (load_ar if name == "ar" else load_semtok)(path, device)
     for key, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
-            raise UserError(f"{path} has NaN or infinity in {key}: make it again with {command} --overwrite")
+            raise UserError(f"{path} has NaN or infinity in {key}: make it again (--overwrite), {command}")
     return model, metadata
 
 
@@ -84,7 +85,7 @@ class Sampler:
         if metadata["tokenizer"] != about["fingerprint"] or not sizes:
             raise UserError(
                 f"ar.safetensors in {args.run} was trained on another stage2.safetensors than the one beside "
-                "it: train it again with python train.py --stage ar --overwrite"
+                "it: train it again as then, with --stage ar --overwrite"
             )
         ordered = args.order not in (None, "raster")
         if config.causal and (args.steps not in (None, config.tokens) or ordered or args.compile):
@@ -173,6 +174,7 @@ def class_grid(args: argparse.Namespace, device: torch.device) -> str:
             pictures = sampler.draw(every, random, progress=True)
         for label, block in zip(labels, pictures.split(count)):
             for i, row in enumerate(block if args.progress else block.split(8)):
+                # a caption is a key: blank ones must differ
                 rows[" " * len(rows) if i else f"{label}: {sampler.classes[label]}{told}"] = row
     name = f"class-{'-'.join(map(str, labels))}{'-progress' * args.progress}-seed-{args.seed}.png"
     path = args.out or os.path.join(args.run, name)
@@ -424,7 +426,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--n", type=count, help="pictures of each class (default: 16 of one, 8 of each of several, 2 with "
         "--progress, at most 200 with --clusters)")
     add("--steps", type=number(int, 1, 10_000), help="default: 64, at most one a token; with --image 25")
-    add("--cfg", type=number(float, 0, 1000), help="guidance scale; 1 is none (default: the run's best)")
+    add("--cfg", type=number(float, 0, 1000), help="guidance scale; 1 is none (default: the preset's)")
     add("--cfg-schedule", choices=["linear", "constant"], default="linear",
         help="guidance grows with the share of tokens that are known, or stays (default: linear)")
     add("--top-p", type=number(float, 0, 1), default=0.75,

@@ -40,7 +40,7 @@ from mmdit import (
 
 # ------------------------------------------------------------------------------------------------- pictures
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not PostScript, which runs Ghostscript
 
 
@@ -652,7 +652,8 @@ class SemTok(nn.Module):
 
     @torch.no_grad()
     def start_refiner(self) -> None:
-        """Stage II starts at stage I's mean prediction at t = 1, from the embedding of nearly zero noise."""
+        """Stage II's mask tokens start as the embedding of nearly zero noise: at t = 1 the decoder then
+        predicts about the mean of stage I's pictures."""
         embedder = self.decoder.x_embedder
         noise = 0.1 * torch.randn(1, *self.latent_shape)  # not zero: the places must differ
         self.decoder.mask_tokens.copy_(embedder(noise.to(embedder.proj.weight))[0])

@@ -76,7 +76,7 @@ from semtok import (
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a stage is trained. The defaults are the paper's (section 4.1, appendix A). Raises ValueError."""
+    """How a stage is trained. The defaults are the paper's (section 4.1, appendix A.1). ValueError."""
 
     steps: int
     batch_size: int  # of all ranks together
@@ -99,7 +99,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class TokenizerRecipe(LossWeights, Recipe):
+class TokenizerRecipe(LossWeights, Recipe):  # fields come from right to left: Recipe's are first
     """Stage I: a recipe with the weights of Eq. 6."""
 
 
@@ -129,6 +129,7 @@ class ARRecipe(Recipe):
 CADENCE = ("log_every", "save_every", "preview_every")  # they only say how often something is written
 POSITIVE = (*CADENCE, "steps", "batch_size", "lr", "warmup", "patience")
 SHARES = ("least_masked", "class_dropout", "smoothing")
+SHARED = ("flip", "patience", "distill", "contrast")  # beside sizes: set for one stage, meant for all
 ON_RESUME = (*CADENCE, "steps", "patience", "lr", "warmup", "gan_start", "discriminator_lr")  # may change
 TINY_EVERY = {"log_every": 25, "save_every": 400, "preview_every": 200}
 RECIPES = {
@@ -604,20 +605,19 @@ class Job:
         check_settings(path, asdict(model.config), sizes)
         return model, metadata
 
-    def command(self, stage: str, same: bool = False) -> str:
-        """The command line of another stage of this run, or of this one again, with every setting of it."""
-        args, known, sets = self.args, setting_names(stage), ""
+    def command(self, stage: str = "") -> str:
+        """This command line again; or that of a stage of this run, with the settings that stages share."""
+        args, shared = self.args, {*TOKENIZER_FIELDS, *AR_FIELDS, *SHARED}
+        kept = shared.intersection(setting_names(stage)) if stage else args.changes
         usual = {"preset": "tiny", "data": None, "out": os.path.join("runs", args.preset), "seed": 0}
         usual |= {"ar_size": "L" if args.preset == "paper" else args.preset, "accumulate": 1, "device": None}
-        text = f"python train.py --stage {stage}"
+        text = f"python train.py --stage {stage or args.stage}"
         for name, value in (usual | dict.fromkeys(WEIGHTS)).items():
             if getattr(args, name) != value:
                 text += f" --{name.replace('_', '-')} {shlex.quote(str(getattr(args, name)))}"
         text += " --checkpoint-activations" * args.checkpoint_activations
-        for name, value in args.changes.items():
-            if name in known and (same or name in (*TOKENIZER_FIELDS, *AR_FIELDS, "flip", "patience")):
-                sets += f" {name}={value}"
-        return text + " --set" * bool(sets) + sets
+        sets = [f"{name}={value}" for name, value in args.changes.items() if name in kept]
+        return " ".join([text, *["--set"] * bool(sets), *sets])
 
     def missing(self, stage: str) -> list[str]:
         """A sentence for each thing that a stage reads and does not find."""
@@ -665,7 +665,8 @@ class Pretraining(nn.Module):
     def __init__(self, job: Job):
         super().__init__()
         self.job, self.recipe = job, job.recipe(self.stage)
-        # Frozen networks stand in a dict, not among the submodules: never trained, averaged or saved.
+        # Frozen networks stand in a dict, not among the submodules: never trained, averaged or saved. The
+        # VAE is frozen too, but belongs to the tokenizer, and to its file.
         self.frozen = {"siglip": job.network("siglip")}
         if getattr(self.recipe, "init", "") == "stage1":
             self.semtok = job.tokenizer("1")[0]
@@ -1064,7 +1065,8 @@ def prune_log(path: str, stage: str, step: int) -> None:
     for line in Path(path).read_bytes().splitlines() if os.path.exists(path) else []:
         with contextlib.suppress(ValueError, TypeError, KeyError):
             entry = json.loads(line)
-            if entry["stage"] != stage or (entry["step"] <= step and {"loss", "preview_psnr"} & {*entry}):
+            again = not {"loss", "preview_psnr"} & {*entry}  # a result's figures, which are written once more
+            if entry["stage"] != stage or (entry["step"] <= step and not again):
                 kept.append(json.dumps(entry) + "\n")
     write_text(path, "".join(kept))
 
@@ -1079,8 +1081,10 @@ def is_finished(name: str, job: Job) -> bool:
     args, result, states = job.args, job.path(STAGES[name].result), saved_states(job.path(f"state-{name}"))
     if os.path.exists(result) and not args.overwrite:
         found, asked = json.loads(TensorFiles(result).metadata.get("settings", "{}")), job.settings(name)
-        if not (args.resume and states):  # else load_state compares
+        if not (args.resume and states):
             check_settings(result, found, asked, CADENCE)
+            return True
+        # load_state compares; what may change then, such as more steps, lets the stage go on
         return all(found.get(key) == asked[key] for key in asked.keys() - set(CADENCE))
     if states and not (args.resume or args.overwrite):
         how = f"--resume goes on from {states[-1]}, --overwrite starts again"
@@ -1278,8 +1282,7 @@ def train_stage(name: str, job: Job) -> None:
             if step % recipe.save_every == 0 or last or stopped:
                 save_state(states, step, state, settings)
             if stopped and not last:
-                again = job.command(name, same=True)
-                raise UserError(f"stopped at step {step}, saved: go on with {again} --resume")
+                raise UserError(f"stopped at step {step}, saved: go on with {job.command()} --resume")
 
     # ---- the result
     with averaged(stage, average):
@@ -1502,6 +1505,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--set {name} changes nothing in stage {args.stage}, which has {', '.join(known)}")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
+    if args.gpus and not args.dry_run:
+        parser.error("--gpus is for --dry-run: torchrun's --nproc_per_node decides how many train")
     if args.ar_size and args.preset != "paper":
         parser.error(f"--ar-size {args.ar_size} is the paper preset's: add --preset paper, or leave it out")
     args.ar_size = args.ar_size or ("L" if args.preset == "paper" else args.preset)

@@ -93,6 +93,7 @@ SCALES = (1, 2, 3, 5, 7, 9, 12, 16)
 RECONSTRUCTION = "rFD PSNR SSIM", "rFID PSNR SSIM"
 GENERATION = "gFD recognised precision recall", "gFID IS precision recall"
 BOTH = "rFD PSNR gFD recognised", "rFID PSNR gFID IS"
+# Figure 6 shows clusters and gives no number. The number of semantic losses stands for their order.
 ALIGNED = "rFD PSNR gFD recognised kNN", "rFID PSNR gFID IS losses-in-Figure-6"
 ENTRIES = {
     "table4": Table("Semantic alignment", *ALIGNED, {

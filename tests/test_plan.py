@@ -134,6 +134,11 @@ def test_mistakes_are_one_sentence(arguments, sentence):
     assert result.stderr.count("\n") == 1
 
 
+def test_gpus_are_for_the_plan():
+    result = call("train.py", *"--stage 1 --gpus 2".split())
+    assert result.returncode == 2 and "--gpus is for --dry-run" in result.stderr
+
+
 def test_the_reading_order_points_at_the_lines_it_names():
     rows = re.findall(r"^\| \d \| `(\w+\.py)` (\d+)-(\d+)(?:, `\w+\.py`)? \| (.*?) \|", (ROOT / "README.md").read_text(), re.M)
     assert len(rows) >= 7
