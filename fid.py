@@ -1,4 +1,4 @@
-"""FID, sFID, IS, precision, recall, PSNR, SSIM and LPIPS from PyTorch alone: one file, copy it anywhere.
+"""FID, sFID, IS, precision, recall, PSNR, SSIM and LPIPS in PyTorch: one file, copy it anywhere.
 
     python fid.py REFERENCE SAMPLES            # IS, FID, sFID, precision, recall: ADM's protocol
     python fid.py --pairs ORIGINALS RECONS     # rFID, PSNR, SSIM, LPIPS: reconstructions
