@@ -471,9 +471,9 @@ def command_line(arguments: list[str] | None = None) -> int:
         code, text = 130, "stopped; what was finished is kept"
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         code, text = 2, (str(error).strip() or "memory").splitlines()[0]
+        if isinstance(error, RuntimeError) and "memory" not in text:
+            raise  # a bug
         if isinstance(error, (MemoryError, RuntimeError)):
-            if "memory" not in text:
-                raise  # a bug
             text = f"the memory ran out ({text}): lower --batch-size"
     print(f"sample.py: {text}", file=sys.stderr)
     return code

@@ -122,6 +122,8 @@ def write_file(path: str, write) -> None:
             os.kill(int(left.split(".")[-2]), 0)  # asks whether the process lives
         except ProcessLookupError:
             os.remove(left)
+        except PermissionError:
+            continue  # it lives, and is another user's
     try:
         os.makedirs(folder, exist_ok=True)
         write(temporary)

@@ -367,6 +367,7 @@ class Tokens(Dataset):
                 done = found["done"]
         wait_for_all()  # every rank has read it before rank 0 writes
         if not done and rank == 0:
+            Path(path + ".json").unlink(missing_ok=True)  # it tells of the table that goes
             kind = np.dtype([("label", "<i4"), ("bits", "u1", -(-math.prod(self.shape) // 8))])
             np.lib.format.open_memmap(path, "w+", kind, (count, 1 + flip)).flush()
         wait_for_all()
@@ -454,7 +455,7 @@ def load_resnet(path: str) -> ResNet:
     """torchvision's ResNet-50, from .pth or .safetensors, of any width. Raises fid.UserError."""
     tensors, metadata = fid.read_tensors(path)
     layers = tuple(len({k.split(".")[1] for k in tensors if k.startswith(f"layer{i}.")}) for i in range(1, 5))
-    width, classes = (len(tensors.get(name, ())) for name in ("conv1.weight", "fc.weight"))
+    width, classes = (tensors[name].numel() if name in tensors else 0 for name in ("bn1.weight", "fc.bias"))
     side = metadata.get("input_size", "224")
     sizes = width or 64, layers, classes or 1000, int(side) if re.fullmatch(r"[1-9]\d{,2}", side) else 224
     with torch.device("meta"):  # they are believed once they fit the tensors
@@ -1080,7 +1081,9 @@ def is_finished(name: str, job: Job) -> bool:
     """Whether a stage has its result, by the settings of this run. UserError when a person must decide."""
     args, result, states = job.args, job.path(STAGES[name].result), saved_states(job.path(f"state-{name}"))
     if os.path.exists(result) and not args.overwrite:
-        found, asked = json.loads(TensorFiles(result).metadata.get("settings", "{}")), job.settings(name)
+        found, asked, metadata = {}, job.settings(name), TensorFiles(result).metadata
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # none, or damaged: of another run
+            found = dict(json.loads(metadata["settings"]))
         if not (args.resume and states):
             check_settings(result, found, asked, CADENCE)
             return True
@@ -1281,7 +1284,7 @@ def train_stage(name: str, job: Job) -> None:
                     write_picture(job.path(f"preview-{name}-{step:07d}.png"), picture)
             if step % recipe.save_every == 0 or last or stopped:
                 save_state(states, step, state, settings)
-            if stopped and not last:
+            if stopped:
                 raise UserError(f"stopped at step {step}, saved: go on with {job.command()} --resume")
 
     # ---- the result
@@ -1578,12 +1581,13 @@ def command_line(arguments: list[str] | None = None) -> int:
         # An error out of a loader's worker carries its whole traceback. The last line is the sentence.
         text, code = str(error).strip().splitlines()[-1].removeprefix("mmdit.UserError: "), 2
     except (OSError, MemoryError, SafetensorError, dcp.api.CheckpointException, RuntimeError) as error:
+        reason = (str(error).strip() or "memory is full").splitlines()[-1]
         advice = "free some space or change the path; what has been saved is whole, --resume goes on"
-        if "memory" in str(error):
+        if isinstance(error, MemoryError) or "memory" in str(error):
             advice = "try --checkpoint-activations, --accumulate or more GPUs"
         elif isinstance(error, RuntimeError):
             raise  # a bug
-        text, code = f"{str(error).strip().splitlines()[-1]}: {advice}", 2
+        text, code = f"{reason}: {advice}", 2
     if ranks()[0] > 0:
         time.sleep(20)  # rank 0 has mostly stopped for the same reason, and its end is this process's end
     else:

@@ -70,6 +70,18 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
 
+def stopped_in_step_nine():
+    """SIGTERM while the last step of SHORT is under way."""
+    healthy = train.Generating.prepare
+
+    def prepare(self, bits, labels, rng, step):
+        if step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return healthy(self, bits, labels, rng, step)
+
+    train.Generating.prepare = prepare
+
+
 def broken_latents(first):
     """From step `first` on, latents are not finite."""
     healthy = train.Refining.prepare
@@ -285,6 +297,13 @@ def test_two_processes_stop_together(base, number):
     assert log(out, "ar")[-1]["step"] == step < 5000
     finish("ar", out, *long, step + 1, "--resume", ranks=2)
     assert log(out, "ar")[-1]["step"] == step + 1
+
+
+def test_a_signal_in_the_last_step_stops_before_the_next_stage(base):
+    out = fresh(base, "last", "ar")
+    assert "stopped at step 9" in finish("ar", out, *SHORT, code=2, prepare=stopped_in_step_nine)
+    assert not (out / "ar.safetensors").exists()
+    assert "done in" in finish("ar", out, *SHORT, "--resume")
 
 
 @pytest.mark.parametrize("how", ["bit", "truncated", "no json"])

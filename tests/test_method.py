@@ -351,3 +351,7 @@ def test_interrupted_tokens_go_on_and_those_of_another_tokenizer_are_made_again(
     assert wrong <= 2 and [resumed[index, True][1] for index in range(27)] == world[2].labels
     assert not np.array_equal(make("broken.npy", 1).table, whole.table) and len(notes) == 7
     assert make("broken.npy", 1, flip=False).table.shape == (27, 1) and len(notes) == 10
+    notes[:], kept = notes[:1], np.array(whole.table)
+    with pytest.raises(KeyboardInterrupt):  # before the first part of another table is noted
+        make("whole.npy", 1)
+    assert np.array_equal(make("whole.npy").table, kept)

@@ -230,7 +230,19 @@ def test_neighbours_and_discriminants():
     assert abs(np.corrcoef(random[:, 0], labels[1::2])[0, 1]) < 0.5  # held out: noise does not look like classes
 
 
-def test_wrong_and_damaged_checkpoints(finished, tmp_path):
+@pytest.mark.parametrize("command", [train, sample])
+@pytest.mark.parametrize("said", [(), ("Unable to allocate 9 EiB",)])
+def test_full_memory_is_one_sentence(command, said, monkeypatch, capsys):
+    def fail(_):
+        raise MemoryError(*said)
+
+    monkeypatch.setattr(command, "main", fail)
+    assert command.command_line([]) == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and ("--accumulate" in text or "--batch-size" in text)
+
+
+def test_wrong_and_damaged_checkpoints(finished, pictures, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished[0], run, ignore=shutil.ignore_patterns("state-*", "preview-*"))
     draw = ("sample.py", "--class", "0", "--run", run)
@@ -246,6 +258,8 @@ def test_wrong_and_damaged_checkpoints(finished, tmp_path):
     (run / "stage1.safetensors").write_bytes(first[:1000])
     refine = ("train.py", "--stage", "2", "--out", run, "--overwrite", "--steps", 1)
     sentence(call(*refine), "stage1.safetensors", "safetensors file")
+    semtok.write_tensors(str(run / "stage1.safetensors"), {"x": torch.zeros(1)}, {"settings": "[1]"})
+    sentence(call("train.py", "--stage", "1", "--out", run, "--data", pictures), "was made with seed None")
 
 
 def test_torchrun(finished, pictures, tmp_path):

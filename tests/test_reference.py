@@ -497,6 +497,9 @@ def test_resnet50_logits_equal_torchvision(tmp_path):
         ours, x = train.load_resnet(str(tmp_path / file)), pictures(2, side)
         small = transforms.functional.resize((x + 1) / 2, [224, 224], antialias=True)  # bilinear
         agree(ours(x), reference(normalise(small)), SUMS if side == 224 else SAME, "ResNet-50 logits")
+    torch.save(weights | {"conv1.weight": torch.tensor(0.0)}, tmp_path / "scalar.pth")
+    with pytest.raises(train.fid.UserError, match="conv1.weight"):
+        train.load_resnet(str(tmp_path / "scalar.pth"))
 
 
 # ---------------------------------------------------------------------------------- formulations of our own
