@@ -144,7 +144,7 @@ class MaskedAR(nn.Module):
         """bits (B, K, d), labels (B,) with `classes` for none, masked (B, K) -> features (B, K, width)."""
         codes = bits_to_codes(bits, self.config.spherical).to(self.token_embedding.weight.dtype)
         if self.config.causal:
-            x = self.token_embedding(codes[:, :-1])  # nothing is left for the last to predict
+            x = self.token_embedding(codes[:, :-1])  # the last token predicts nothing
         else:
             tokens, mask = self.token_embedding(codes), self.mask_embedding.to(codes.dtype)
             x = torch.where(masked[..., None], mask, tokens)
@@ -169,7 +169,7 @@ class MaskedAR(nn.Module):
         return self.logits(self.hidden(bits, labels, masked))
 
     @torch.no_grad()
-    def prepare(self, bits, labels, rng: torch.Generator, least_masked=0.7, class_dropout=0.1):
+    def hide(self, bits, labels, rng: torch.Generator, least_masked=0.7, class_dropout=0.1):
         """Section 3.3 and 4.1: which tokens a training step hides, and which pictures lose their class.
         bits (B, K, d), labels (B,): this rank's. Returns a row for each picture, the arguments of `loss`; and
         what all share, `masked_per_picture` (), the global batch's mean. All is drawn for the global batch
@@ -190,7 +190,7 @@ class MaskedAR(nn.Module):
         return order.argsort(-1) < (share * self.config.tokens).ceil().clamp_min(1)
 
     def loss(self, bits, labels, masked, masked_per_picture: torch.Tensor, smoothing: float = 0.01) -> dict:
-        """Eq. 8's likelihood on the results of `prepare`: cross-entropy of MASKED tokens, in nats a bit.
+        """Eq. 8's likelihood on the results of `hide`: cross-entropy of MASKED tokens, in nats a bit.
         Returns `loss` with label smoothing, `nll` without it, and `accuracy` on masked groups of bits. Equal
         micro-batches share the divisor, so the mean of their losses is the loss of the batch."""
         logits = self(bits, labels, masked)
@@ -294,5 +294,5 @@ def sample_groups(logits: torch.Tensor, top_p: float, generator: torch.Generator
 
 
 def load_ar(path: str, device: str | torch.device = "cpu") -> tuple[MaskedAR, dict[str, str]]:
-    """A transformer from train.py's `ar.safetensors`, in eval mode, and its metadata. Raises UserError."""
-    return load_checkpoint(path, "semtok-ar", ARConfig, MaskedAR, device, "tokenizer")
+    """A transformer from train.py's `ar.safetensors`, and its metadata. Raises UserError."""
+    return load_checkpoint(path, "semtok-ar", ARConfig, MaskedAR, device, "parent")

@@ -66,8 +66,8 @@ def ranks() -> tuple[int, int]:
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The mean of equal shapes over all ranks, each of which must call this.
-    The gradient reaches this rank's value alone. Averaged over the ranks, as FSDP does, it is exact where
-    every rank computes the same loss from the mean, as in Eq. 4."""
+    The gradient is that of this rank's own value. FSDP averages it over the ranks, which is exact where every
+    rank computes the same loss from the mean, as in Eq. 4."""
     if ranks()[1] == 1:
         return value
     mean = value.detach().clone(memory_format=torch.contiguous_format)
@@ -87,30 +87,30 @@ def gather(rows: torch.Tensor) -> torch.Tensor:
 class BSQ(nn.Module):
     """The quantiser of Eq. 3 and its entropy loss, Eq. 4. It has no parameters.
     bits: d. group_size: bits that the second entropy takes together, in a table of 2^group_size numbers (BSQ
-    at 18 bits: 1; FlowMo: 9). temperature: tau. spherical: False is LFQ, here without its commitment loss."""
+    at 18 bits: 1; FlowMo: 9). spherical: False is LFQ, here without its commitment loss."""
 
-    def __init__(self, bits: int, group_size: int = 1, temperature: float = 1.0, spherical: bool = True):
+    def __init__(self, bits: int, group_size: int = 1, spherical: bool = True):
         super().__init__()
         if bits % group_size:
             raise ValueError(f"entropy groups of {group_size} bits do not divide {bits}: choose a divisor")
-        self.bits, self.group_size, self.temperature = bits, group_size, temperature
-        self.spherical = spherical
+        self.bits, self.group_size, self.spherical = bits, group_size, spherical
         self.magnitude = bits**-0.5 if spherical else 1.0
 
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """z (..., d) -> codes (..., d) and u (..., d), z on the sphere; float32."""
         u = F.normalize(z.float(), dim=-1) if self.spherical else z.float()
         corner = torch.where(u > 0, self.magnitude, -self.magnitude)  # torch.sign(0) would be no corner
-        # Straight-through: the gradient goes to u, without bsq-vit's 1/sqrt(d). In this order the value is
-        # the corner exactly.
+        # Straight-through: the gradient goes to u, without bsq-vit's 1/sqrt(d). The bracket is exactly zero,
+        # so the codes are exactly corners.
         return corner + (u - u.detach()), u
 
     def entropy_loss(self, u: torch.Tensor) -> dict[str, torch.Tensor]:
         """Eq. 4 on u (..., d), in nats: `entropy_loss` = `token_entropy` - `code_entropy`.
-        The soft assignment q(c|u) ~ exp(2 tau c.u) is a product over bits, p_i = sigmoid(4 tau m u_i) with m
-        the magnitude of a channel: the first term is an exact sum. The second, the entropy of the average q,
-        is bounded by the sum over groups of bits. The loss is never positive; near 0, codes collapse."""
-        logits = (4 * self.temperature * self.magnitude) * u.float().reshape(-1, self.bits)  # (N, d)
+        The soft assignment q(c|u) ~ exp(2 tau c.u), with tau = 1, is a product over bits, with probabilities
+        p_i = sigmoid(4 m u_i), m the magnitude of a channel: the first term is an exact sum. The second, the
+        entropy of the average q, is bounded by the sum over groups of bits. The loss is never positive; near
+        0, codes collapse."""
+        logits = (4 * self.magnitude) * u.float().reshape(-1, self.bits)  # (N, d)
         p = logits.sigmoid()
         token_entropy = (p * F.softplus(-logits) + (1 - p) * F.softplus(logits)).sum(-1).mean()
 

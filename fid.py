@@ -10,13 +10,13 @@
           +--------> VGG16 -> five maps ---------------------------------------> LPIPS
           `--------------------------------------------------------------------> PSNR, SSIM
 
-The protocol is that of ADM's TensorFlow evaluator (Dhariwal & Nichol 2021), which most tables mean. It
-resizes by TF1's legacy bilinear. The network is the Inception of 2015 in float32. sFID takes 7 channels of
-mixed_6. IS leaves out the classifier's bias and averages parts of 5000. Precision and recall take k = 3.
-One difference: ADM rounds their distances to float16 where they fit.
+The protocol is that of ADM's TensorFlow evaluator (Dhariwal & Nichol 2021), which most papers use. Pictures
+are resized by TF1's legacy bilinear. The network is the Inception of 2015 in float32. sFID uses 7 channels of
+mixed_6. IS omits the classifier's bias and is the mean over parts of 5000. Precision and recall use k = 3.
+One difference: ADM rounds the distances for these two to float16 where they fit, here they stay float64.
 
-An input is a folder of pictures (searched through) or an .npz with uint8 pictures in arr_0 (N, H, W, 3),
-with statistics in mu, sigma (and mu_s, sigma_s for sFID), or with both.
+An input is a folder of pictures, subfolders included, or an .npz file. The .npz holds uint8 pictures in arr_0
+(N, H, W, 3), or statistics in mu and sigma (and mu_s, sigma_s for sFID), or both.
 
     import torch, fid
     pictures = torch.randint(0, 256, (4, 3, 64, 64))
@@ -61,10 +61,8 @@ class UserError(Exception):
 
 
 def psnr(images, references, data_range=255.0):
-    """Peak signal-to-noise ratio in dB: two (B, 3, H, W) -> (B,) float64, infinite where the two are equal.
-
-    Values span `data_range`, 255 for uint8, 2 for [-1, 1]. Raises ValueError on shapes that differ.
-    """
+    """Peak signal-to-noise ratio in dB: two (B, 3, H, W) -> (B,) float64, infinite for equal pictures.
+    data_range: what the values span, 255 for uint8 and 2 for [-1, 1]. ValueError on shapes that differ."""
     if images.shape != references.shape:
         raise ValueError(f"expected one shape (B, 3, H, W), got {[*images.shape]} and {[*references.shape]}")
     error = (images.double() - references.double()).square().mean((1, 2, 3))  # (B,)
@@ -72,11 +70,9 @@ def psnr(images, references, data_range=255.0):
 
 
 def ssim(images, references, data_range=255.0):
-    """Structural similarity (Wang et al. 2004): two (B, 3, H, W) that span `data_range` -> (B,) float64.
-
-    The window is Gaussian, 11 taps, sigma 1.5. The mean is over channels and positions where it fits.
-    Raises ValueError on shapes that differ and on sides under 11 pixels.
-    """
+    """Structural similarity (Wang et al. 2004): two (B, 3, H, W) -> (B,) float64; data_range as in psnr.
+    The window is Gaussian: 11 x 11, sigma 1.5, never over the border. The mean is over windows and channels.
+    ValueError on shapes that differ and on sides under 11 pixels."""
     if images.shape != references.shape or min(images.shape[2:]) < 11:
         raise ValueError(f"expected one shape, sides >= 11, got {[*images.shape]} and {[*references.shape]}")
     taps = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=torch.float64) / 1.5) ** 2)
@@ -97,11 +93,9 @@ def ssim(images, references, data_range=255.0):
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Frechet distance of two Gaussians (Heusel et al. 2017): |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
-
     mu: (D,), sigma: (D, D), arrays or tensors -> float, never negative. With S1 = L L^T and S2 = M M^T, the
-    trace of the root is the sum of the singular values of L^T M: faster than a matrix square root, and never
-    complex. Raises ValueError on shapes that do not fit together and on values that are not finite.
-    """
+    root's trace is the sum of the singular values of L^T M. That is faster than a matrix square root, and
+    never complex. ValueError on shapes that do not fit together and on values that are not finite."""
     mu1, sigma1, mu2, sigma2 = (np.asarray(value, dtype=np.float64) for value in (mu1, sigma1, mu2, sigma2))
     shapes = [value.shape for value in (mu1, mu2, sigma1, sigma2)]
     if shapes != 2 * [(mu1.size,)] + 2 * [(mu1.size, mu1.size)]:
@@ -109,7 +103,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     if not all(np.isfinite(value).all() for value in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("the statistics hold values that are not finite (NaN or infinity)")
 
-    def root(sigma):  # Cholesky with pivots stops at the rank of a singular sigma: (D, rank)
+    def root(sigma):  # (D, D) -> (D, rank); Cholesky with pivots, since few pictures make sigma singular
         factor, pivots, rank, _ = dpstrf(np.ascontiguousarray(sigma), lower=1)
         return torch.from_numpy(np.tril(factor)[np.argsort(pivots - 1), :rank])
 
@@ -120,14 +114,12 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 class Moments:
     """Mean and covariance of feature rows that come in batches, in float64.
-
-    Rows are counted from the mean of the first batch, so that a large common mean is never squared.
-    """
+    The first batch's mean is subtracted from every row, since squares of a large mean would cost digits."""
 
     count = 0
 
     def update(self, features):
-        """Add rows (B, D) of any float dtype; B may differ from call to call."""
+        """Add rows (B, D) of any float dtype; B may change."""
         rows = features.double()
         if not self.count:
             self.origin = rows.mean(0)  # (D,)
@@ -138,17 +130,16 @@ class Moments:
         self.products.addmm_(rows.T, rows)
 
     def result(self):
-        """mu (D,) and sigma (D, D), over N - 1, as float64 arrays, after two rows or more."""
+        """mu (D,) and sigma (D, D), divided by N - 1, as float64 arrays. Needs two rows or more."""
         mean = self.sum / self.count
         sigma = (self.products - self.count * mean.outer(mean)) / (self.count - 1)
         return (self.origin + mean).cpu().numpy(), sigma.cpu().numpy()
 
 
 def inception_score(features, weight, split_size=5000):
-    """Inception score (Salimans et al. 2016) as ADM takes it: no bias, mean over parts of `split_size`.
-
-    pool_3 rows (N, D) in order, the classifier's weight (classes, D) -> float. The last part may be short.
-    """
+    """Inception score (Salimans et al. 2016) as ADM computes it: no bias, mean over parts of `split_size`.
+    features: pool_3 (N, D) in order; weight: the classifier's (classes, D) -> float. The last part may be
+    shorter."""
     scores = []
     for part in features.split(split_size):
         log_p = (part.to(weight) @ weight.T).double().log_softmax(1)  # (n, classes): p(class | picture)
@@ -159,23 +150,21 @@ def inception_score(features, weight, split_size=5000):
 
 def precision_recall(reference, samples, k=3, block=512):
     """Improved precision and recall (Kynkaanniemi et al. 2019) as ADM's evaluator computes them.
-
-    A feature's ball reaches to its k-th neighbour in its own set, the rim included. Precision is the share of
-    samples (M, D) inside some ball of the references (N, D), recall the reverse. ValueError if N or M <= k.
-    """
+    Around each row is a ball that reaches to the k-th neighbour in its own set; its surface counts as inside.
+    Precision is the share of samples (M, D) inside the ball of some reference (N, D). Recall is the share of
+    references inside the ball of some sample. ValueError if N or M <= k."""
     if min(len(reference), len(samples)) <= k:
         raise ValueError(f"expected more than {k} rows, got {len(reference)} and {len(samples)}")
     reference, samples = reference.double(), samples.double()
 
     def distances(rows, columns):  # squared: (b, D) and (M, D) -> (b, M)
-        squares = (x.norm(dim=1).square() for x in (rows, columns))
-        return torch.addmm(next(squares)[:, None] + next(squares), rows, columns.T, alpha=-2)
+        squares = rows.norm(dim=1).square()[:, None] + columns.norm(dim=1).square()
+        return torch.addmm(squares, rows, columns.T, alpha=-2)
 
-    # Equal distances are a tie, and inside: the slack is above float64's rounding, below real differences.
+    # Equal distances count as inside. The slack is above float64's rounding errors, below real differences.
     slack = 1e-11 * max(x.norm(dim=1).max().square() for x in (reference, samples))
 
-    def share_inside(points, centres):
-        # The nearest centre to a centre is itself, hence k + 1.
+    def share_inside(points, centres):  # squared radii: (N,); k + 1, since each centre is its own nearest
         radii = torch.cat([distances(part, centres).topk(k + 1, largest=False).values[:, -1]
                            for part in centres.split(block)]) + slack
         inside = [(distances(part, centres) <= radii).any(1) for part in points.split(block)]
@@ -190,7 +179,7 @@ VGG_WIDTHS = (64, 128, 256, 512, 512)
 
 
 class VGG16Features(nn.Module):
-    """VGG16's convolutions (Simonyan & Zisserman 2015) by torchvision's names; widths: of the five stages."""
+    """VGG16's convolutions (Simonyan & Zisserman 2015), torchvision's names; widths: of the five stages."""
 
     def __init__(self, widths=VGG_WIDTHS):
         super().__init__()
@@ -200,10 +189,10 @@ class VGG16Features(nn.Module):
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
                 channels = width
             layers.append(nn.MaxPool2d(2))
-        self.features = nn.Sequential(*layers[:-1])  # LPIPS never needs the last pool
+        self.features = nn.Sequential(*layers[:-1])  # LPIPS does not need the last pool
 
     def forward(self, x):
-        """(B, 3, H, W) normalised pictures, sides of 16 or more -> five maps, the last ReLU of each stage."""
+        """Normalised pictures (B, 3, H, W), sides >= 16 -> five maps (B, C, h, w): each stage's last ReLU."""
         maps = []
         for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):
@@ -214,14 +203,12 @@ class VGG16Features(nn.Module):
 
 class LPIPS(nn.Module):
     """Learned perceptual distance v0.1 on VGG16 (Zhang et al. 2018), frozen, differentiable in the pictures.
-
-    vgg: a VGG16Features; heads: five tensors (1, C, 1, 1), the linear weights on the five maps.
-    """
+    vgg: a VGG16Features; heads: five tensors (1, C, 1, 1), the weights of the five maps' channels."""
 
     def __init__(self, vgg, heads):
         super().__init__()
         self.vgg = vgg
-        # ImageNet's channel means and deviations, carried over from [0, 1] to [-1, 1].
+        # ImageNet's channel means and deviations, for pictures in [-1, 1] instead of [0, 1].
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
         for i, head in enumerate(heads):
@@ -229,13 +216,13 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, images, references):
-        """Twice (B, 3, H, W) in [-1, 1] -> (B,) float32; ValueError unless of one shape, sides >= 16."""
+        """Two (B, 3, H, W) in [-1, 1] -> (B,) float32; ValueError unless of one shape, sides >= 16."""
         if images.shape != references.shape or min(images.shape[2:]) < 16:
             raise ValueError(f"expected one shape, sides >= 16, got {images.shape} and {references.shape}")
         distance = 0.0
         maps = [self.vgg((x - self.shift) / self.scale) for x in (images, references)]
-        for i, (a, b) in enumerate(zip(*maps)):  # (B, C, h, w); float32 from here, also under autocast
-            # Unit vectors of channels; the clamp keeps the root's gradient finite where a vector is all zero.
+        for i, (a, b) in enumerate(zip(*maps)):  # (B, C, h, w); in float32, also under autocast
+            # Unit vectors over channels. The clamp keeps the root's gradient finite where all are zero.
             a, b = (y / (y.square().sum(1, keepdim=True).clamp_min(1e-20).sqrt() + 1e-10)
                     for y in (a.float(), b.float()))
             distance = distance + ((a - b).square() * getattr(self, f"head{i}")).sum(1).mean((1, 2))
@@ -243,10 +230,8 @@ class LPIPS(nn.Module):
 
 
 def _inception(x, conv):
-    """The 2015 Inception (Szegedy et al. 2016): (B, 3, 299, 299) -> pool_3, spatial (B, 7, 17, 17).
-
-    conv(x, name, width, kernel, stride 1, padding "same") is the convolution, norm and ReLU of that name.
-    """
+    """The 2015 Inception (Szegedy et al. 2016): (B, 3, 299, 299) -> pool_3 (B, 2048), spatial (B, 7, 17, 17).
+    conv(x, name, width, kernel, stride=1, padding="same") applies that name's convolution, norm and ReLU."""
     def chain(x, name, *convolutions):
         for i, convolution in enumerate(convolutions, 1):
             x = conv(x, f"{name}_{i}", *convolution)
@@ -276,7 +261,7 @@ def _inception(x, conv):
             chain(x, f"{block}.branch7x7dbl", (w, 1), (w, (7, 1)), (w, (1, 7)), (w, (7, 1)), (192, (1, 7))),
             conv(average(x), f"{block}.branch_pool", 192, 1)], 1)
         if block == "Mixed_6d":
-            spatial = x[:, :7]  # of branch1x1
+            spatial = x[:, :7]  # the first channels of branch1x1
     x = torch.cat([
         chain(x, "Mixed_7a.branch3x3", (192, 1), (320, 3, 2, 0)),
         chain(x, "Mixed_7a.branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2, 0)),
@@ -286,14 +271,14 @@ def _inception(x, conv):
         for name, y in ((f"{block}.branch3x3_2", conv(x, f"{block}.branch3x3_1", 384, 1)),
                         (f"{block}.branch3x3dbl_3", chain(x, f"{block}.branch3x3dbl", (448, 1), (384, 3)))):
             parts += [conv(y, f"{name}a", 384, (1, 3)), conv(y, f"{name}b", 384, (3, 1))]
-        # The last block pools by maximum: a slip of the 2015 graph that every published FID contains.
+        # The last block pools by maximum. It is a mistake in the 2015 graph, and in every published FID.
         pooled = average(x) if block == "Mixed_7b" else F.max_pool2d(x, 3, 1, 1)
         x = torch.cat([*parts, conv(pooled, f"{block}.branch_pool", 192, 1)], 1)
     return x.mean((2, 3)), spatial
 
 
 class Inception(nn.Module):
-    """FID's Inception under the names of pytorch-fid's file."""
+    """FID's Inception, its parameters named as in pytorch-fid's file."""
 
     def __init__(self):
         super().__init__()
@@ -318,16 +303,14 @@ class Inception(nn.Module):
 
 def prepare(pictures, size=299, resize="adm", device="cpu"):
     """uint8 pictures (B, H, W, 3), array or tensor -> float32 (B, 3, size, size) in [-1, 1], channels-last.
-
-    resize "adm": TF1's legacy bilinear reads pixel i at i * H / size, no half-pixel offset, no antialiasing;
-    then (x - 128) / 128. resize "pytorch-fid": that project's half-pixel bilinear; then 2 x / 255 - 1.
-    """
+    resize "adm": TF1's legacy bilinear, then (x - 128) / 128. Output row i is read at i * H / size, without
+    half a pixel's offset or antialiasing. "pytorch-fid": bilinear with that offset, then 2 x / 255 - 1."""
     x = torch.as_tensor(pictures).to(device)
     if resize == "pytorch-fid":
         x = x.permute(0, 3, 1, 2).float().div_(255)
         x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False) * 2 - 1
     else:
-        for dim in sorted((1, 2), key=lambda dim: -x.shape[dim]):  # the longer side first spares memory
+        for dim in sorted((1, 2), key=lambda dim: -x.shape[dim]):  # the longer side first needs less memory
             at = torch.arange(size, device=device) * (x.shape[dim] / size)
             low = at.long()
             a, b = (x.index_select(dim, i).float() for i in (low, (low + 1).clamp_max(x.shape[dim] - 1)))
@@ -338,22 +321,24 @@ def prepare(pictures, size=299, resize="adm", device="cpu"):
 
 # ---------------------------------------------------------------------------------------------- reading files
 
-# What is downloaded once: the file's name, the start of its sha256, where it comes from.
-INCEPTION = ("pt_inception-2015-12-05-6726825d.pth", "6726825d", "https://github.com/mseitzer/pytorch-fid/"
-             "releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth")
-VGG = ("vgg16-397923af.pth", "397923af", "https://download.pytorch.org/models/vgg16-397923af.pth")
-HEADS = ("lpips_vgg.pth", "a78928a0",
-         "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth")
+# What is downloaded once: its name in the folder of weights, the start of its sha256, where it comes from.
+WEIGHTS = {
+    "inception": ("pt_inception-2015-12-05-6726825d", "6726825d", "https://github.com/mseitzer/pytorch-fid/"
+                  "releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"),
+    "vgg": ("vgg16-397923af", "397923af", "https://download.pytorch.org/models/vgg16-397923af.pth"),
+    "heads": ("lpips_vgg", "a78928a0",
+              "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth"),
+}
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # never PostScript, which starts a program
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not PostScript: it would start a program
 MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")
-BATCH_BYTES = 2**25  # of pixels at once, unless a single picture has more
+BATCH_BYTES = 2**25  # of the pixels in a batch; a larger picture is a batch of its own
 ARRAY_BYTES = 2**27  # of the largest array of statistics: a covariance of 4096 features in float64
 
 
 @contextlib.contextmanager
 def _reading(path, kind):
-    """Every file is read in here. UserError for pipes and devices, and for any error: readers raise many."""
+    """Every error inside becomes a UserError, as readers raise many kinds. Pipes and devices are refused."""
     if not os.path.isfile(path):
         raise UserError(f"{path} is no file: expected {kind}")
     try:
@@ -365,8 +350,18 @@ def _reading(path, kind):
         raise UserError(f"{path} cannot be read as {kind} ({reason}): replace or remove it") from error
 
 
+def find_weights(folder, stem, told):
+    """The path FOLDER/STEM.safetensors, else FOLDER/STEM.pth, else the folder FOLDER/STEM.
+    Raises UserError if none exists. It ends with `told`: what to do."""
+    path = os.path.join(folder, stem)
+    for found in (f"{path}.safetensors", f"{path}.pth", path):
+        if os.path.exists(found):
+            return found
+    raise UserError(f"{path}.* is missing ({told})")
+
+
 def read_tensors(path):
-    """Tensors by name (mapped into memory) and metadata of a .safetensors or .pth file, else UserError."""
+    """Tensors by name (mapped into memory) and metadata of a .safetensors or .pth file. Raises UserError."""
     with _reading(path, "tensors by name in .pth or .safetensors"):
         if str(path).endswith(".safetensors"):
             with safe_open(path, framework="pt") as file:
@@ -393,11 +388,13 @@ def check_keys(tensors, expected, path, what):
         raise UserError(f"{path} is not {what}: {', '.join(faults[:5])}{', ...' if len(faults) > 5 else ''}")
 
 
-def _fill(make, tensors, path, what):
-    """The network that `make` returns, without time for random weights, filled with tensors after a check."""
-    with torch.device("meta"):
+def load_network(make, path, what, tensors=None):
+    """The network that make() builds with the weights of a file, or with `tensors` of it, frozen. Raises
+    UserError that says the file is not `what` and names the keys that do not fit."""
+    tensors = read_tensors(path)[0] if tensors is None else tensors
+    with torch.device("meta"):  # spends no time on random weights; buffers too must come from the file
         network = make()
-    # How many batches were tracked, nobody reads, and older files do not say.
+    # Older files lack each norm's `num_batches_tracked`, which only training reads.
     tensors, shapes = ({key: value for key, value in each.items() if not key.endswith("_tracked")}
                        for each in (tensors, network.state_dict()))
     check_keys(tensors, {key: value.shape for key, value in shapes.items()}, path, what)
@@ -406,24 +403,21 @@ def _fill(make, tensors, path, what):
 
 
 def load_inception(path):
-    """Read FID's Inception from pytorch-fid's file, frozen; UserError naming the keys of another kind."""
-    network = _fill(Inception, read_tensors(path)[0], path, "FID's Inception")
-    for module in network.modules():  # folded norms and channels-last: about twice as fast on CPU
+    """FID's Inception from pytorch-fid's file, frozen. Raises UserError as load_network."""
+    network = load_network(Inception, path, "FID's Inception")
+    for module in network.modules():  # folded norms and channels-last: about twice as fast on a CPU
         if isinstance(module, nn.Sequential):
             module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
     return network.to(memory_format=torch.channels_last)
 
 
 def load_lpips(vgg_path, heads_path):
-    """Read LPIPS from torchvision's VGG16 and the official heads (vgg.pth, v0.1); widths are read off.
-
-    Raises UserError naming the keys of files of another kind.
-    """
+    """LPIPS of torchvision's VGG16, any widths, and the official heads (v0.1). UserError as load_network."""
     tensors, heads = read_tensors(vgg_path)[0], read_tensors(heads_path)[0]
     tensors = {key: value for key, value in tensors.items() if not key.startswith("classifier.")}
     last = [tensors.get(f"features.{i}.bias") for i in (2, 7, 14, 21, 28)]  # each stage's last convolution
     widths = [real if bias is None else bias.numel() for real, bias in zip(VGG_WIDTHS, last)]
-    vgg = _fill(lambda: VGG16Features(widths), tensors, vgg_path, "VGG16's convolutions")
+    vgg = load_network(lambda: VGG16Features(widths), vgg_path, "VGG16's convolutions", tensors)
     names = {f"lin{i}.model.1.weight": (1, width, 1, 1) for i, width in enumerate(widths)}
     check_keys(heads, names, heads_path, f"the LPIPS heads of a VGG16 with {widths} channels")
     return LPIPS(vgg, [heads[name] for name in names])
@@ -434,75 +428,115 @@ def sha256(path):
     return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
 
 
-def read_picture(path):
-    """A picture file of any mode as RGB: turned as EXIF says, transparency on white, 16 bits reduced to 8."""
-    with _reading(path, "a picture"), Image.open(path, formats=FORMATS) as picture:
-        deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
-        ImageOps.exif_transpose(picture, in_place=True)
-        if picture.mode.startswith(("I", "F")):  # Pillow's own conversion would clip it
-            grey = np.asarray(picture, np.float32)
-            grey = grey / (257 if deep or grey.max() > 255 else 1)  # 65535 / 257 = 255
-            picture = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return picture.convert("RGB")
+def list_pictures(folder):
+    """The pictures below a folder, as a sorted list of paths relative to it, empty if there are none.
+    Pictures are files with a suffix of PICTURES, in upper case too. Hidden files and folders are left out.
+    A link to a folder is followed, unless it leads back into a folder that the path already went through.
+    Raises UserError naming a folder that cannot be listed."""
+    found, waiting = [], [("", ())]  # waiting: a path below `folder`, and the real paths that it went through
+    while waiting:
+        inner, through = waiting.pop()
+        path = os.path.join(folder, inner) if inner else folder
+        if (real := os.path.realpath(path)) in through:
+            continue
+        try:
+            with os.scandir(path) as entries:
+                for entry in (entry for entry in entries if not entry.name.startswith(".")):
+                    name = os.path.join(inner, entry.name)
+                    if entry.is_dir(follow_symlinks=False) or entry.is_symlink() and os.path.isdir(entry):
+                        waiting.append((name, (*through, real)))
+                    elif name.lower().endswith(PICTURES):
+                        found.append(name)
+        except OSError as error:
+            raise UserError(f"the folder {path} cannot be listed: {error.strerror}") from error
+    return sorted(found)
 
 
-def fit_picture(picture, side):
-    """An Image as ADM prepared ImageNet, side x side: box halvings, bicubic, the centre."""
+def _check_pixels(path, width, height):
+    if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
+        raise UserError(f"{path} has {width} x {height} pixels, more than the limit of "
+                        f"{Image.MAX_IMAGE_PIXELS}: reduce or remove it")
 
-    def centre(picture, width, height):
+
+def read_picture(path, size=None):
+    """A picture file of any mode -> contiguous, writable array (H, W, 3) uint8, with size (size, size, 3).
+    EXIF turns it, transparency is laid on white, 16 bits become 8, NaN becomes 0. With `size` it is prepared
+    as ADM prepared ImageNet: the shorter side is brought to `size`, then the centre is cut out. UserError for
+    a file of none of the FORMATS or broken, and for more than PIL.Image.MAX_IMAGE_PIXELS pixels."""
+    with _reading(path, "a picture"):
+        with open(path, "rb") as file:
+            start = file.read(16)
+        Image.init()  # Image.open would warn of a large picture, or refuse it without telling its size
+        for open_picture, knows in map(Image.OPEN.get, FORMATS):
+            if knows(start):
+                with open_picture(path) as picture:
+                    _check_pixels(path, *picture.size)
+                    return _prepared(picture, size)
+        raise ValueError(f"it is none of {', '.join(FORMATS)}")
+
+
+def _prepared(picture, size):
+    """An Image as the array that read_picture returns."""
+    def centre(picture, longest):  # no side stays longer
+        width, height = (min(side, longest) for side in picture.size)
         left, top = (picture.width - width) // 2, (picture.height - height) // 2
         return picture.crop((left, top, left + width, top + height))
 
-    longest = 16 * min(picture.size)  # a thin picture, enlarged whole, would take gigabytes
-    picture = centre(picture, *(min(x, longest) for x in picture.size))
-    while min(picture.size) >= 2 * side:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = side / min(picture.size)
-    sides = [max(side, round(x * scale)) for x in picture.size]
-    return centre(picture.resize(sides, Image.Resampling.BICUBIC), side, side)
+    # 16-bit grey. Pillow's own conversion clips it, and older versions call the mode of such a PNG "I".
+    deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
+    ImageOps.exif_transpose(picture, in_place=True)
+    if size:  # a thin picture, converted or enlarged whole, would take gigabytes
+        picture = centre(picture, 16 * min(picture.size))
+    if picture.mode[0] in "IF":
+        grey = np.nan_to_num(np.asarray(picture, np.float32))
+        grey = grey / (257 if deep or grey.max() > 255 else 1)  # 65535 / 257 = 255
+        picture = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert("RGB")
+    if size:
+        while min(picture.size) >= 2 * size:
+            picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+        scale = size / min(picture.size)
+        sides = [max(size, round(side * scale)) for side in picture.size]
+        picture = centre(picture.resize(sides, Image.Resampling.BICUBIC), size)
+    return np.array(picture)
 
 
 @dataclasses.dataclass
 class Source:
-    """One input: a folder of pictures, an npz with pictures (`arr_0`), with statistics, or with both."""
+    """One input: a folder of pictures, or an .npz with pictures (`arr_0`), statistics, or both."""
 
     path: str
-    files: list | None = None  # of a folder: paths below it, sorted
-    count: int = 0  # pictures it holds
-    size: tuple | None = None  # (H, W) that they are read at
-    fit: bool = False  # whether pictures of other sizes are resized and cropped; else they are refused
+    files: list | None = None  # of a folder: its pictures' paths, sorted
+    count: int = 0  # of pictures
+    size: tuple | None = None  # (H, W) of every picture that is read
+    fit: bool = False  # pictures of another size are resized and cropped; without it they are refused
     statistics: dict = dataclasses.field(default_factory=dict)  # those of MOMENTS that the file holds
     note: dict = dataclasses.field(default_factory=dict)  # how --save-stats made them: n, resize, sha256
 
 
 def _open_pictures(archive):
-    """(Stream of the pixels, shape (N, H, W, 3)) of an npz's `arr_0`; ValueError for another array."""
+    """An npz's `arr_0`: a stream of its pixels and its shape (N, H, W, 3). ValueError for other arrays."""
     info = archive.getinfo("arr_0.npy")
     stream = archive.open(info)
-    version = np.lib.format.read_magic(stream)  # the header of a later one may claim gigabytes
+    version = np.lib.format.read_magic(stream)  # a header after version 1.0 may claim gigabytes
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
     if not (version == (1, 0) and dtype == np.uint8 and not fortran and len(shape) == 4 and shape[3] == 3
-            and min(shape) > 0 and shape[1] * shape[2] <= Image.MAX_IMAGE_PIXELS
-            and math.prod(shape) == info.file_size - stream.tell()):
+            and min(shape) > 0 and math.prod(shape) == info.file_size - stream.tell()):
         raise ValueError(f"`arr_0` is {dtype} {shape} in {info.file_size} bytes, expected uint8 (N, H, W, 3)")
+    _check_pixels(archive.filename, shape[2], shape[1])
     return stream, shape
 
 
 def open_source(path, pairs=False):
-    """Look at a folder (searched through) or an .npz without reading its pictures: a Source.
-
-    pairs: pictures alone count. Raises UserError for what is neither, is empty, or holds other arrays.
-    """
+    """A folder or an .npz as a Source; its pictures are not read yet. pairs: leave out statistics.
+    UserError for what is neither, is empty, or holds other arrays."""
     if os.path.isdir(path):
-        files = sorted(
-            os.path.relpath(os.path.join(folder, name), path) for folder, _, names in os.walk(path)
-            for name in names if name.lower().endswith(PICTURES) and not name.startswith("."))
-        if not files:
+        if not (files := list_pictures(path)):
             raise UserError(f"no pictures under {path}: expected files ending in {', '.join(PICTURES)}")
-        return Source(path, files, len(files), read_picture(os.path.join(path, files[0])).size[::-1])
+        return Source(path, files, len(files), read_picture(os.path.join(path, files[0])).shape[:2])
     source, arrays = Source(path), {}
     with _reading(path, "a folder of pictures or an .npz"), zipfile.ZipFile(path) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
@@ -518,7 +552,7 @@ def open_source(path, pairs=False):
             source.note = {"n": int(note["n"]), "resize": str(note["resize"]), "sha256": str(note["sha256"])}
         for mu, sigma in (MOMENTS[:2], MOMENTS[2:]):
             pair = [arrays[key] for key in (mu, sigma) if key in arrays]
-            # Finite, with room for squares and sums. NaN fails the comparison.
+            # Below 1e100, squares and sums stay finite. NaN fails the comparison.
             if pair and not (len(pair) == 2 and pair[0].ndim == 1 and pair[1].shape == 2 * pair[0].shape
                              and all(x.dtype.kind == "f" and np.abs(x).max() < 1e100 for x in pair)):
                 raise ValueError(f"`{mu}` and `{sigma}` are not finite floats (D,) and (D, D)")
@@ -529,26 +563,24 @@ def open_source(path, pairs=False):
 
 
 def read_batches(source, batch_size=64, workers=1, step=1):
-    """Yield every step-th picture of a Source in order, uint8 (b, H, W, 3), two batches in memory at most.
-
-    `workers` threads decode the next batch meanwhile. Batches of large pictures are smaller. Raises
-    UserError for pictures that are broken or of another size.
-    """
-    def stream():  # arrays out of the zip, one by one
+    """Yield every step-th picture of a Source in order, uint8 (b, H, W, 3), b <= batch_size.
+    `workers` threads decode the next batch meanwhile, so two are in memory. Batches of large pictures are
+    smaller, see BATCH_BYTES. UserError for pictures that are broken or of another size."""
+    def stream():  # the npz's pictures, one by one
         with _reading(source.path, "an .npz"), zipfile.ZipFile(source.path) as archive:
             member, (count, *shape) = _open_pictures(archive)
             for _ in range(count):
                 yield np.frombuffer(member.read(math.prod(shape)), np.uint8).reshape(shape)
 
     def read(item):
-        named = isinstance(item, str)
-        picture = read_picture(os.path.join(source.path, item)) if named else Image.fromarray(item)
-        if source.fit:
-            picture = fit_picture(picture, source.size[0])
-        elif picture.size != (source.size[1], source.size[0]):
-            raise UserError(f"{item} in {source.path} has (H, W) = {picture.size[::-1]}, others "
+        size = source.size[0] if source.fit else None
+        if not source.files:
+            return _prepared(Image.fromarray(item), size) if size else item
+        picture = read_picture(os.path.join(source.path, item), size)
+        if picture.shape[:2] != source.size:
+            raise UserError(f"{item} in {source.path} has (H, W) = {picture.shape[:2]}, others "
                             f"{source.size}: --size N brings all to N x N")
-        return np.asarray(picture)
+        return picture
 
     pictures = itertools.islice(source.files or stream(), 0, None, step)
     batch_size = max(1, min(batch_size, BATCH_BYTES // (3 * math.prod(source.size))))
@@ -560,10 +592,8 @@ def read_batches(source, batch_size=64, workers=1, step=1):
 
 
 def match(originals, recons):
-    """Cut two folders down to the paths that agree, extensions aside; an npz matches by position.
-
-    Returns how many pictures have no partner. Raises UserError where nothing matches.
-    """
+    """Match two Sources: folders by path without suffix, an npz by position. Folders drop the other files.
+    Returns how many pictures have no partner. Raises UserError where nothing matches."""
     alone = originals.count + recons.count
     if originals.files and recons.files:
         stems = [{os.path.splitext(name)[0]: name for name in source.files} for source in (originals, recons)]
@@ -578,13 +608,12 @@ def match(originals, recons):
 
 # ------------------------------------------------------------------------------------------------ the command
 
-FEW = 10_000  # below this many pictures FID's bias is of the size of the differences that papers report
-KNOWN = {"inception": INCEPTION, "vgg": VGG, "heads": HEADS}
+FEW = 10_000  # with fewer pictures, FID's bias is as large as the differences that papers report
 
 
 @torch.no_grad()
 def measure(source, network, args, rows=None):
-    """A Source's statistics by name, its file's before those of its pictures; appends pool_3 to `rows`."""
+    """A Source's statistics, arrays by the names of MOMENTS; appends pool_3 (b, 2048) to `rows`."""
     moments, moments_s = Moments(), Moments()
     batches = read_batches(source, args.batch_size, args.workers) if source.count else ()
     for pictures in tqdm(batches, unit="batch", leave=False, disable=None):
@@ -596,11 +625,12 @@ def measure(source, network, args, rows=None):
         if rows is not None:
             rows.append(pool)
     measured = dict(zip(MOMENTS, (*moments.result(), *moments_s.result()))) if source.count > 1 else {}
-    return measured | source.statistics  # ADM too prefers the file's, made from more pictures than it carries
+    # As in ADM, the file's own statistics come first: they are of more pictures than the file carries.
+    return measured | source.statistics
 
 
 def compare(reference, samples, network, args):
-    """IS, FID, sFID, precision and recall of two Sources by name, those that the inputs allow."""
+    """IS, FID, sFID, precision and recall of two Sources by name, as far as the inputs allow them."""
     rows, metrics = ([], []), {}
     a, b = measure(reference, network, args, rows[0]), measure(samples, network, args, rows[1])
     if samples.count:
@@ -618,7 +648,7 @@ def compare(reference, samples, network, args):
 
 @torch.no_grad()
 def compare_pairs(originals, recons, network, lpips, args):
-    """rFID, PSNR, SSIM and LPIPS of matched Sources by name, those that the networks and sizes allow."""
+    """rFID, PSNR, SSIM and LPIPS of matched Sources by name, as far as networks and sizes allow them."""
     metrics, functions, side = {}, {"PSNR": psnr}, min(originals.size)
     if side >= 11:
         functions["SSIM"] = ssim
@@ -638,10 +668,8 @@ def compare_pairs(originals, recons, network, lpips, args):
 
 def save_statistics(out, source, network, digest, args):
     """Write mu, sigma, mu_s, sigma_s of a Source's pictures to `out`, whole or not at all.
-
-    Up to 10,000 pictures, evenly spaced, go along as `arr_0`: ADM's evaluator insists on them, and precision
-    and recall need them. pytorch-fid reads mu and sigma and ignores the rest.
-    """
+    Up to 10,000 of the pictures, evenly spaced, are written to `arr_0`. ADM's evaluator expects them, and
+    precision and recall need them. pytorch-fid reads mu and sigma and ignores the rest."""
     note = {"n": source.count, "resize": args.resize, "sha256": digest}
     step = math.ceil(source.count / FEW)
     shape = (math.ceil(source.count / step), *source.size, 3)
@@ -659,14 +687,15 @@ def save_statistics(out, source, network, digest, args):
                     member.write(pictures.tobytes())
         os.replace(part, out)
     finally:
-        if os.path.exists(part):  # an error or Ctrl-C on the way
+        if os.path.exists(part):  # after an error or Ctrl-C
             os.remove(part)
 
 
 def evaluate(args):
-    """Run the command that the parsed `args` hold. Returns what is printed, by name. Raises UserError."""
+    """Run the command that `args` describe: a report of texts and numbers by name. Raises UserError."""
     sources, warned = [open_source(path, args.pairs) for path in args.inputs], []
-    # One with statistics keeps its size, else an npz, else the second; the other is fitted to that.
+    # One input keeps its size, and the other is fitted to it. Statistics hold for one size, so the input that
+    # has them keeps it. Otherwise an .npz keeps its size, and of two folders or two .npz files the second.
     keeper, *others = sorted(reversed(sources), key=lambda x: (not x.statistics, x.files is not None))
     size = (args.size, args.size) if args.size else keeper.size
     for source in sources if args.size else others:
@@ -677,18 +706,17 @@ def evaluate(args):
     if args.save_stats and (sources[0].statistics or sources[0].count < 2):
         raise UserError(f"{args.inputs[0]} holds one picture, or statistics already: nothing to save")
 
+    paths, absent = {}, {}  # a file for each network, and for each metric without its network a sentence
     wanted = ["inception"] if any(source.count for source in sources) else []
-    paths, absent = {}, {}
     for name in wanted + ["vgg", "heads"] if args.pairs else wanted:
-        file, _, url = KNOWN[name]
-        places = (f"weights/{file}", f"{torch.hub.get_dir()}/checkpoints/{file}")
-        if path := getattr(args, name) or next(filter(os.path.isfile, places), None):
-            paths[name] = path
-        else:
-            absent["rFID" if name == "inception" else "LPIPS"] = (
-                f"no {name} weights: `curl -fL --create-dirs -o weights/{file} {url}`")
+        stem, _, url = WEIGHTS[name]
+        curl = f"`curl -fL --create-dirs -o {os.path.join(args.weights, stem)}.pth {url}`"
+        try:
+            paths[name] = find_weights(args.weights, stem, curl)
+        except UserError:
+            absent["rFID" if name == "inception" else "LPIPS"] = f"no {name} weights: {curl}"
     if "rFID" in absent and not args.pairs:
-        raise UserError(f"{absent['rFID']}, or give --inception PATH")
+        raise UserError(f"{absent['rFID']}, or name another folder with --weights")
     network = load_inception(paths["inception"]).to(args.device) if "inception" in paths else None
     lpips = load_lpips(paths["vgg"], paths["heads"]).to(args.device) if {"vgg", "heads"} <= {*paths} else None
     hashes = {name: sha256(path) for name, path in paths.items()}
@@ -706,6 +734,7 @@ def evaluate(args):
     else:
         protocol = "FID as ADM's evaluator; gFID where REFERENCE is ADM's reference batch"
         metrics, names = compare(*sources, network, args), ("IS", "FID", "sFID", "Precision", "Recall")
+
     report = {"protocol": protocol, "resize to 299": args.resize}
     for role, source in zip(("reference", "samples"), sources):
         n = source.note.get("n") if source.statistics else source.count
@@ -713,7 +742,7 @@ def evaluate(args):
         report[role] = f"{source.path}, N = {n or 'unknown'}, {size}{', others fitted' if source.fit else ''}"
         if n and n < FEW:
             warned.append(f"{role}: fewer than {FEW:,} pictures, FID and sFID come out too high")
-    if other := [name for name, digest in hashes.items() if not digest.startswith(KNOWN[name][1])]:
+    if other := [name for name, digest in hashes.items() if not digest.startswith(WEIGHTS[name][1])]:
         warned.append(f"not the standard weights ({', '.join(other)}): compares with no published number")
     report |= {f"{name} weights": f"sha256 {digest}" for name, digest in hashes.items()}
     too_few = "too few or too small pictures, or no such statistics"
@@ -737,11 +766,10 @@ def parse(argv):
     add("inputs", nargs="+", metavar="INPUT", help="REFERENCE SAMPLES, ORIGINALS RECONS, or one to save")
     add("--pairs", action="store_true", help="compare reconstructions with their originals, matched by path")
     add("--save-stats", metavar="OUT.npz", help="write one input's statistics")
+    add("--weights", default="weights", metavar="FOLDER", help="the networks' files (default: %(default)s/)")
     add("--resize", choices=["adm", "pytorch-fid"], default="adm", help="to 299 x 299 (default: %(default)s)")
-    add("--size", type=int, metavar="N", help="fit pictures to N x N (default: to the other side's)")
+    add("--size", type=int, metavar="N", help="fit pictures to N x N (default: to the other input's size)")
     add("--json", action="store_true", help="print one line of JSON instead of a table")
-    for name, known in KNOWN.items():
-        add(f"--{name}", metavar="PATH", help=f"default: {known[0]} in weights/ or torch hub's cache")
     add("--device", choices=devices, default=devices[0])
     add("--batch-size", type=int, default=16 if devices == ["cpu"] else 128, metavar="B")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="W", help="threads that decode")
@@ -753,9 +781,8 @@ def parse(argv):
     if out := args.save_stats:
         if not out.endswith(".npz") or (os.path.exists(out) and not os.path.isfile(out)):
             fail(f"cannot write {out}: expected a name that ends in .npz")
-        for path in filter(None, (*args.inputs, args.inception)):
-            if os.path.exists(out) and os.path.exists(path) and os.path.samefile(out, path):
-                fail(f"{out} is an input: give another name to write")
+        if os.path.exists(out) and os.path.exists(args.inputs[0]) and os.path.samefile(out, args.inputs[0]):
+            fail(f"{out} is the input: give another name to write")
     return args
 
 
@@ -763,14 +790,13 @@ def main(argv=None):
     """The command line. Returns the exit code: 0, 2 after a fault, 130 after Ctrl-C."""
     torch.backends.cudnn.allow_tf32 = False  # cuDNN's default would round convolutions to 10 bits
 
-    def say(name, text, stream):  # what a terminal cannot show, newlines too, as escapes
+    def say(name, text, stream):  # newlines and what else a terminal cannot show are escaped
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
         print(name, text, file=stream, flush=True)
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one sentence is enough
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # of libraries: stderr is for one sentence
             args = parse(argv)
             report = evaluate(args)
         if args.json:

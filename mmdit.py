@@ -7,8 +7,8 @@
     + <------- gate, attn2: x on itself; MMDiT-X's first blocks              |
     + <------- gate, MLP                                     MLP, gate ----> +     depth times
 
-With AdaLN a conditioning vector (B, width) makes every shift, scale and gate. SemTok section 3.1; Esser et
-al. 2024 (SD3). Modules are named as in SD3.5's files. This file needs torch and safetensors alone.
+With AdaLN, a conditioning vector (B, width) makes every shift, scale and gate. SemTok section 3.1; Esser et
+al. 2024 (SD3). Modules have the names of SD3.5's files. This file needs torch and safetensors alone.
 
     import torch
     from mmdit import MMDiT, rope_1d, rope_2d
@@ -25,35 +25,32 @@ import os
 import re
 import typing
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------- rotary positions
 
 
 def rope_1d(length: int, head_dim: int) -> torch.Tensor:
-    """Rotations of positions 0..length-1 (RoFormer, Su et al. 2021): a table (2, length, head_dim)."""
-    # With device and type: a model built on the meta device or in bfloat16 still has real, exact tables
-    positions = torch.arange(length, dtype=torch.float32, device="cpu")
-    pairs = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
-    angles = positions[:, None] * 10000.0 ** (-pairs / len(pairs))  # (length, head_dim/2)
-    cos, sin = angles.cos(), angles.sin()
+    """Rotations of positions 0..length-1 (RoFormer, Su et al. 2021): cos and sin, (2, length, head_dim)."""
+    # On the CPU in float32, whatever the defaults: the meta device keeps no values, bfloat16 rounds them
+    positions, pairs = (torch.arange(n, dtype=torch.float32, device="cpu") for n in (length, head_dim // 2))
+    angles = positions[:, None] * 10000.0 ** (-pairs / len(pairs))
+    cos, sin = angles.cos(), angles.sin()  # (length, head_dim/2)
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
 
 
 def rope_2d(height: int, width: int, head_dim: int) -> torch.Tensor:
     """Rotations on a grid, half of each head by row and half by column: (2, height * width, head_dim)."""
     rows, columns = (rope_1d(side, head_dim // 2).unflatten(-1, (2, -1)) for side in (height, width))
-    rows, columns = rows[:, :, None], columns[:, None]  # (2, height or 1, width or 1, 2, head_dim/4)
-    shape = torch.broadcast_shapes(rows.shape, columns.shape)
-    return torch.cat([rows.expand(shape), columns.expand(shape)], -1).flatten(3).flatten(1, 2)
+    both = torch.broadcast_tensors(rows[:, :, None], columns[:, None])  # (2, height, width, 2, head_dim/4)
+    return torch.cat(both, -1).flatten(3).flatten(1, 2)
 
 
 def apply_rope(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
@@ -63,7 +60,7 @@ def apply_rope(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
 
 
 class RotaryTable(nn.Module):
-    """A `table` outside of the state dict. It stays float32 when its model is cast to bfloat16's 8 bits."""
+    """A `table` outside of checkpoints. It stays float32 when its model is cast: bfloat16 has only 8 bits."""
 
     def __init__(self, table: torch.Tensor):
         super().__init__()
@@ -74,12 +71,12 @@ class RotaryTable(nn.Module):
         return self
 
 
-# --------------------------------------------------------------------------------- attention of two streams
+# ------------------------------------------------------------------------------------------ the transformer
 
 
 def normed_rotated(qkv: torch.Tensor, heads: int, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm, rope: torch.Tensor):
     """qkv (B, L, 3 width) -> q, k, v (B, heads, L, head_dim), q and k RMS-normalised per head and rotated."""
-    # q and k go through as one tensor: small models spend their time on launching operations
+    # q and k as one tensor (2, B, heads, L, head_dim): fewer operations, and a small model waits for each
     qk, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).split([2, 1])
     weight = torch.stack([q_norm.weight, k_norm.weight])[:, None, None, None]
     qk = F.rms_norm(qk.float(), qk.shape[-1:], eps=q_norm.eps) * weight
@@ -89,12 +86,11 @@ def normed_rotated(qkv: torch.Tensor, heads: int, q_norm: nn.RMSNorm, k_norm: nn
 
 def attend(q, k, v, mask: torch.Tensor | None = None, causal: bool = False) -> torch.Tensor:
     """Softmax attention: q, k, v (B, heads, L, head_dim), mask (L, L), True where seen -> (B, L, width)."""
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    return out.transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal).transpose(1, 2).flatten(2)
 
 
 class AttentionWeights(nn.Module):
-    """One stream's qkv, RMS qk-norm and, unless `pre_only`, projection out; its forward makes q, k, v."""
+    """One stream's qkv, qk-norm and, unless pre_only, projection out: x (B, L, width) -> q, k, v as above."""
 
     def __init__(self, width: int, heads: int, pre_only: bool = False):
         super().__init__()
@@ -109,12 +105,12 @@ class AttentionWeights(nn.Module):
 
 
 def named(**parts: nn.Module) -> nn.Sequential:
-    """Modules one after the other, under the names of the published files."""
+    """Modules one after the other, under the names that published files give them."""
     return nn.Sequential(OrderedDict(parts))
 
 
 def feed_forward(width: int, hidden: int) -> nn.Sequential:
-    """(B, L, width) -> the same."""
+    """Linear, GELU (its tanh form), linear: (B, L, width) -> the same."""
     return named(fc1=nn.Linear(width, hidden), gelu=nn.GELU("tanh"), fc2=nn.Linear(hidden, width))
 
 
@@ -130,7 +126,7 @@ def gated(x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
 
 class StreamBlock(nn.Module):
     """One stream's half of a joint block. dual: with attn2, MMDiT-X's attention of the stream on itself.
-    pre_only: the last context block, which gives keys and values and lets nothing out."""
+    pre_only: SD3.5's last context block, which gives keys and values and has no output."""
 
     def __init__(self, width: int, heads: int, adaln: bool, dual: bool = False, pre_only: bool = False):
         super().__init__()
@@ -146,19 +142,21 @@ class StreamBlock(nn.Module):
         if adaln:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.chunks * width))
 
-    def modulation(self, conditioning: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
-        """(B, width) -> shift, scale, gate of the attention, the same of the MLP, of attn2; or None each."""
+    def modulations(self, conditioning: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """(B, width) -> shift, scale, gate of the attention, of the MLP and of attn2: nine of (B, 1, width).
+        None stands for those that the block lacks, and without conditioning for all."""
         if conditioning is None:
-            return [None] * self.chunks
-        return self.adaLN_modulation(conditioning)[:, None].chunk(self.chunks, -1)
+            return (None,) * 9
+        chunks = self.adaLN_modulation(conditioning)[:, None].chunk(self.chunks, -1)
+        return (*chunks, *[None] * (9 - self.chunks))
 
     def residual_mlp(self, x: torch.Tensor, shift, scale, gate) -> torch.Tensor:
-        """x (B, L, width) plus the gated MLP of it."""
+        """x (B, L, width) -> x plus its gated MLP."""
         return x + gated(self.mlp(modulate(self.norm2(x), shift, scale)), gate)
 
 
 class JointBlock(nn.Module):
-    """Two streams that attend to each other, each with its own weights and rotation; forward as in MMDiT."""
+    """Two streams that attend to each other, each with its own weights and rotations. forward: as MMDiT's."""
 
     def __init__(self, width: int, heads: int, adaln: bool, dual: bool, pre_only: bool):
         super().__init__()
@@ -167,36 +165,36 @@ class JointBlock(nn.Module):
 
     def forward(self, x, context, x_rope, context_rope, conditioning=None, mask=None):
         x_block, context_block = self.x_block, self.context_block
-        x_mod, c_mod = x_block.modulation(conditioning), context_block.modulation(conditioning)
-        x_norm, c_norm = x_block.norm1(x), context_block.norm1(context)
-        x_qkv = x_block.attn(modulate(x_norm, x_mod[0], x_mod[1]), x_rope)
-        c_qkv = context_block.attn(modulate(c_norm, c_mod[0], c_mod[1]), context_rope)
-        joint = attend(*(torch.cat(pair, 2) for pair in zip(c_qkv, x_qkv)), mask)  # (B, M + L, width)
-        from_context, from_x = joint.split([context.shape[1], x.shape[1]], 1)
-
-        attention = gated(x_block.attn.proj(from_x), x_mod[2])
+        shift, scale, gate, *for_mlp, attn2_shift, attn2_scale, attn2_gate = x_block.modulations(conditioning)
+        c_shift, c_scale, c_gate, *c_for_mlp, _, _, _ = context_block.modulations(conditioning)
+        x_norm, c_norm = x_block.norm1(x), context_block.norm1(context)  # (B, L, width), (B, M, width)
+        x_qkv = x_block.attn(modulate(x_norm, shift, scale), x_rope)  # three of (B, heads, L, head_dim)
+        c_qkv = context_block.attn(modulate(c_norm, c_shift, c_scale), context_rope)  # with M in place of L
+        q, k, v = (torch.cat(pair, 2) for pair in zip(c_qkv, x_qkv))  # (B, heads, M + L, head_dim)
+        from_context, from_x = attend(q, k, v, mask).split([context.shape[1], x.shape[1]], 1)
+        attention = gated(x_block.attn.proj(from_x), gate)  # (B, L, width)
         if x_block.dual:
-            own = attend(*x_block.attn2(modulate(x_norm, x_mod[6], x_mod[7]), x_rope))
-            attention = attention + gated(x_block.attn2.proj(own), x_mod[8])
-        x = x_block.residual_mlp(x + attention, *x_mod[3:6])
+            own = attend(*x_block.attn2(modulate(x_norm, attn2_shift, attn2_scale), x_rope))  # (B, L, width)
+            attention = attention + gated(x_block.attn2.proj(own), attn2_gate)
+        x = x_block.residual_mlp(x + attention, *for_mlp)
         if context_block.pre_only:
             return x, None
-        context = context + gated(context_block.attn.proj(from_context), c_mod[2])
-        return x, context_block.residual_mlp(context, *c_mod[3:6])
+        context = context + gated(context_block.attn.proj(from_context), c_gate)  # (B, M, width)
+        return x, context_block.residual_mlp(context, *c_for_mlp)
 
 
 class MMDiT(nn.Module):
     """A stack of joint blocks, the first `dual_depth` with attn2 (SD3.5-Medium: 13 of 24).
-    adaln: a conditioning vector modulates them. context_pre_only: no context leaves the last (SD3.5)."""
+    adaln: a conditioning vector modulates them. context_pre_only: the last gives no context back (SD3.5)."""
 
     def __init__(self, depth, width, heads, dual_depth=0, adaln=False, context_pre_only=False):
         super().__init__()
-        only = depth - 1 if context_pre_only else depth  # the block that lets no context out, if there is one
-        blocks = (JointBlock(width, heads, adaln, i < dual_depth, i == only) for i in range(depth))
+        last = depth - 1 if context_pre_only else None
+        blocks = (JointBlock(width, heads, adaln, i < dual_depth, i == last) for i in range(depth))
         self.joint_blocks = nn.ModuleList(blocks)
         self.checkpoint_activations = False  # True: the backward pass recomputes the blocks
         self.apply(_init_linear)
-        if adaln:  # AdaLN-zero (DiT, Peebles and Xie 2023): from scratch, every block starts as the identity
+        if adaln:  # AdaLN-zero (DiT, Peebles and Xie 2023): every block starts as the identity
             for name, parameter in self.named_parameters():
                 if "adaLN_modulation" in name:
                     nn.init.zeros_(parameter)
@@ -204,12 +202,10 @@ class MMDiT(nn.Module):
     def forward(self, x, context, x_rope, context_rope, conditioning=None, mask=None):
         """x (B, L, width), context (B, M, width), x_rope (2, L, head_dim), context_rope (2, M, head_dim),
         conditioning (B, width), mask (M + L, M + L) -> (x, context), or (x, None) if context_pre_only."""
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for block in self.joint_blocks:
             inputs = x, context, x_rope, context_rope, conditioning, mask
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x, context = checkpoint(block, *inputs, use_reentrant=False)
-            else:
-                x, context = block(*inputs)
+            x, context = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
         return x, context
 
 
@@ -219,11 +215,8 @@ def _init_linear(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-# ------------------------------------------------------------------------------ what goes around the blocks
-
-
 class PatchEmbed(nn.Module):
-    """Latents (B, channels, H, W), of any float type -> their projected patches (B, H/p * W/p, width)."""
+    """Latents (B, channels, H, W) of any float type -> projected patches (B, H/p * W/p, width)."""
 
     def __init__(self, channels: int, patch: int, width: int):
         super().__init__()
@@ -236,7 +229,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Flow time t (B,) in [0, 1] -> (B, width): 256 sinusoids of 1000 t, as in SD3.5, then a small MLP."""
+    """Flow time t (B,) in [0, 1] -> (B, width): 256 sinusoids of 1000 t, as in SD3.5, then an MLP."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -245,13 +238,13 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         steps = torch.arange(128, dtype=torch.float32, device=t.device)
-        angles = 1000 * t.float()[:, None] * torch.exp(steps * (-math.log(10000) / 128))
-        waves = torch.cat([angles.cos(), angles.sin()], -1)
+        angles = 1000 * t.float()[:, None] * torch.exp(steps * (-math.log(10000) / 128))  # (B, 128)
+        waves = torch.cat([angles.cos(), angles.sin()], -1)  # (B, 256)
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
 
 class FinalLayer(nn.Module):
-    """Image tokens (B, h w, width), conditioning (B, width), grid (h, w) -> (B, channels, h p, w p)."""
+    """Patches (B, h w, width), conditioning (B, width), grid (h, w) -> (B, channels, h p, w p), as in DiT."""
 
     def __init__(self, width: int, patch: int, channels: int):
         super().__init__()
@@ -264,36 +257,32 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, conditioning: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         shift, scale = self.adaLN_modulation(conditioning)[:, None].chunk(2, -1)
-        patches = self.linear(modulate(self.norm_final(x), shift, scale))
+        patches = self.linear(modulate(self.norm_final(x), shift, scale))  # (B, h w, p p c)
         patches = patches.unflatten(-1, (self.patch, self.patch, -1)).unflatten(1, grid)  # (B, h, w, p, p, c)
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
-# --------------------------------------------------------------------------- reading other people's weights
+# ---------------------------------------------------------------------------------------- reading weights
 
 
 class UserError(Exception):
-    """What the person at the keyboard can mend, in one sentence: what was found and expected, what to do."""
+    """One sentence for the person at the keyboard: what was found, what was expected, what to do."""
 
-    def __str__(self) -> str:
-        return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", super().__str__())  # names may hold anything
+    def __str__(self) -> str:  # names from files may hold line breaks
+        return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", super().__str__())
 
 
-_KINDS = {  # what a file is, by a part of a key that only this kind has; the first match counts
+_KINDS = {  # part of a key -> the kind of file that has such keys; the first match counts
     "encoder.joint_blocks.": "a SemTok tokenizer",
     "input_blocks.": "a Stable Diffusion 1, 2 or XL U-Net",
     "_blocks.0.attentions.": "a diffusers U-Net (Stable Diffusion 1, 2 or XL)",
-    "single_": "a FLUX transformer",
-    "_blocks.37.": "SD3.5-Large",
-    ".attn2.": "SD3.5-Medium",
+    "single_": "a FLUX transformer", "_blocks.37.": "SD3.5-Large", ".attn2.": "SD3.5-Medium",
     "context_embedder.": "SD3-Medium (no second attention)",
-    "class_embedding": "a CLIP vision model",
-    "patch_embedding": "a SigLIP vision model",
-    "token_embedding": "a text model without a vision tower",
-    "coder.conv_in.": "an image autoencoder (VAE)",
+    "class_embedding": "a CLIP vision model", "patch_embedding": "a SigLIP vision model",
+    "token_embedding": "a text model without a vision tower", "coder.conv_in.": "an image autoencoder (VAE)",
 }
 
-_DISGUISES = {  # how a file begins that is something else -> what it is and what to do
+_DISGUISES = {  # how a file begins that is no safetensors file -> what it is, and what to do
     rb"\s*<": "an HTML page, of a login or an error; download it again with your access token",
     rb"version https://git-lfs": "a git-lfs pointer; fetch the file itself with git lfs pull",
     rb"PK|\x80": "a pickled PyTorch file; the safetensors file of the same model is needed",
@@ -301,9 +290,9 @@ _DISGUISES = {  # how a file begins that is something else -> what it is and wha
 
 
 class TensorFiles:
-    """Tensors by name out of one safetensors file or a folder of shards. None is held in memory.
-    path: a file, a folder, or a folder with a subfolder `part`. prefix: what stands before the names of the
-    wanted model in a file of several. `shapes`: name without prefix -> shape. Raises UserError."""
+    """The tensors of a safetensors file, or of a folder of them. Only `get` reads values. Raises UserError.
+    path: a file, a folder, or a folder with a subfolder `part`. prefix: how the names of the model begin in a
+    file of several models. shapes: name without prefix -> shape. file_of: full name -> file."""
 
     def __init__(self, path: str, part: str = "", prefix: str = ""):
         path = Path(path, part) if os.path.isdir(Path(path, part)) else Path(path)
@@ -312,34 +301,32 @@ class TensorFiles:
             raise UserError(f"{path} holds no .safetensors file: give the file, or the folder that holds it")
         self.path, self.metadata, self.file_of, shapes = path, {}, {}, {}
         for file in files:
-            if not (os.path.isfile(file) and os.access(file, os.R_OK)):
-                raise UserError(f"{file} does not exist or may not be read: give a .safetensors file")
             with self.opened(file) as handle:
                 self.metadata = self.metadata or handle.metadata() or {}
                 for name in sorted(handle.keys()):
                     if name in shapes:  # two models, or two copies of one
                         raise UserError(f"{file} and {self.file_of[name]} both hold {name}: give one of them")
                     shapes[name], self.file_of[name] = tuple(handle.get_slice(name).get_shape()), file
-        self.prefix = prefix if any(name.startswith(prefix) for name in shapes) else ""
-        names = [name for name in shapes if name.startswith(self.prefix)]
-        self.shapes = {name.removeprefix(self.prefix): shapes[name] for name in names}
+        self.prefix = prefix = prefix if any(name.startswith(prefix) for name in shapes) else ""
+        self.shapes = {name.removeprefix(prefix): shapes[name] for name in shapes if name.startswith(prefix)}
 
-    @staticmethod
     @contextlib.contextmanager
-    def opened(file: str) -> Iterator:
-        """The open file. UserError when it is damaged or something else in disguise."""
+    def opened(self, file: Path) -> Iterator:
+        """The open file. Raises UserError when it is missing, damaged or something else in disguise."""
+        if not (os.path.isfile(file) and os.access(file, os.R_OK)):
+            raise UserError(f"{file} does not exist or may not be read: give a .safetensors file")
         try:
             with safe_open(file, "pt") as handle:
                 yield handle
         except (SafetensorError, OSError) as error:
             with open(file, "rb") as content:
                 start = content.read(256)
-            damaged = f"{os.path.getsize(file):,} bytes, truncated or damaged ({error}); download it again"
-            found = next((text for pattern, text in _DISGUISES.items() if re.match(pattern, start)), damaged)
-            raise UserError(f"{file} is no complete safetensors file: it is {found}") from None
+            damage = f"{os.path.getsize(file):,} bytes, truncated or damaged ({error}); download it again"
+            what = next((text for pattern, text in _DISGUISES.items() if re.match(pattern, start)), damage)
+            raise UserError(f"{file} is no complete safetensors file: it is {what}") from None
 
     def get(self, name: str) -> torch.Tensor:
-        """One tensor on the CPU. The file is opened for it alone, which gives pages read before back."""
+        """One tensor, on the CPU. The file is closed again: while open, it keeps in memory what was read."""
         name = self.prefix + name
         with self.opened(self.file_of[name]) as handle:
             tensor = handle.get_tensor(name)
@@ -347,90 +334,116 @@ class TensorFiles:
             raise UserError(f"{self.path} has {tensor.dtype} in {name}: 16 to 64 bit numbers are needed")
         return tensor
 
-    def unlike(self, wanted: str, told: str) -> UserError:
-        """The error that says what the file seems to be, what is wanted, and what told them apart."""
-        keys = self.file_of
-        names = f"an unknown file (keys such as {', '.join(sorted(keys)[:3]) or 'none at all'})"
-        kind = next((kind for part, kind in _KINDS.items() if any(part in key for key in keys)), names)
-        return UserError(f"{self.path} looks like {kind}, and {wanted} is needed: {told}")
+    def unlike(self, expected: str, reason: str) -> UserError:
+        """The error for a file of another kind: what it looks like, what is needed, and the reason."""
+        kinds = [kind for part, kind in _KINDS.items() if any(part in key for key in self.file_of)]
+        unknown = f"an unknown file (keys such as {', '.join(sorted(self.file_of)[:3]) or 'none at all'})"
+        return UserError(f"{self.path} looks like {[*kinds, unknown][0]}, and {expected} is needed: {reason}")
 
     @contextlib.contextmanager
-    def building(self, wanted: str) -> Iterator[None]:
-        """Inside, a model is built on the meta device by the file's own sizes. UserError if they are wrong.
-        A model that outgrows the file stops at once."""
-        # Twice what the file has and some more, so that a file which lacks a part still has it named
-        left = 2 * sum(math.prod(shape) + 10**4 for shape in self.shapes.values()) + 10**7
+    def building(self, expected: str) -> Iterator[None]:
+        """Build a model inside it, by sizes that the file gives, on the meta device. Any error becomes a
+        UserError. So does a model far larger than the file, before it takes memory or time."""
+        # Twice as large is still built: the file may lack a part, and `load_tensors` then names it
+        room = 10**7 + 2 * sum(10**4 + math.prod(shape) for shape in self.shapes.values())
 
         def count(module, name, parameter):
-            nonlocal left
-            left -= 10**4 + (0 if parameter is None else parameter.numel())
-            if left < 0:
+            nonlocal room
+            room -= 10**4 + parameter.numel()  # a small one takes time as well
+            if room < 0:
                 raise ValueError("its sizes make a model much larger than the file")
 
-        hook = register_module_parameter_registration_hook(count)
         try:
-            with torch.device("meta"):
+            with nn.modules.module.register_module_parameter_registration_hook(count), torch.device("meta"):
                 yield
-        except Exception as error:  # of any type: sizes from a file can be anything
-            told = f"it lacks {self.prefix}{error.args[0]}" if type(error) is KeyError else str(error)
-            raise self.unlike(wanted, told) from None
-        finally:
-            hook.remove()
+        except Exception as error:
+            reason = f"it lacks {self.prefix}{error.args[0]}" if type(error) is KeyError else str(error)
+            raise self.unlike(expected, reason) from None
 
 
 def from_keys(*keys: str, make: Callable[..., torch.Tensor] = lambda tensor: tensor) -> tuple:
-    """How `load_tensors` makes one tensor: `make` of those under these keys, by default the one as it is."""
+    """How `load_tensors` makes one tensor: by `make`, of the tensors that have these keys in the file."""
     return keys, make
 
 
-def load_tensors(module, source: TensorFiles, mapping: dict, wanted: str, unused=r"^$", device="cpu"):
+def load_tensors(module, source: TensorFiles, mapping: dict, expected: str, unused=r"^$", device="cpu"):
     """Fill a module, best built on the meta device, from a file, tensor by tensor; returns it on `device`.
-    mapping: name in the module -> `from_keys(...)`; names left out keep their initialisation. unused: pattern
-    of keys to pass over. Raises UserError naming the missing, unexpected and misshapen keys."""
+    mapping: name in the module -> `from_keys(...)`; other names keep their initialisation. unused: a pattern
+    of keys to pass over. Raises UserError naming all missing, unexpected and misshapen keys."""
     targets = module.state_dict()
     used = {key for keys, _ in mapping.values() for key in keys}
     missing, misshapen = used - source.shapes.keys(), set()
     unexpected = {key for key in source.shapes.keys() - used if not re.match(unused, key)}
-    for name, (keys, make) in mapping.items():  # on shapes alone first: gigabytes are not read in vain
+    for name, (keys, make) in mapping.items():  # shapes alone: nothing is read before all of it fits
         if missing.isdisjoint(keys):
-            try:
+            shape = None
+            with contextlib.suppress(Exception):  # the parts may not even fit each other
                 shape = make(*(torch.empty(source.shapes[key], device="meta") for key in keys)).shape
-            except (RuntimeError, IndexError):  # parts that do not even fit each other
-                shape = None
             if shape != targets[name].shape:
                 parts = f" {source.prefix}".join(f"{key} {source.shapes[key]}" for key in keys)
                 misshapen.add(f"{parts} for {name} {tuple(targets[name].shape)}")
-    told = []
-    for fault, keys in {"lacks": missing, "has unexpected": unexpected, "has misshapen": misshapen}.items():
+    faults = []
+    for fault, keys in (("lacks", missing), ("has unexpected", unexpected), ("has misshapen", misshapen)):
         if keys:
             more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
-            told.append(f"it {fault} {', '.join(source.prefix + key for key in sorted(keys)[:8])}{more}")
-    if told:
-        raise source.unlike(wanted, "; ".join(told))
-
+            faults.append(f"it {fault} {', '.join(source.prefix + key for key in sorted(keys)[:8])}{more}")
+    if faults:
+        raise source.unlike(expected, "; ".join(faults))
     tensors = {}
-    for name, (keys, make) in mapping.items():
-        value = make(*(source.get(key) for key in keys))
-        tensors[name] = value.to(device, targets[name].dtype, copy=True)  # a view would keep the file mapped
+    for name, (keys, make) in mapping.items():  # each a copy: a view would keep the file in memory
+        tensors[name] = make(*map(source.get, keys)).to(device, targets[name].dtype, copy=True)
     module.load_state_dict(tensors, strict=False, assign=True)
     return module.to(device)
 
 
+def config_from(config_class: type, entries):
+    """A dataclass of sizes out of a JSON table. A missing size takes its default: files outlive a new field.
+    ValueError for an unknown name, a wrong type or value. TypeError for a missing size without a default."""
+    if type(entries) is not dict:
+        raise ValueError("its sizes are no table")
+    hints, values = typing.get_type_hints(config_class), dict(entries)
+    for name, value in entries.items():
+        if name not in hints:
+            raise ValueError(f"this version knows no size {name!r:.40}")
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = config_from(hint, value)
+        elif hint == tuple[int, ...] and type(value) is list and {*map(type, value)} == {int}:
+            values[name] = tuple(value)
+        elif type(value) is not hint and value not in typing.get_args(hint):
+            raise ValueError(f"its {name} cannot be {value!r:.40}")
+    return config_class(**values)
+
+
+def load_checkpoint(path: str, kind: str, config_class: type, model_class: type, device, *facts: str):
+    """A model of train.py, built by the sizes that its own file gives, and the file's metadata.
+    kind: the metadata's `format`. facts: what else it must name. Raises UserError for any other file."""
+    source, expected = TensorFiles(path), f"a {kind}, which python train.py makes,"
+    with source.building(expected):
+        if source.metadata.get("format") != kind:
+            raise ValueError(f"its format is {source.metadata.get('format')}")
+        texts = {name: source.metadata[name] for name in ("config", "classes", "fingerprint", *facts)}
+        config, classes = config_from(config_class, json.loads(texts["config"])), json.loads(texts["classes"])
+        count = getattr(config, "classes", len(classes))  # a tokenizer may have any number
+        if type(classes) is not list or {*map(type, classes)} - {str} or len(classes) != count:
+            raise ValueError(f"its classes are no list of {count} names")
+        model = model_class(config)
+    mapping = {name: from_keys(name) for name in model.state_dict()}
+    return load_tensors(model, source, mapping, expected, device=device), source.metadata
+
+
 def renamed(name: str, words: dict[str, str]) -> str:
-    """A key of one layout in the other's words, replaced in the table's order."""
-    for ours, theirs in words.items():
-        name = name.replace(ours, theirs)
+    """A key of one layout in the words of another, replaced in the table's order."""
+    for old, new in words.items():
+        name = name.replace(old, new)
     return name
 
 
 # --------------------------------------------------------------------------------------------- SD3.5-Medium
 
-_DIFFUSERS_WORDS = {  # the single file's words -> diffusers'; * is q, k and v
-    "x_embedder.": "pos_embed.",
-    "t_embedder.mlp.0.": "time_text_embed.timestep_embedder.linear_1.",
-    "t_embedder.mlp.2.": "time_text_embed.timestep_embedder.linear_2.",
-    "y_embedder.mlp.0.": "time_text_embed.text_embedder.linear_1.",
-    "y_embedder.mlp.2.": "time_text_embed.text_embedder.linear_2.",
+_DIFFUSERS_WORDS = {  # the single file's words -> diffusers'; * stands for q, k and v
+    "x_embedder.": "pos_embed.", "t_embedder.mlp.": "time_text_embed.timestep_embedder.linear_",
+    "y_embedder.mlp.": "time_text_embed.text_embedder.linear_", ".linear_0.": ".linear_1.",
     "final_layer.adaLN_modulation.1.": "norm_out.linear.", "final_layer.linear.": "proj_out.",
     "joint_blocks.": "transformer_blocks.", "context_block.adaLN_modulation.1.": "norm1_context.linear.",
     "context_block.attn.qkv.": "attn.add_*_proj.", "context_block.attn.ln_": "attn.norm_added_",
@@ -445,26 +458,23 @@ def _from_diffusers(name: str, last: int) -> tuple:
     name = renamed(name, _DIFFUSERS_WORDS)
     if "*" in name:
         return from_keys(*(name.replace("*", part) for part in "qkv"), make=lambda *parts: torch.cat(parts))
-    if name.startswith(("norm_out.", f"transformer_blocks.{last}.norm1_context.")):
-        # (scale, shift) there, (shift, scale) in the single file
+    if name.startswith(("norm_out.", f"transformer_blocks.{last}.norm1_context.")):  # (scale, shift) there
         return from_keys(name, make=lambda tensor: torch.cat(tensor.chunk(2)[::-1]))
     return from_keys(name)
 
 
 def load_sd35(decoder: nn.Module, path: str, device: str | torch.device = "cpu") -> nn.Module:
     """Start a decoder from SD3.5-Medium: its single file, or a diffusers `transformer/` folder.
-    SD3.5 predicts eps - x_v and Eq. 5 wants x_v - eps, so the last linear layer is negated. SemTok has no
-    pooled text: its embedder runs once on zeros, and the result joins the timestep embedder's last bias. So
-    5.5M parameters go. What SD3.5 lacks keeps its initialisation. Raises UserError for any other file."""
+    SD3.5 predicts eps - x_v and Eq. 5 needs x_v - eps, so the last linear layer is negated. SemTok has no
+    pooled text, so the embedder of it (5.5M parameters) goes: its output for zeros joins the last bias of the
+    timestep embedder. What SD3.5 lacks keeps its initialisation. Raises UserError for any other file."""
     source = TensorFiles(path, "transformer", "model.diffusion_model.")
     diffusers = any(key.startswith("transformer_blocks.") for key in source.shapes)
     last = len(decoder.joint_blocks) - 1
+    published = (lambda name: _from_diffusers(name, last)) if diffusers else from_keys  # by our own names
 
-    def published(name: str) -> tuple:
-        return _from_diffusers(name, last) if diffusers else from_keys(name)
-
-    def folded(*tensors):  # in float64: the order of float32 sums depends on the CPU
-        bias, bias0, weight2, bias2 = (tensor.double() for tensor in tensors)
+    def folded(*tensors):
+        bias, bias0, weight2, bias2 = (tensor.double() for tensor in tensors)  # float32 sums differ by CPU
         return bias + weight2 @ F.silu(bias0) + bias2
 
     pretrained = ("x_embedder.", "t_embedder.", "joint_blocks.", "final_layer.")
@@ -474,46 +484,7 @@ def load_sd35(decoder: nn.Module, path: str, device: str | torch.device = "cpu")
     text = ("y_embedder.mlp.0.bias", "y_embedder.mlp.2.weight", "y_embedder.mlp.2.bias")
     keys = [published(name)[0][0] for name in ("t_embedder.mlp.2.bias", *text)]
     mapping["t_embedder.mlp.2.bias"] = from_keys(*keys, make=folded)
-
-    # Not used: the position table, for there is RoPE; the text's embedder; the weight that sees only zeros.
+    # Not needed: positions (there is RoPE), the embedder of text, and the weight that would only see zeros
     unused = r"pos_embed|context_embedder|model_sampling|.*(y_embedder.mlp.0|text_embedder.linear_1).weight"
-    wanted = "SD3.5-Medium (sd3.5_medium.safetensors or its transformer folder)"
-    return load_tensors(decoder, source, mapping, wanted, unused, device)
-
-
-# ------------------------------------------------------------- our own checkpoints, which describe themselves
-
-
-def config_from(config_class: type, entries):
-    """A dataclass of sizes out of a JSON table. Raises ValueError unless names, types and values fit."""
-    hints = typing.get_type_hints(config_class)
-    if type(entries) is not dict or entries.keys() != hints.keys():
-        raise ValueError(f"its sizes must be a table of {', '.join(hints)}")
-    values = dict(entries)
-    for name, hint in hints.items():
-        value, choices = entries[name], typing.get_args(hint)
-        if dataclasses.is_dataclass(hint):
-            values[name] = config_from(hint, value)
-        elif hint == tuple[int, ...] and type(value) is list and {*map(type, value)} == {int}:
-            values[name] = tuple(value)
-        elif type(value) is not hint and value not in choices:
-            raise ValueError(f"{name} is {value!r:.40}")
-    return config_class(**values)
-
-
-def load_checkpoint(path: str, kind: str, config_class: type, model_class: type, device, *facts: str):
-    """A model of train.py in eval mode, built by the sizes in its own file, and the file's metadata.
-    kind: the metadata's `format`. facts: what else it must have. Raises UserError for any other file."""
-    source, wanted = TensorFiles(path), f"a {kind}, which python train.py makes,"
-    with source.building(wanted):
-        if source.metadata.get("format") != kind:
-            raise ValueError(f"its format is {source.metadata.get('format')}")
-        about = {name: source.metadata[name] for name in ("config", "fingerprint", "classes", *facts)}
-        config, names = config_from(config_class, json.loads(about["config"])), json.loads(about["classes"])
-        if type(names) is not list or not all(type(name) is str for name in names):
-            raise ValueError("its classes are no list of names")
-        if len(names) != getattr(config, "classes", len(names)):
-            raise ValueError(f"it has {config.classes} classes and {len(names)} names")
-        model = model_class(config)
-    mapping = {name: from_keys(name) for name in model.state_dict()}
-    return load_tensors(model, source, mapping, wanted, device=device).eval(), source.metadata
+    expected = "SD3.5-Medium (sd3.5_medium.safetensors or its transformer folder)"
+    return load_tensors(decoder, source, mapping, expected, unused, device)

@@ -6,7 +6,6 @@
     python sample.py --image A.jpg B.jpg    # original | stage-1 sample | stage-2 refiner, a row each
     python sample.py --npz 50000            # class-balanced pictures in ADM's format, for fid.py
     python sample.py --reconstruct FOLDER   # every picture of a folder through the tokens, for fid.py --pairs
-    python sample.py --clusters FOLDER      # do classes cluster in the encoder, in SigLIP, in pixels?
 
 Section 3.3 and appendix A.2, "Inference". A run's checkpoints describe themselves, so nothing else is asked.
 
@@ -18,8 +17,8 @@ Section 3.3 and appendix A.2, "Inference". A run's checkpoints describe themselv
 
 import argparse
 import json
-import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -31,24 +30,18 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import numpy as np
-import scipy.linalg
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+import fid
 from ar import load_ar
 from bsq import bits_to_codes, index_to_bits
 from mmdit import UserError
 from semtok import (
-    PICTURE_SUFFIXES, SemTok, SigLIP, choose_device, load_semtok, load_siglip, picture_grid, read_picture,
-    to_signed, to_uint8, write_file, write_picture, write_text,
+    choose_device, key_generator, launched, load_semtok, picture_grid, run_command, to_uint8, write_file,
+    write_picture, write_text,
 )
-
-# torchrun's variables. The processes share a folder and need no other exchange, hence no group.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
 
 def load(run: str, name: str, device: torch.device) -> tuple[nn.Module, dict[str, str]]:
     """The model "stage1", "stage2" or "ar" of a run, and its metadata.
@@ -57,7 +50,7 @@ def load(run: str, name: str, device: torch.device) -> tuple[nn.Module, dict[str
     path = os.path.join(run, f"{name}.safetensors")
     command = f"python train.py --stage {name.removeprefix('stage')}"
     if os.path.normpath(run) != os.path.join("runs", "tiny"):
-        command += f" --out {run} and that run's other options"
+        command += f" --out {shlex.quote(run)}"
     if not os.path.isfile(path):
         raise UserError(f"{path} is missing: make it with {command} (--stage all makes everything)")
     model, metadata = (load_ar if name == "ar" else load_semtok)(path, device)
@@ -65,12 +58,6 @@ def load(run: str, name: str, device: torch.device) -> tuple[nn.Module, dict[str
         if not tensor.isfinite().all():
             raise UserError(f"{path} has NaN or infinity in {key}: make it again (--overwrite), {command}")
     return model, metadata
-
-
-def generator(device: torch.device, *key: int) -> torch.Generator:
-    """A random generator on the device that is a function of the key alone."""
-    words = np.random.SeedSequence(key).generate_state(2)
-    return torch.Generator(device).manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 
 
 class Sampler:
@@ -82,10 +69,10 @@ class Sampler:
         self.tokenizer, about = load(args.run, "stage2", device)
         self.classes, config, made = json.loads(metadata["classes"]), self.ar.config, self.tokenizer.config
         sizes = (config.tokens, config.bits) == (made.tokens, made.bits)
-        if metadata["tokenizer"] != about["fingerprint"] or not sizes:
+        if metadata["parent"] != about["fingerprint"] or not sizes:
             raise UserError(
                 f"ar.safetensors in {args.run} was trained on another stage2.safetensors than the one beside "
-                "it: train it again as then, with --stage ar --overwrite"
+                f"it: train it again, python train.py --stage ar --out {shlex.quote(args.run)} --overwrite"
             )
         ordered = args.order not in (None, "raster")
         if config.causal and (args.steps not in (None, config.tokens) or ordered or args.compile):
@@ -165,7 +152,7 @@ def class_grid(args: argparse.Namespace, device: torch.device) -> str:
     every = [label for label in labels for _ in range(count)]
     rows, both = {}, args.progress and not args.order and not sampler.ar.config.causal
     for order in ("random", "raster") if both else (sampler.options["order"],):
-        random, told = generator(device, args.seed), ""
+        random, told = key_generator(device, args.seed), ""
         if args.progress:
             pictures, known = sampler.draw_steps(every, random, order)
             steps, tokens = (", ".join(map(str, numbers)) for numbers in (known, known.values()))
@@ -182,13 +169,18 @@ def class_grid(args: argparse.Namespace, device: torch.device) -> str:
     return path
 
 
+def read(path: str, size: int) -> torch.Tensor:
+    """A picture file -> (3, size, size) uint8. Raises fid.UserError."""
+    return torch.from_numpy(fid.read_picture(path, size)).permute(2, 0, 1)
+
+
 def photo(args: argparse.Namespace, device: torch.device) -> str:
     """`--image` (Figures 3, 11): original | stage-1 sample | stage-2 refiner; returns the picture's path."""
     first, second = (load(args.run, name, device)[0] for name in ("stage1", "stage2"))
     rows, steps = {}, args.steps or 25
     for path in args.image:
-        picture = read_picture(path, first.config.image_size)[None].to(device)
-        sampled = first.reconstruct(picture, generator(device, args.seed), steps)
+        picture = read(path, first.config.image_size)[None].to(device)
+        sampled = first.reconstruct(picture, key_generator(device, args.seed), steps)
         caption = f"{path}: original | stage 1, {steps} steps | stage 2, refiner"
         rows[caption] = torch.cat([picture, sampled, second.reconstruct(picture)])
     out = args.out or os.path.join(args.run, f"image-{Path(args.image[0]).stem}.png")
@@ -212,7 +204,7 @@ def npz(args: argparse.Namespace, device: torch.device) -> str:
     """`--npz`: N class-balanced pictures as ADM's `arr_0` (N, H, W, 3) uint8; returns the file's path.
 
     Parts of 500 lie in OUT.parts until all are there, so the same command goes on after an interruption."""
-    sampler = Sampler(args, device)
+    sampler, (rank, world, _) = Sampler(args, device), launched()
     path = args.out or os.path.join(args.run, f"samples-{args.npz}.npz")
     folder, side = f"{path}.parts", sampler.tokenizer.config.image_size
     claim(folder, sampler.settings | {"n": args.npz})
@@ -222,10 +214,10 @@ def npz(args: argparse.Namespace, device: torch.device) -> str:
     def is_whole(file):
         return file.is_file() and file.stat().st_size == len(parts[file]) * side * side * 3
 
-    mine = list(enumerate(parts))[RANK::WORLD]
-    for number, file in tqdm(mine, "sampling", unit="x500", disable=RANK > 0):
+    mine = list(enumerate(parts))[rank::world]
+    for number, file in tqdm(mine, "sampling", unit="x500", disable=rank > 0):
         if not is_whole(file):
-            pictures = sampler.draw(parts[file], generator(device, args.seed, number), progress=RANK == 0)
+            pictures = sampler.draw(parts[file], key_generator(device, args.seed, number), progress=rank == 0)
             content = pictures.permute(0, 2, 3, 1).numpy().tobytes()
             write_file(str(file), lambda temporary, content=content: Path(temporary).write_bytes(content))
 
@@ -238,8 +230,8 @@ def npz(args: argparse.Namespace, device: torch.device) -> str:
                     with open(file, "rb") as pictures:
                         shutil.copyfileobj(pictures, member)
 
-    if RANK == 0:
-        while WORLD > 1 and not all(map(is_whole, parts)):  # the other processes are at work
+    if rank == 0:
+        while world > 1 and not all(map(is_whole, parts)):  # the other processes are at work
             time.sleep(0.2)
         write_file(path, join)
         shutil.rmtree(folder)
@@ -250,30 +242,29 @@ def reconstruct(args: argparse.Namespace, device: torch.device) -> str:
     """`--reconstruct`: every picture below a folder through tokens and refiner; returns the results' folder.
 
     They are PNGs under the same relative paths. Batches that are there already are not made again."""
-    tokenizer, metadata = load(args.run, "stage2", device)
+    (tokenizer, metadata), (rank, world, _) = load(args.run, "stage2", device), launched()
     source, size = Path(args.reconstruct), tokenizer.config.image_size
     out = args.out or os.path.join(args.run, "reconstructions")
     if Path(out).resolve().is_relative_to(source.resolve()):
         raise UserError(f"--out {out} lies in the folder that --reconstruct reads: choose another --out")
     targets, bad = {}, []
-    for path in sorted(source.rglob("*")):
-        if path.suffix.lower() in PICTURE_SUFFIXES and path.name[0] != ".":
-            target = Path(out, path.relative_to(source)).with_suffix(".png")
-            if target in targets:  # fid.py --pairs could not tell them apart either
-                raise UserError(f"{targets[target]} and {path} would both become {target}: rename one")
-            targets[target] = path
+    for name in fid.list_pictures(args.reconstruct):
+        path, target = source / name, Path(out, name).with_suffix(".png")
+        if target in targets:  # fid.py --pairs could not tell them apart either
+            raise UserError(f"{targets[target]} and {path} would both become {target}: rename one")
+        targets[target] = path
     if not targets:
         raise UserError(f"--reconstruct {source} holds no pictures: give a folder of JPEG or PNG files")
     claim(out, {"tokenizer": metadata["fingerprint"], "pictures": str(source.resolve())})
     batches = [list(targets)[i : i + 32] for i in range(0, len(targets), 32)]
-    for batch in tqdm(batches[RANK::WORLD], "reconstructing", unit="x32", disable=RANK > 0):
+    for batch in tqdm(batches[rank::world], "reconstructing", unit="x32", disable=rank > 0):
         if all(target.exists() for target in batch):
             continue
         pictures = {}
         for target in batch:
             try:
-                pictures[target] = read_picture(str(targets[target]), size)
-            except UserError as error:
+                pictures[target] = read(str(targets[target]), size)
+            except fid.UserError as error:
                 bad.append(str(error))
         if pictures:
             outputs = tokenizer.reconstruct(torch.stack(list(pictures.values())).to(device))
@@ -286,108 +277,14 @@ def reconstruct(args: argparse.Namespace, device: torch.device) -> str:
     return out
 
 
-def features(tokenizer: SemTok, siglip: SigLIP, pictures: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What Figure 6 compares, of uint8 (B, 3, H, W): the encoder's tokens (B, K, width) just before their
-    compression to bits; SigLIP's mean (B, C), which Eq. 2 aligns to; pixels (B, 3, 32, 32)."""
-    signed, before = to_signed(pictures), []
-    hook = tokenizer.encoder.to_bits.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
-    tokenizer.encode(signed)
-    hook.remove()
-    return before[0], siglip(signed).mean((2, 3)), F.adaptive_avg_pool2d(signed, 32)
-
-
-def neighbour_accuracy(features: torch.Tensor, labels: torch.Tensor, k: int = 5) -> float:
-    """Leave-one-out: the share of rows (N, D) whose label (N,) their k nearest other rows vote for.
-    Distances are Euclidean. Of classes with equal votes the nearest row's wins."""
-    distances = torch.cdist(features, features).fill_diagonal_(math.inf)
-    nearest = labels[distances.topk(k, largest=False).indices]  # (N, k)
-    votes = F.one_hot(nearest) * (1 + 0.1 * 0.5 ** torch.arange(k))[:, None]  # (N, k, classes)
-    return (votes.sum(1).argmax(1) == labels).float().mean().item()
-
-
-def discriminants(features: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
-    """LDA: the plane in which classes lie farthest apart for their own spread. Every other row of features
-    (N, D) decides it, and the rest are returned in it, (N // 2, 2): those that it was fitted to always look
-    well apart. labels (N,) are sorted, so both halves have every class."""
-    fitted = features[::2]
-    components = torch.linalg.svd(fitted - fitted.mean(0), full_matrices=False)[2][:50]
-    fitted, shown = ((half @ components.T).double() for half in (fitted, features[1::2]))  # (., 50)
-    means = torch.stack([fitted[labels[::2] == label].mean(0) for label in labels.unique()])
-    within = torch.cov((fitted - means[labels[::2]]).T)
-    # Shrinkage: without it, directions win in which a few pictures happen to agree.
-    within += (0.1 * torch.cov(fitted.T).diagonal().mean() + 1e-9) * torch.eye(len(within))
-    directions = scipy.linalg.eigh(torch.cov(means.T).numpy(), within.numpy())[1]  # the best are the last
-    return shown.numpy() @ directions[:, [-1, -2]]
-
-
-def scatter_plot(panels: dict[str, np.ndarray], labels: torch.Tensor, names: list[str]) -> Image.Image:
-    """Panels beside each other, title -> points (N, 2), coloured by labels (N,), of at most ten classes."""
-    colours = "1f77b4 ff7f0e 2ca02c d62728 9467bd 8c564b e377c2 666666 bcbd22 17becf".split()
-    sheet, dots = Image.new("RGB", (400 * len(panels), 460), "white"), []
-    pen = ImageDraw.Draw(sheet)
-    for left, (title, points) in zip(range(10, sheet.width, 400), panels.items()):
-        places = (points - points.min(0)) / (np.ptp(points, 0) + 1e-9) * 370 + (left + 5, 40)
-        dots += zip(places.tolist(), labels.tolist())
-        pen.text((left, 8), title, "black", font_size=16)
-    for label, name in enumerate(names):
-        x = 15 + label * sheet.width // len(names)
-        dots.append(((x, 440), label))
-        pen.text((x + 9, 431), name[:12], "black", font_size=14)
-    for (x, y), label in dots:
-        pen.ellipse((x - 3, y - 3, x + 3, y + 3), f"#{colours[label]}", "white")
-    return sheet
-
-
-@torch.no_grad()
-def clusters(args: argparse.Namespace, device: torch.device) -> str:
-    """`--clusters` (Figure 6): classes in stage 2's encoder, in SigLIP and, as the control, in pixels.
-
-    Prints `neighbour_accuracy` in each, draws `discriminants` of each; returns the picture's path. Pictures
-    are of the first ten subfolders. Tokens stand side by side: the paper names no pooling, and in the tiny
-    run their mean loses the class."""
-    tokenizer, standin = load(args.run, "stage2", device)[0], os.path.join(args.run, "standins", "siglip")
-    published = os.path.join("weights", "siglip2-base-patch16-256.safetensors")
-    path = args.siglip or (standin if os.path.exists(standin) else published)
-    if not os.path.exists(path):
-        raise UserError(f"{path} is missing: README.md says how to get SigLIP 2; or give --siglip PATH")
-    siglip, pictures, labels, names = load_siglip(path, device), [], [], []
-    for owner in sorted(path for path in Path(args.clusters).glob("[!.]*") if path.is_dir())[:10]:
-        files = sorted(path for path in owner.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
-        found = len(pictures)
-        for file in files[: args.n or 200]:
-            try:
-                pictures.append(read_picture(str(file), tokenizer.config.image_size))
-            except UserError as error:
-                print(f"skipped: {error}", file=sys.stderr)
-        if len(pictures) - found >= 6:
-            labels += [len(names)] * (len(pictures) - found)
-            names.append(owner.name)
-        else:
-            del pictures[found:]
-    if len(names) < 2:
-        layout = "at least two classes, FOLDER/CLASS/picture.jpg, each of 6 pictures or more"
-        raise UserError(f"--clusters {args.clusters} has {len(names)} classes of 6 pictures: give {layout}")
-    labels, spaces, panels = torch.tensor(labels), [], {}
-    for batch in tqdm(torch.stack(pictures).split(32), "encoding", unit="x32", leave=False):
-        spaces.append([part.flatten(1).cpu() for part in features(tokenizer, siglip, batch.to(device))])
-    for name, space in zip(("encoder", "SigLIP", "pixels"), map(torch.cat, zip(*spaces))):  # (N, D)
-        title = f"{name}: 5 nearest neighbours {neighbour_accuracy(space, labels):.1%}"
-        panels[title] = discriminants(space, labels)
-    print(f"{len(labels)} pictures of {len(names)} classes", *panels, sep="\n")
-    out = args.out or os.path.join(args.run, "clusters.png")
-    write_picture(out, scatter_plot(panels, labels[1::2], names))
-    return out
-
-
 # ------------------------------------------------------------------------------------------------ the command
 
 JOBS = {
     "class": class_grid, "labels": class_grid, "image": photo, "npz": npz, "reconstruct": reconstruct,
-    "clusters": clusters,
 }
 DRAWING = ("class", "labels", "npz")
 USED_BY = {  # the jobs in which an option changes something; the others refuse it
-    "n": ("class", "labels", "clusters"), "progress": ("class", "labels"), "siglip": ("clusters",),
+    "n": ("class", "labels"), "progress": ("class", "labels"),
     "steps": (*DRAWING, "image"), "seed": (*DRAWING, "image"),
     **dict.fromkeys(("batch_size", "cfg", "cfg_schedule", "top_p", "order", "bfloat16", "compile"), DRAWING),
 }
@@ -417,14 +314,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--image", nargs="+", metavar="FILE", help="original | stage 1 | stage 2, a row each")
     what.add_argument("--npz", type=count, metavar="N", help="N class-balanced pictures in ADM's .npz format")
     what.add_argument("--reconstruct", metavar="FOLDER", help="each picture below it through the tokens")
-    what.add_argument("--clusters", metavar="FOLDER", help="FOLDER/CLASS/picture in encoder, SigLIP, pixels")
     add, flag, runs = parser.add_argument, argparse.BooleanOptionalAction, os.path.join("runs", "tiny")
     add("--run", default=runs, metavar="FOLDER", help="train.py's --out (default: runs/tiny)")
     add("--out", metavar="PATH", help="the file, or with --reconstruct the folder, to write")
     add("--progress", action="store_true", help="with --class, --labels: after 1, 2, 4, ... steps")
-    add("--siglip", metavar="PATH", help="file or folder, for --clusters (default: the run's, or weights/'s)")
-    add("--n", type=count, help="pictures of each class (default: 16 of one, 8 of each of several, 2 with "
-        "--progress, at most 200 with --clusters)")
+    add("--n", type=count, help="pictures of each class (default: 16 of one, else 8, with --progress 2)")
     add("--steps", type=number(int, 1, 10_000), help="default: 64, at most one a token; with --image 25")
     add("--cfg", type=number(float, 0, 1000), help="guidance scale; 1 is none (default: the preset's)")
     add("--cfg-schedule", choices=["linear", "constant"], default="linear",
@@ -450,33 +344,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """The command. Raises UserError for what the person at the keyboard can mend."""
     args = parse_arguments(arguments)
-    device = choose_device(args.device)
+    device, (rank, world, local_rank) = choose_device(args.device), launched()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32, as in training
-        if WORLD > 1:
-            device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        if world > 1:
+            device = choose_device(f"cuda:{local_rank}")
             torch.cuda.set_device(device)
     path = JOBS[args.job](args, device)
-    if RANK == 0:
+    if rank == 0:
         print(path)
 
 
 def command_line(arguments: list[str] | None = None) -> int:
-    """`main` for a shell: returns the exit code, 2 with one sentence on stderr for what a person can mend."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        main(arguments)
-        return 0
-    except KeyboardInterrupt:
-        code, text = 130, "stopped; what was finished is kept"
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        code, text = 2, (str(error).strip() or "memory").splitlines()[0]
-        if isinstance(error, RuntimeError) and "memory" not in text:
-            raise  # a bug
-        if isinstance(error, (MemoryError, RuntimeError)):
-            text = f"the memory ran out ({text}): lower --batch-size"
-    print(f"sample.py: {text}", file=sys.stderr)
-    return code
+    """`main` for a shell -> exit code."""
+    return run_command("sample.py", lambda: main(arguments), (UserError, fid.UserError), "lower --batch-size")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
     Encoder, Eq. 1: x (B, 256, w) ---------+  and w_z(codes) like their mean                     |
                     z (B, K, d) --BSQ, Eq. 3--> codes (B, K, d) --------------------> Decoder, Eq. 5 and 7
 
-Section 3.1 and 3.2, Eq. 1 to 7, appendix A.1. It needs bsq.py and mmdit.py. Judges and optimiser: train.py.
+Section 3.1 and 3.2, Eq. 1 to 7, appendix A.1. It needs bsq.py and mmdit.py. Optimiser and data: train.py.
 
     import torch
     from semtok import PRESETS, SemTok
@@ -16,75 +16,31 @@ Section 3.1 and 3.2, Eq. 1 to 7, appendix A.1. It needs bsq.py and mmdit.py. Jud
     pictures = model.decode(model.refine(codes))             # one step; model.sample(codes) takes 25
 """
 
-import json
 import glob
+import hashlib
+import json
 import math
 import os
 import re
+import signal
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
-from bsq import BSQ, gather, ranks
+from bsq import BSQ, gather, mean_over_ranks, ranks
 from mmdit import (
     FinalLayer, MMDiT, PatchEmbed, RotaryTable, TensorFiles, TimestepEmbedder, UserError, attend,
     feed_forward, from_keys, load_checkpoint, load_tensors, named, renamed, rope_1d, rope_2d,
 )
 
 # ------------------------------------------------------------------------------------------------- pictures
-
-PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # not PostScript, which runs Ghostscript
-
-
-def read_picture(path: str, size: int | None = None) -> torch.Tensor:
-    """A picture file of any mode -> (3, H, W) uint8; with `size`, resized and cropped to (3, size, size).
-    EXIF rotation is applied, transparency laid on white, 16 bits reduced to 8. The shorter side goes to
-    `size` by box halvings, then bicubic, as ADM prepared ImageNet. Raises UserError for anything else."""
-    if not os.path.isfile(path):  # nor does it wait for a named pipe
-        raise UserError(f"{path} does not exist or is no file: give the path of a JPEG or PNG picture")
-    try:
-        with Image.open(path, formats=_FORMATS) as picture:
-            return torch.from_numpy(np.array(_prepared(picture, size))).permute(2, 0, 1)
-    except Exception as error:  # of a dozen types, by format and damage
-        raise UserError(f"{path} cannot be read as a picture ({error}): give a JPEG or PNG file") from None
-
-
-def _prepared(picture: Image.Image, size: int | None) -> Image.Image:
-    # 16-bit grey: Pillow's own conversion clips it, and its older versions call such a PNG "I".
-    deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
-    ImageOps.exif_transpose(picture, in_place=True)
-    if size is not None:  # a thin picture, enlarged or just converted whole, would take gigabytes
-        picture = _centre(picture, 16 * min(picture.size))
-    if picture.mode[0] in "IF":
-        grey = np.nan_to_num(np.asarray(picture, np.float32))
-        grey = grey / (257 if deep or grey.max() > 255 else 1)  # 65535 / 257 = 255
-        picture = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = picture.convert("RGB")
-    if size is None or picture.size == (size, size):
-        return picture
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    sides = [max(size, round(side * scale)) for side in picture.size]
-    return _centre(picture.resize(sides, Image.Resampling.BICUBIC), size)
-
-
-def _centre(picture: Image.Image, longest: int) -> Image.Image:
-    width, height = (min(side, longest) for side in picture.size)
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    return picture.crop((left, top, left + width, top + height))
-
 
 def to_signed(pictures: torch.Tensor) -> torch.Tensor:
     """uint8 0..255 -> float32 in [-1, 1], the range of every network here."""
@@ -111,12 +67,16 @@ def picture_grid(rows: dict[str, torch.Tensor], side: int = 96) -> Image.Image:
     return sheet
 
 
-# ------------------------------------------------------------------- files that are never half, and devices
+# --------------------------------------------------- files that are never half, random numbers, the command
 
 
 def write_file(path: str, write) -> None:
-    """Call write(temporary path), flush to disk, then rename to path. Raises OSError."""
-    temporary, folder = f"{path}.{os.getpid()}.part", os.path.dirname(path) or "."
+    """Call write(temporary path), flush to disk, then rename to path. A link stays one: its target changes.
+    Raises OSError, and UserError for a path that is a folder, a device or a pipe."""
+    path = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is no ordinary file and will not be replaced: choose another path")
+    temporary, folder = f"{path}.{os.getpid()}.part", os.path.dirname(path)
     for left in glob.glob(f"{glob.escape(path)}.*.part"):
         try:
             os.kill(int(left.split(".")[-2]), 0)  # asks whether the process lives
@@ -156,6 +116,52 @@ def write_text(path: str, text: str) -> None:
 def write_picture(path: str, picture: Image.Image) -> None:
     """A PNG by `write_file`."""
     write_file(path, lambda temporary: picture.save(temporary, "PNG"))
+
+
+def key_generator(device: str | torch.device, *key) -> torch.Generator:
+    """Random numbers on a device that follow from the key alone, such as (seed, "stage 1", step)."""
+    digest = hashlib.sha256(" ".join(map(str, key)).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def launched() -> tuple[int, int, int]:
+    """Rank, number of processes and local rank, as torchrun sets them; (0, 1, 0) without it. UserError when
+    only some of its variables are there: left over in a shell, they would make a part of the work."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if not given.keys() & {"RANK", "WORLD_SIZE"}:
+        return 0, 1, 0
+    texts = (given.get(name, "") for name in names[:3])
+    rank, world, local = (int(text) if text.isdecimal() else -1 for text in texts)
+    if len(given) < len(names) or not 0 <= rank < world or local < 0:
+        found = ", ".join(f"{name}={text[:20]}" for name, text in given.items())
+        raise UserError(f"torchrun's variables do not fit ({found}): unset them, or start with torchrun")
+    return rank, world, local
+
+
+def run_command(name: str, main, faults: tuple, memory_advice: str) -> int:
+    """Call main() for a shell -> exit code: 0; 130 after Ctrl-C; 2, with one sentence on stderr, for what a
+    person can mend: `faults`, full memory, a full disk. Other errors are bugs, and pass."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        main()
+        return 0
+    except KeyboardInterrupt:
+        text, code = "interrupted; what has been saved is whole, and the same command goes on", 130
+    except faults as error:  # out of a loader's worker it carries a traceback: the last line is the sentence
+        text, code = (str(error).strip() or "a damaged file").splitlines()[-1], 2
+        text = re.sub(r"^\w+\.UserError: ", "", text)
+    except (OSError, MemoryError, RuntimeError) as error:
+        text, code = (str(error).strip() or "memory is full").splitlines()[-1], 2
+        if isinstance(error, OSError):
+            text += ": free some space or change the path; what has been saved is whole"
+        elif isinstance(error, MemoryError) or "memory" in text:
+            text += f": {memory_advice}"
+        else:
+            raise
+    if ranks()[0] == 0:
+        print(f"{name}: {text}", file=sys.stderr)
+    return code
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -505,6 +511,14 @@ class LossWeights:
     contrast: float = 1.0
 
 
+@dataclass(frozen=True)
+class RefinerWeights(LossWeights):
+    """The weights of Eq. 7 (section 4.1), and of LeCAM (MaskBiT)."""
+    lambda_p: float = 0.1  # of each perceptual loss
+    lambda_gan: float = 0.1
+    lambda_lecam: float = 0.001
+
+
 class Encoder(MMDiT):
     """Eq. 1: latents and K learnable mask tokens through an MMDiT without timestep -> x and z."""
 
@@ -569,6 +583,105 @@ class Decoder(MMDiT):
         return self.final_layer(x, conditioning, self.grid)
 
 
+# ------------------------------------------------------- judges of stage II: ResNet-50 and the discriminator
+
+
+class Bottleneck(nn.Module):
+    """ResNet's 1x1, 3x3, 1x1 block, stride in the 3x3 (torchvision): (B, c, H, W) -> (B, 4 width, ...)."""
+
+    def __init__(self, channels_in: int, width: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels_in, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
+        self.downsample = nn.Identity()
+        if stride != 1 or channels_in != 4 * width:
+            shortcut = nn.Conv2d(channels_in, 4 * width, 1, stride, bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(4 * width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = F.relu(self.bn1(self.conv1(x)))
+        hidden = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(hidden)))))
+        return F.relu(hidden + self.downsample(x))
+
+
+class ResNet(nn.Module):
+    """ResNet-50 (He et al. 2016), torchvision's names: (B, 3, H, W) in [-1, 1], resized -> (B, classes)."""
+
+    def __init__(self, width: int = 64, layers=(3, 4, 6, 3), classes: int = 1000, size: int = 224):
+        super().__init__()
+        self.size, channels = size, width
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
+        for i, blocks in enumerate(layers):
+            inner, stage = width * 2**i, []
+            for j in range(blocks):
+                stage.append(Bottleneck(channels, inner, stride=2 if i and not j else 1))
+                channels = 4 * inner
+            self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
+        self.fc = nn.Linear(channels, classes)
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        if pictures.shape[-1] != self.size:
+            pictures = F.interpolate(pictures, (self.size, self.size), mode="bilinear", antialias=True)
+        x = pictures * 0.5 + 0.5  # ImageNet's channel means and deviations are of [0, 1]
+        moments = zip(x.unbind(1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        x = torch.stack([(channel - mean) / std for channel, mean, std in moments], 1)
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+class Discriminator(nn.Module):
+    """MaskBiT's "VQGAN+" discriminator (Weber et al. 2024): (B, 3, H, W) -> logits (B, 1, map, map).
+    It remembers the running means of its logits on real and on decoded pictures, for LeCAM."""
+
+    def __init__(self, base: int = 128, stages: int = 4, map_size: int = 16):
+        super().__init__()
+        self.conv_in, self.map_size = nn.Conv2d(3, base, 5, padding=2), map_size
+        widths = [base] + [base * 2**i for i in range(stages)]  # doubling from the second stage on
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:]))
+        self.norms = nn.ModuleList(nn.GroupNorm(min(32, width // 4), width) for width in widths[1:])
+        self.mix = nn.Conv2d(widths[-1], widths[-1], 1)
+        self.conv_out = nn.Conv2d(widths[-1], 1, 5, padding=2)
+        blur = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        self.register_buffer("blur", blur[:, None] * blur, persistent=False)
+        self.register_buffer("real_mean", torch.zeros(()))
+        self.register_buffer("fake_mean", torch.zeros(()))
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        x = F.leaky_relu(self.conv_in(pictures), 0.1)
+        for conv, norm in zip(self.convs, self.norms):
+            x = conv(x)
+            blur = self.blur.to(x.dtype).expand(x.shape[1], 1, 4, 4)
+            x = F.leaky_relu(norm(F.conv2d(x, blur, stride=2, padding=1, groups=x.shape[1])), 0.1)
+        x = F.adaptive_max_pool2d(x, self.map_size)
+        return self.conv_out(F.leaky_relu(self.mix(x), 0.1))
+
+    def losses(self, output: torch.Tensor, real: torch.Tensor, lambda_lecam: float) -> dict:
+        """Hinge losses of both players on pictures (B, 3, H, W) in [-1, 1], and the mean logits.
+        Detached weights judge the decoder's output, and the discriminator learns from a detached output: one
+        backward pass gives each player its own gradient."""
+        detached = {name: p.detach() for name, p in self.named_parameters()}
+        gan_loss = -torch.func.functional_call(self, detached, (output,)).float().mean()
+        on_real, on_fake = self(real).float(), self(output.detach()).float()  # (B, 1, map, map)
+        hinge_loss = 0.5 * (F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean())
+        d_real, d_fake = (mean_over_ranks(logits.mean()) for logits in (on_real, on_fake))
+        penalty = lecam_loss(d_real, d_fake, self.real_mean, self.fake_mean)
+        losses = {"gan_loss": gan_loss, "discriminator_loss": hinge_loss + lambda_lecam * penalty}
+        return losses | {"d_real": d_real, "d_fake": d_fake}
+
+    @torch.no_grad()
+    def remember(self, d_real: torch.Tensor, d_fake: torch.Tensor) -> None:
+        """After a step: move the running means towards its mean logits ()."""
+        self.real_mean.lerp_(d_real, 0.001)
+        self.fake_mean.lerp_(d_fake, 0.001)
+
+
+def lecam_loss(real: torch.Tensor, fake: torch.Tensor, real_mean: torch.Tensor, fake_mean: torch.Tensor):
+    """LeCAM (Tseng et al. 2021) as in MaskBiT: a side's mean logit () stays near the other's running mean."""
+    return F.relu(real - fake_mean).square() + F.relu(real_mean - fake).square()
+
+
 # ----------------------------------------------------------------------------------------------------- SemTok
 
 
@@ -587,7 +700,7 @@ class SemTok(nn.Module):
         self.w_x = nn.Linear(config.encoder_width, config.semantic_width)
         # w_z reads the flattened tokens: each has its own identity, and a mean would leave only d numbers.
         self.w_z = nn.Linear(config.tokens * config.bits, config.semantic_width)
-        self.log_t = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))  # not (): FSDP shards no scalars
+        self.log_t = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))  # Eq. 2's t; not (): FSDP shards no ()
 
     def quantise(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Latents (B, channels, h, w) -> x (B, grid^2, encoder width), codes (B, K, d), u (B, K, d)."""
@@ -595,53 +708,61 @@ class SemTok(nn.Module):
         return x, *self.quantizer(z)
 
     @torch.no_grad()
-    def prepare(self, pictures: torch.Tensor, siglip: SigLIP) -> tuple[dict, dict]:
-        """What a training step needs without gradient, from this rank's pictures (B, 3, H, W) in [-1, 1].
-        A row for each picture: `latents` (B, channels, h, w), `features` (B, C, g, g), `positive` (B,), its
-        place among the candidates. What all share: `candidates` (ranks * B, C), the pooled features."""
-        # CLIP clamps the temperature in place. A clamp in `forward` would have no gradient beyond it.
-        self.log_t.clamp_(max=math.log(100))
-        latents, features = self.vae.encode(pictures), siglip(pictures)
-        pooled = F.normalize(features.float().mean((2, 3)), dim=-1)  # P of Eq. 2 is the mean
-        positive = torch.arange(len(pictures), device=pictures.device) + ranks()[0] * len(pictures)
+    def frozen_pass(self, pictures: torch.Tensor, siglip: SigLIP, rng=None) -> tuple[dict, dict]:
+        """Computes everything that needs no gradient, of this rank's pictures (B, 3, H, W) in [-1, 1].
+        Returns a row for each picture: `latents` (B, channels, h, w), `features` (B, C, g, g), `positive`
+        (B,), its place among the candidates; with rng also Eq. 5's `noise`, like the latents, and its times
+        `t` (B,), uniform in [0, 1]. And what all rows share: `candidates` (ranks * B, C), pooled features."""
+        (rank, world), latents, features = ranks(), self.vae.encode(pictures), siglip(pictures)
+        pooled = F.normalize(features.float().mean((2, 3)), dim=-1)  # (B, C); P of Eq. 2 is the mean
+        positive = torch.arange(len(pictures), device=pictures.device) + rank * len(pictures)
         rows = {"latents": latents, "features": features, "positive": positive}
+        if rng is not None:  # drawn for the global batch and cut to this rank: their number changes nothing
+            total = world * len(latents)
+            noise = torch.randn(total, *self.latent_shape, generator=rng, device=latents.device)
+            t = torch.rand(total, generator=rng, device=latents.device)
+            rows |= {"noise": noise.chunk(world)[rank], "t": t.chunk(world)[rank]}
         return rows, {"candidates": gather(pooled)}
 
-    @staticmethod
-    def draw_noise(latents: torch.Tensor, rng: torch.Generator) -> dict[str, torch.Tensor]:
-        """Eq. 5: `noise` like the latents and times `t` (B,), uniform in [0, 1].
-        Drawn for the global batch and cut to this rank's rows: the number of ranks changes nothing."""
-        rank, world = ranks()
-        total = world * len(latents)
-        noise = torch.randn(total, *latents.shape[1:], generator=rng, device=latents.device)
-        t = torch.rand(total, generator=rng, device=latents.device)
-        return {"noise": noise.chunk(world)[rank], "t": t.chunk(world)[rank]}
-
-    def pretraining_losses(self, latents, noise, t, features, positive, candidates, weights) -> dict:
-        """Stage I, Eq. 6, on the results of `prepare` and `draw_noise`, with `LossWeights`.
-        Returns `loss`, its terms, named `..._loss`, the two entropies, and `codes` (B, K, d)."""
+    def pretraining_losses(self, latents, features, positive, noise, t, candidates, weights) -> dict:
+        """Stage I, Eq. 6, on the results of `frozen_pass` with rng. weights: LossWeights.
+        Returns `loss` and its terms, scalars."""
         x, codes, u = self.quantise(latents)
         times = t[:, None, None, None]
-        velocity = self.decoder(codes, times * noise + (1 - times) * latents, t)  # Eq. 5: D(x_t, codes, t)
+        noisy = times * noise + (1 - times) * latents  # Eq. 5: x_t (B, channels, h, w)
+        velocity = self.decoder(codes, noisy, t)
         flow_loss = F.mse_loss(velocity.float(), latents - noise)  # Eq. 5: the target is x_v - eps
-        out = self.regularisers(x, codes, u, features, positive, candidates, weights)
-        return out | {"flow_loss": flow_loss, "loss": flow_loss + out.pop("regulariser")}
+        regulariser, terms = self.regularisers(x, codes, u, features, positive, candidates, weights)
+        return {"loss": flow_loss + regulariser, "flow_loss": flow_loss} | terms
 
-    def refiner_losses(self, latents, features, positive, candidates, weights) -> tuple[torch.Tensor, dict]:
-        """Stage II, Eq. 7 but for its judges: latents (B, channels, h, w) in one step, and `regularisers`."""
+    def refiner_losses(
+        self, latents, features, positive, pictures, candidates, judges: dict, weights: RefinerWeights,
+        discriminator: Discriminator | None = None,
+    ) -> dict:
+        """Stage II, Eq. 7, on the results of `frozen_pass` and the pictures (B, 3, H, W) in [-1, 1].
+        judges: the perceptual losses, name -> a callable (output, pictures) -> (). discriminator: once it has
+        joined. Returns `loss` and its terms, scalars, and the discriminator's mean logits."""
         x, codes, u = self.quantise(latents)
-        # mask tokens in place of noisy latents, t = 1
-        return self.decoder(codes), self.regularisers(x, codes, u, features, positive, candidates, weights)
+        output = self.vae.decode(self.decoder(codes)).float()  # mask tokens for x_t, t = 1: (B, 3, H, W)
+        pixel_loss = F.mse_loss(output, pictures)
+        perceptual = {f"{name}_loss": judge(output, pictures) for name, judge in judges.items()}
+        regulariser, terms = self.regularisers(x, codes, u, features, positive, candidates, weights)
+        loss = pixel_loss + weights.lambda_p * sum(perceptual.values()) + regulariser  # Eq. 7
+        if discriminator is not None:
+            players = discriminator.losses(output, pictures, weights.lambda_lecam)
+            loss = loss + weights.lambda_gan * players["gan_loss"] + players["discriminator_loss"]
+            terms |= players
+        return {"loss": loss, "pixel_loss": pixel_loss} | perceptual | terms
 
-    def regularisers(self, x, codes, u, features, positive, candidates, weights) -> dict:
-        """Eq. 2 and 4, the terms that both stages share, and their weighted sum, `regulariser`."""
-        out = self.quantizer.entropy_loss(u) | self.alignment_losses(x, codes, features, positive, candidates)
-        semantic_loss = weights.distill * out["distill_loss"] + weights.contrast * out["contrast_loss"]
-        regulariser = weights.lambda_q * out["entropy_loss"] + weights.lambda_s * semantic_loss  # Eq. 6
-        return out | {"codes": codes, "regulariser": regulariser}
+    def regularisers(self, x, codes, u, features, positive, candidates, weights) -> tuple[torch.Tensor, dict]:
+        """Eq. 4 and 2, the terms that both stages share: their weighted sum in Eq. 6 and 7, and each."""
+        terms = self.alignment_losses(x, codes, features, positive, candidates)
+        terms |= self.quantizer.entropy_loss(u)
+        semantic_loss = weights.distill * terms["distill_loss"] + weights.contrast * terms["contrast_loss"]
+        return weights.lambda_q * terms["entropy_loss"] + weights.lambda_s * semantic_loss, terms
 
     def alignment_losses(self, x, codes, features, positive, candidates) -> dict[str, torch.Tensor]:
-        """Eq. 2: x (B, grid^2, encoder width), codes (B, K, d) and what `prepare` returns -> two scalars."""
+        """Eq. 2: x (B, grid^2, encoder width), codes (B, K, d), `frozen_pass`'s results -> two scalars."""
         grid, targets = self.config.grid, features.float()
         if targets.shape[-1] != grid:
             targets = F.interpolate(targets, (grid, grid), mode="bilinear", antialias=True)
@@ -651,6 +772,12 @@ class SemTok(nn.Module):
         similarity = self.log_t.exp() * v @ candidates.T  # (B, ranks * B)
         # Eq. 2 is printed without its minus sign. To maximise the log ratio is to minimise this (InfoNCE).
         return {"distill_loss": distill_loss, "contrast_loss": F.cross_entropy(similarity, positive)}
+
+    @torch.no_grad()
+    def clamp_temperature(self) -> None:
+        """Keep Eq. 2's t at 100 or below, as CLIP does, after each step of the optimiser. A clamp in the
+        forward pass would leave a temperature beyond it without a gradient."""
+        self.log_t.clamp_(max=math.log(100))
 
     @torch.no_grad()
     def start_refiner(self) -> None:
@@ -676,10 +803,10 @@ class SemTok(nn.Module):
         return self.decoder(codes)
 
     @torch.no_grad()
-    def sample(self, codes: torch.Tensor, steps=25, shift=1.0, generator=None) -> torch.Tensor:
+    def sample(self, codes: torch.Tensor, steps: int = 25, generator=None) -> torch.Tensor:
         """Stage I: codes (B, K, d) -> latents, by Euler steps of the flow from t = 1 (noise) to 0."""
         noise = torch.randn(len(codes), *self.latent_shape, generator=generator, device=codes.device)
-        return euler(lambda x, t: self.decoder(codes, x, t.expand(len(x))), noise, steps, shift)
+        return euler(lambda x, t: self.decoder(codes, x, t.expand(len(x))), noise, steps)
 
     def reconstruct(self, pictures: torch.Tensor, generator=None, steps: int = 25) -> torch.Tensor:
         """uint8 (B, 3, H, W) -> uint8, through the tokens: stage I with a generator, else the refiner."""
@@ -688,16 +815,14 @@ class SemTok(nn.Module):
         return to_uint8(self.decode(latents))
 
 
-def euler(velocity, x: torch.Tensor, steps: int, shift: float = 1.0) -> torch.Tensor:
-    """Follow dx/dt = -velocity(x, t), which estimates x_v - eps (Eq. 5), from noise x (B, ...) to t = 0.
-    shift s moves the times to s t / (1 + (s - 1) t) (Esser et al. 2024); 1 is right at 256 x 256."""
+def euler(velocity, x: torch.Tensor, steps: int) -> torch.Tensor:
+    """Follow dx/dt = -velocity(x, t), which estimates x_v - eps (Eq. 5), from noise x (B, ...) to t = 0."""
     times = torch.linspace(1, 0, steps + 1, device=x.device)
-    times = shift * times / (1 + (shift - 1) * times)
     for now, following in zip(times[:-1], times[1:]):
         x = x + (now - following) * velocity(x, now).to(x.dtype)
     return x
 
 
 def load_semtok(path: str, device: str | torch.device = "cpu") -> tuple[SemTok, dict[str, str]]:
-    """A tokenizer of train.py's stage 1 or 2, in eval mode, and its metadata. Raises UserError."""
+    """A tokenizer of train.py's stage 1 or 2, and its metadata. Raises UserError."""
     return load_checkpoint(path, "semtok-tokenizer", SemTokConfig, SemTok, device)

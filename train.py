@@ -1,25 +1,26 @@
 """Train SemTok: stand-ins (stage 0), flow-matching pre-training (1), one-step refiner (2), masked AR (ar).
 
-    python train.py --stage all                    # the tiny world, from nothing, on two CPU cores in minutes
-    python train.py --stage 1 --data FOLDER        # your own pictures: FOLDER/CLASS/picture.jpg
-    python train.py --stage all --preset base --data IMAGENET/train    # one GPU, a day; paper: eight, days
+    python train.py --stage all                                # the tiny world, from nothing, in minutes
+    python train.py --stage 1 --data FOLDER --out runs/mine    # your own pictures, FOLDER/CLASS/picture.jpg
+    python train.py --stage 2 --out runs/mine                  # the folder knows its pictures and settings
 
-The models and the method are in semtok.py and ar.py. This file is the engineering around them, top to bottom:
+A run is a folder. The first command writes its settings.json, later ones read it. What is finished is passed
+over; what was interrupted goes on, bit for bit on a CPU. The method is in semtok.py and ar.py. Here is what
+feeds and drives it, top to bottom:
 
-    recipes     the numbers of each stage; --set NAME=VALUE changes any of them
-    pictures    the built-in world, folders, tokens, which picture each step sees
-    judges      what stage II is judged by: ResNet-50, the discriminator
-    job         what one command asks for, and the frozen networks
+    recipes     the numbers of each stage; --set NAME=VALUE changes them
+    world       the built-in pictures
+    data        pictures of folders, the table of tokens, which picture each step sees
+    run         a folder, its settings, and the frozen networks
     stages      Pretraining (1, Eq. 6), Refining (2, Eq. 7), Generating (ar, Eq. 8), StandIns (0)
-    engine      ranks and shards, averaged weights, training states, the log
-    loop        train_stage: every stage goes through it
-    plan        --dry-run
+    engine      shards, averaged weights, training states
+    training    one_step, the algorithm; train_stage, the loop around it
     command
 
-A stage is a module. `prepare(pictures, labels, rng, step) -> rows, shared` makes all that needs no gradient,
-of uint8 pictures (B, 3, H, W) or of tokens' bits (B, K, d), and `forward(rows, shared) -> losses` the rest.
-`rows` has a row for each picture of this rank, so a micro-batch is a slice of it. All ranks call `preview()`
--> a picture, its figures by name, `validate()` -> held-out figures, and `export(metadata)`, which writes.
+A stage is a module. `prepare(pictures, labels, rng, step) -> rows, shared` computes everything that needs no
+gradient, of uint8 pictures (B, 3, H, W) or of tokens' bits (B, K, d). `rows` has a row for each picture, so a
+micro-batch is a slice of it. `forward(rows, shared) -> losses` is the rest. `after_step(losses)` follows a
+good step. `look() -> picture, figures` is of held-out pictures. `export(metadata)` writes the result.
 """
 
 import argparse
@@ -27,7 +28,6 @@ import contextlib
 import datetime
 import fcntl
 import functools
-import glob
 import hashlib
 import json
 import logging
@@ -40,7 +40,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -56,20 +56,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 from safetensors import SafetensorError
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import fid
 from ar import AR_PRESETS, ARConfig, MaskedAR
-from bsq import bits_to_codes, code_usage, codes_to_bits, gather, mean_over_ranks, ranks
+from bsq import bits_to_codes, code_usage, codes_to_bits, mean_over_ranks, ranks
 from mmdit import TensorFiles, UserError, load_sd35
 from semtok import (
-    PICTURE_SUFFIXES, PRESETS, VAE, Decoder, LossWeights, SemTok, SemTokConfig, SigLIP, SigLIPConfig,
-    choose_device, flush, load_semtok, load_siglip, load_vae, picture_grid, read_picture, to_signed, to_uint8,
-    write_picture, write_tensors, write_text,
+    PRESETS, VAE, Decoder, Discriminator, LossWeights, RefinerWeights, ResNet, SemTok, SemTokConfig, SigLIP,
+    SigLIPConfig, choose_device, flush, key_generator, launched, load_semtok, load_siglip, load_vae,
+    picture_grid, run_command, to_signed, to_uint8, write_picture, write_tensors, write_text,
 )
 
 # ---------------------------------------------------------------------------------------------------- recipes
@@ -80,22 +78,21 @@ class Recipe:
 
     steps: int
     batch_size: int  # of all ranks together
-    lr: float  # at its peak: a linear warm-up times a cosine over all steps
+    lr: float  # at its peak: a linear warm-up times a cosine
     weight_decay: float = 1e-3
     warmup: int = 10_000
     ema: float = 0.9999
     flip: bool = True  # mirror half of the pictures
-    patience: float = 1.0  # so many times the steps
+    patience: float = 1.0  # multiplies steps, warm-up and gan_start
     log_every: int = 100
-    save_every: int = 2_000  # training state, for --resume
+    save_every: int = 2_000  # training states
     preview_every: int = 5_000
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if name in POSITIVE and value <= 0:
-                raise ValueError(f"{name} must be above 0, not {value}")
-            if name in SHARES and value > 1:
-                raise ValueError(f"{name} is a share: it must be at most 1, not {value}")
+            if name in POSITIVE and value <= 0 or name in SHARES and value > 1:
+                limit = "at most 1" if name in SHARES else "above 0"
+                raise ValueError(f"{name} must be {limit}, not {value}")
 
 
 @dataclass(frozen=True)
@@ -104,17 +101,14 @@ class TokenizerRecipe(LossWeights, Recipe):  # fields come from right to left: R
 
 
 @dataclass(frozen=True)
-class RefinerRecipe(TokenizerRecipe):
-    """Stage II: with those of Eq. 7 as well."""
+class RefinerRecipe(RefinerWeights, Recipe):
+    """Stage II: with those of Eq. 7."""
 
-    init: Literal["stage1", "scratch"] = "stage1"  # Table 12; scratch still takes the decoder of --sd35
-    perceptual: Literal["both", "lpips", "resnet"] = "both"  # Table 11
+    init: Literal["stage1", "scratch"] = "stage1"  # Table 12; scratch still takes SD3.5's decoder
+    perceptual: Literal["all", "lpips", "resnet"] = "all"  # of JUDGES (Table 11)
     freeze_encoder: bool = False
-    lambda_p: float = 0.1
-    lambda_gan: float = 0.1
-    lambda_lecam: float = 0.001
     gan_start: int = 20_000  # the step at which the discriminator joins; never, if it is `steps` or more
-    discriminator_lr: float = 1e-4
+    discriminator_lr: float = 1e-4  # at its peak: its own warm-up and cosine begin when it joins
 
 
 @dataclass(frozen=True)
@@ -126,12 +120,12 @@ class ARRecipe(Recipe):
     smoothing: float = 0.01
 
 
-CADENCE = ("log_every", "save_every", "preview_every")  # they only say how often something is written
-POSITIVE = (*CADENCE, "steps", "batch_size", "lr", "warmup", "patience")
 SHARES = ("least_masked", "class_dropout", "smoothing")
-SHARED = ("flip", "patience", "distill", "contrast")  # beside sizes: set for one stage, meant for all
-ON_RESUME = (*CADENCE, "steps", "patience", "lr", "warmup", "gan_start", "discriminator_lr")  # may change
-TINY_EVERY = {"log_every": 25, "save_every": 400, "preview_every": 200}
+FOR_ALL = ("flip", "patience", "distill", "contrast")  # set for one stage, they hold for the later ones too
+CADENCE = ("log_every", "save_every", "preview_every")
+POSITIVE = (*CADENCE, "steps", "batch_size", "lr", "warmup", "patience")
+MAY_CHANGE = (*CADENCE, "steps", "patience", "lr", "discriminator_lr", "warmup", "gan_start")  # within a run
+TINY_EVERY = {"log_every": 25, "save_every": 400, "preview_every": 400}
 RECIPES = {
     "paper": {
         "1": TokenizerRecipe(200_000, 256, 5e-5),
@@ -146,31 +140,32 @@ RECIPES = {
     "tiny": {
         "0": Recipe(1100, 24, 1e-3, warmup=30, ema=0.0, **TINY_EVERY),
         "1": TokenizerRecipe(1200, 16, 3e-3, warmup=50, **TINY_EVERY),
-        # In batches of 16 the paper's lambda_s or lambda_p drown the pixels. The discriminator plays only at
-        # a rate of its own, and with lambda_gan 0.02 it costs the refiner 1 dB.
+        # In batches of 16 the paper's lambda_s or lambda_p drown the pixels. With lambda_gan 0.02 the
+        # discriminator costs the refiner 1 dB.
         "2": RefinerRecipe(
             1300, 16, 8e-3, warmup=50, lambda_s=0.003, lambda_p=0.002, lambda_gan=0.002, gan_start=900,
-            discriminator_lr=2e-3, **TINY_EVERY,
+            discriminator_lr=5e-4, **TINY_EVERY,
         ),
-        # Of 16 tokens, a share of 0.7 masked leaves at most 4 known: sampling would end beyond all training.
-        # So high a rate needs the long warm-up: with one of 50 steps, 6e-3 cost 0.06 nats a bit.
+        # Of 16 tokens, a share of 0.7 masked leaves at most 4 known: late sampling steps would see fewer
+        # masks than training ever showed. So high a rate needs the long warm-up: with one of 50 steps, 6e-3
+        # cost 0.06 nats a bit.
         "ar": ARRecipe(
             2100, 32, 5e-3, weight_decay=0.03, warmup=200, least_masked=0.0,
             log_every=50, save_every=1000, preview_every=1000,
         ),
     },
 }
-# The tiny preset's stand-ins for published networks, and its discriminator: the arguments of their classes.
+# The sizes of tiny's stand-ins for published networks, and of its discriminator
 TINY_SIGLIP = SigLIPConfig(width=64, depth=2, heads=2, hidden=128, patch=8, grid=4)
-TINY_VGG, TINY_RESNET, TINY_DISCRIMINATOR = (8, 8, 16, 24, 24), (8, (1, 1, 1, 1), 10), (8, 3, 4)
-TOKENIZER_FIELDS = [f.name for f in fields(SemTokConfig) if f.name not in ("vae", "semantic_width")]
-AR_FIELDS = ["depth", "width", "heads", "group_bits", "guidance"]  # tokenizer and data decide the others
+TINY_VGG, TINY_RESNET, TINY_DISCRIMINATOR = (8, 8, 16, 24, 24), (8, (1, 1, 1, 1), 10, 32), (8, 3, 4)
+TOKENIZER_SIZES = [f.name for f in fields(SemTokConfig) if f.name not in ("vae", "semantic_width")]
+AR_SIZES = ["depth", "width", "heads", "group_bits", "guidance"]  # tokenizer and data decide the others
 
 
 def setting_names(stage: str) -> list[str]:
     """What --set changes in a stage."""
-    names = [field.name for field in fields(RECIPES["tiny"][stage])]
-    return names + TOKENIZER_FIELDS * (stage != "0") + AR_FIELDS * (stage == "ar")
+    recipe = [field.name for field in fields(RECIPES["tiny"][stage])]
+    return recipe + TOKENIZER_SIZES * (stage != "0") + AR_SIZES * (stage == "ar")
 
 
 def changed(settings, changes: dict[str, str]):
@@ -192,10 +187,9 @@ def changed(settings, changes: dict[str, str]):
         raise UserError(str(error)) from None
 
 
-# --------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- the built-in world
 
 DRAWN = {"train": 8_192, "val": 500}  # pictures of the built-in world
-IN_MEMORY = 512 * 2**20  # bytes: pictures up to this size are read once and kept
 
 
 def polygon(corners: int, radius: float, start: float = -90.0) -> np.ndarray:
@@ -259,6 +253,11 @@ def draw_shape(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray
     return (background * (1 - cover) + colour * cover).clip(0, 255).round().astype(np.uint8), label
 
 
+# -------------------------------------------------------------------------------------- pictures and tokens
+
+IN_MEMORY = 512 * 2**20  # bytes: pictures up to this size are read once and kept
+
+
 class Pictures(Dataset):
     """The pictures of a split, "train" or "val": item (index, flip) -> ((3, size, size) uint8, label).
 
@@ -285,18 +284,20 @@ class Pictures(Dataset):
         index, flip = item
         for place in (number % len(self) for number in range(index, index + 50)):
             try:
-                if self.memory is not None:
-                    picture = self.memory[place]
-                elif self.paths is not None:
-                    picture = read_picture(self.paths[place], self.size)
-                else:
-                    drawn = draw_shape(self.split, self.seed, place, self.size)[0]
-                    picture = torch.from_numpy(drawn).permute(2, 0, 1)
+                picture = self.memory[place] if self.memory is not None else self.read(place)
                 return picture.flip(-1) if flip else picture, self.labels[place]
-            except UserError as error:
+            except fid.UserError as error:
                 self.skipped += 1
                 tqdm.write(f"skipped ({int(self.skipped)} so far): {error}", file=sys.stderr)
         raise UserError("50 pictures in a row could not be read: check the folder")
+
+    def read(self, place: int) -> torch.Tensor:
+        """A picture as it is, (3, size, size) uint8. Raises fid.UserError."""
+        if self.paths is None:
+            pixels = draw_shape(self.split, self.seed, place, self.size)[0]
+        else:
+            pixels = fid.read_picture(self.paths[place], self.size)
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def spread(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The same `count` pictures every time, over all classes: (N, 3, H, W) uint8 and labels (N,)."""
@@ -308,39 +309,36 @@ class Pictures(Dataset):
 def find_pictures(folder: str, split: str) -> tuple[list[str], list[str], list[int], str]:
     """Classes in alphabetical order, paths, labels and fingerprint of a split of FOLDER/CLASS/**/picture.
 
-    Every 50th picture of a class is "val", at most 1000 in all, but one of each class that has two. Raises
-    UserError for another layout."""
+    Every 50th picture of a class is "val", at most 1000 in all and at least one of each class that has two
+    or more. Raises UserError for another layout."""
     layout = "FOLDER/CLASS/picture.jpg, one subfolder for each class"
     if not os.path.isdir(folder):
         raise UserError(f"{folder} is no folder: give one laid out as {layout}")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     paths, labels, digest = [], [], hashlib.sha256()
     for label, name in enumerate(classes):
-        walk = os.walk(os.path.join(folder, name))  # not glob, which goes round in links
-        files = [os.path.join(root, file) for root, _, found in walk for file in found if file[0] != "."]
-        found = sorted(path for path in files if path.lower().endswith(PICTURE_SUFFIXES))
+        found = [os.path.join(folder, name, path) for path in fid.list_pictures(os.path.join(folder, name))]
         held_out = set(found[::50][: max(1, 1000 // len(classes))]) if len(found) > 1 else set()
         chosen = [path for path in found if (path in held_out) == (split == "val")]
         paths += chosen
         labels += [label] * len(chosen)
     if not paths:
-        where = f"in {len(classes)} subfolders"
-        raise UserError(f"{folder} has no {split} pictures {where}: it must be {layout}")
+        raise UserError(f"{folder} has no {split} pictures in {len(classes)} subfolders: it must be {layout}")
     for path in paths:  # a picture's size and time of change stand for it
         stamp = os.lstat(path)
-        about = f"{os.path.relpath(path, folder)} {stamp.st_size} {stamp.st_mtime_ns}\n"
-        digest.update(os.fsencode(about))
+        line = f"{os.path.relpath(path, folder)} {stamp.st_size} {stamp.st_mtime_ns}\n"
+        digest.update(os.fsencode(line))
     return classes, paths, labels, f"{len(paths)} files, {digest.hexdigest()[:16]}"
 
 
-def schedule(count: int, recipe: Recipe, seed: int, first: int) -> Iterator[list[tuple[int, bool]]]:
-    """Which of `count` pictures this rank sees in each step from `first` on, by (seed, step): (index, flip).
+def batches_from(step: int, count: int, recipe: Recipe, seed: int) -> Iterator[list[tuple[int, bool]]]:
+    """Which of `count` pictures this rank sees in each step from `step` on, by (seed, step): (index, flip).
 
     Every epoch is a new permutation, and batches run across its end."""
     (rank, world), size, drawn = ranks(), recipe.batch_size, -1
-    for step in range(first, recipe.steps):
+    for number in range(step, recipe.steps):
         batch = []
-        for epoch, place in (divmod(number, count) for number in range(step * size, (step + 1) * size)):
+        for epoch, place in (divmod(seen, count) for seen in range(number * size, (number + 1) * size)):
             if epoch != drawn:
                 rng, drawn = np.random.default_rng([seed, epoch]), epoch
                 order, flips = rng.permutation(count), rng.integers(0, 2, count)
@@ -351,44 +349,48 @@ def schedule(count: int, recipe: Recipe, seed: int, first: int) -> Iterator[list
 class Tokens(Dataset):
     """The tokenised training pictures: item (index, flip) -> (bits (K, d) bool, label).
 
-    A table in a mapped .npy file, of both flips: 1.5 GB for ImageNet. The .json beside it says what it was
-    made of and how far. A table of anything else is made again."""
+    A table in a mapped .npy file, 1.5 GB for ImageNet with both flips. Its name follows from the tokenizer
+    and the pictures, and it appears once it is whole: a table of anything else is made again."""
 
-    PART = 256  # pictures between two notes of progress: an interruption costs one part
+    def __init__(self, run: "Run", tokenizer: SemTok, fingerprint: str, flip: bool):
+        self.shape, self.workers = (tokenizer.config.tokens, tokenizer.config.bits), run.train.workers
+        key = hashlib.sha256(f"{fingerprint} {run.train.fingerprint} {flip}".encode()).hexdigest()[:16]
+        path = run.path(f"tokens-{key}.npy")
+        there = os.path.isfile(path)
+        wait_for_all()  # all ranks decide before rank 0 touches a file
+        if not there:
+            self.fill(path + ".part", run, tokenizer, flip)
+            wait_for_all()
+            if ranks()[0] == 0:
+                os.replace(path + ".part", path)
+            wait_for_all()
+        try:
+            self.table = np.load(path, mmap_mode="r")  # (N, 1 + flip) rows of label and packed bits
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}): delete it, and it is made again") from None
 
     @torch.no_grad()
-    def __init__(self, path: str, tokenizer: SemTok, fingerprint: str, job: "Job", flip: bool):
-        self.shape, self.workers = (tokenizer.config.tokens, tokenizer.config.bits), job.train.workers
-        (rank, world), count, done = ranks(), len(job.train), 0
-        about = {"tokenizer": fingerprint, "pictures": job.train.fingerprint, "flip": flip, "count": count}
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged
-            found = json.loads(Path(path + ".json").read_text())
-            if found == found | about and len(np.load(path, mmap_mode="r")) == count:
-                done = found["done"]
-        wait_for_all()  # every rank has read it before rank 0 writes
-        if not done and rank == 0:
-            Path(path + ".json").unlink(missing_ok=True)  # it tells of the table that goes
-            kind = np.dtype([("label", "<i4"), ("bits", "u1", -(-math.prod(self.shape) // 8))])
-            np.lib.format.open_memmap(path, "w+", kind, (count, 1 + flip)).flush()
+    def fill(self, part: str, run: "Run", tokenizer: SemTok, flip: bool) -> None:
+        """Write the table, each rank a range of its rows."""
+        (rank, world), count = ranks(), len(run.train)
+        kind = np.dtype([("label", "<i4"), ("bits", "u1", -(-math.prod(self.shape) // 8))])
+        if rank == 0:
+            np.lib.format.open_memmap(part, "w+", kind, (count, 1 + flip))
         wait_for_all()
-        self.table = np.load(path, mmap_mode="r+")  # each rank fills its rows of every part
-        parts = [range(count)[start : start + self.PART] for start in range(done, count, self.PART)]
-        shares = [[(index, False) for index in part[rank::world] or part[:1]] for part in parts]
+        mine = [(index, False) for index in range(count * rank // world, count * (rank + 1) // world)]
         own = torch.Generator()  # not the global one, which initialises networks
-        loader = DataLoader(job.train, batch_sampler=shares, num_workers=self.workers, generator=own)
-        bar = tqdm(loader, "tokenising", unit=f"x{self.PART}", leave=False, disable=rank > 0)
-        for part, share, (pictures, labels) in zip(parts, shares, bar):
-            rows, signed = [index for index, _ in share], to_signed(pictures.to(job.device))
-            for flipped in range(1 + flip):
-                codes = in_batches(tokenizer.encode, signed.flip(-1) if flipped else signed)
-                bits = codes_to_bits(codes).flatten(1).cpu().numpy()
-                self.table["bits"][rows, flipped] = np.packbits(bits, axis=1)
-                self.table["label"][rows, flipped] = labels.numpy()
-            self.table.flush()
-            wait_for_all()
-            if rank == 0:
-                write_text(path + ".json", json.dumps(about | {"done": part.stop}))
-        wait_for_all()
+        loader = DataLoader(run.train, 256, sampler=mine, num_workers=self.workers, generator=own)
+        with open(part, "r+b") as file:
+            file.seek((mine[0][0] - count) * (1 + flip) * kind.itemsize, os.SEEK_END)
+            for pictures, labels in tqdm(loader, "tokenising", unit="x256", leave=False, disable=rank > 0):
+                rows, signed = np.empty((len(labels), 1 + flip), kind), to_signed(pictures.to(run.device))
+                rows["label"] = labels[:, None]
+                for flipped in range(1 + flip):
+                    codes = in_batches(tokenizer.encode, signed.flip(-1) if flipped else signed)  # (B, K, d)
+                    bits = codes_to_bits(codes).flatten(1).cpu().numpy()
+                    rows["bits"][:, flipped] = np.packbits(bits, axis=1)
+                file.write(rows.tobytes())
+        flush(part)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -404,433 +406,356 @@ def in_batches(function, tensor: torch.Tensor, size: int = 64) -> torch.Tensor:
     return torch.cat([function(part) for part in tensor.split(size)])
 
 
-# ----------------------------------------------------------------------------------------- judges of stage II
+# ------------------------------------------------------------------------------------------------------ a run
 
-class Bottleneck(nn.Module):
-    """ResNet's 1x1, 3x3, 1x1 block, stride in the 3x3 (torchvision): (B, c, H, W) -> (B, 4 width, ...)."""
-
-    def __init__(self, channels_in: int, width: int, stride: int):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(channels_in, width, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
-        self.downsample = nn.Identity()
-        if stride != 1 or channels_in != 4 * width:
-            shortcut = nn.Conv2d(channels_in, 4 * width, 1, stride, bias=False)
-            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(4 * width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = F.relu(self.bn1(self.conv1(x)))
-        hidden = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(hidden)))))
-        return F.relu(hidden + self.downsample(x))
-
-
-class ResNet(nn.Module):
-    """ResNet-50 (He et al. 2016), torchvision's names: (B, 3, H, W) in [-1, 1], resized -> (B, classes)."""
-
-    def __init__(self, width: int = 64, layers=(3, 4, 6, 3), classes: int = 1000, size: int = 224):
-        super().__init__()
-        self.size, channels = size, width
-        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
-        for i, blocks in enumerate(layers):
-            inner, stage = width * 2**i, []
-            for j in range(blocks):
-                stage.append(Bottleneck(channels, inner, stride=2 if i and not j else 1))
-                channels = 4 * inner
-            self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
-        self.fc = nn.Linear(channels, classes)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
-
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        if pictures.shape[-1] != self.size:
-            pictures = F.interpolate(pictures, (self.size, self.size), mode="bilinear", antialias=True)
-        x = (pictures * 0.5 + 0.5 - self.mean) / self.std
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(x.mean((2, 3)))
-
-
-def load_resnet(path: str) -> ResNet:
-    """torchvision's ResNet-50, from .pth or .safetensors, of any width. Raises fid.UserError."""
-    tensors, metadata = fid.read_tensors(path)
-    layers = tuple(len({k.split(".")[1] for k in tensors if k.startswith(f"layer{i}.")}) for i in range(1, 5))
-    width, classes = (tensors[name].numel() if name in tensors else 0 for name in ("bn1.weight", "fc.bias"))
-    side = metadata.get("input_size", "224")
-    sizes = width or 64, layers, classes or 1000, int(side) if re.fullmatch(r"[1-9]\d{,2}", side) else 224
-    with torch.device("meta"):  # they are believed once they fit the tensors
-        expected = ResNet(*sizes).state_dict()
-    tensors, expected = (  # files differ in whether they keep this counter, which nothing reads
-        {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
-        for state in (tensors, expected)
-    )
-    shapes = {name: tensor.shape for name, tensor in expected.items()}
-    fid.check_keys(tensors, shapes, path, "torchvision's ResNet-50")
-    resnet = ResNet(*sizes)
-    resnet.load_state_dict(tensors, strict=False)
-    return resnet.requires_grad_(False).eval()
-
-
-class Discriminator(nn.Module):
-    """MaskBiT's "VQGAN+" discriminator (Weber et al. 2024): (B, 3, H, W) -> logits (B, 1, map, map)."""
-
-    def __init__(self, base: int = 128, stages: int = 4, map_size: int = 16):
-        super().__init__()
-        self.conv_in, self.map_size = nn.Conv2d(3, base, 5, padding=2), map_size
-        widths = [base] + [base * 2**i for i in range(stages)]  # doubling from the second stage on
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:]))
-        self.norms = nn.ModuleList(nn.GroupNorm(min(32, width // 4), width) for width in widths[1:])
-        self.mix = nn.Conv2d(widths[-1], widths[-1], 1)
-        self.conv_out = nn.Conv2d(widths[-1], 1, 5, padding=2)
-        blur = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-        self.register_buffer("blur", blur[:, None] * blur, persistent=False)
-
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        x = F.leaky_relu(self.conv_in(pictures), 0.1)
-        for conv, norm in zip(self.convs, self.norms):
-            x = conv(x)
-            blur = self.blur.to(x.dtype).expand(x.shape[1], 1, 4, 4)
-            x = F.leaky_relu(norm(F.conv2d(x, blur, stride=2, padding=1, groups=x.shape[1])), 0.1)
-        x = F.adaptive_max_pool2d(x, self.map_size)
-        return self.conv_out(F.leaky_relu(self.mix(x), 0.1))
-
-
-def lecam_loss(real: torch.Tensor, fake: torch.Tensor, real_mean: torch.Tensor, fake_mean: torch.Tensor):
-    """LeCAM (Tseng et al. 2021) as in MaskBiT: a side's mean logit () stays near the other's running mean."""
-    return F.relu(real - fake_mean).square() + F.relu(real_mean - fake).square()
-
-
-# ------------------------------------------------------------------------------- job: what a command asks for
-
-WEIGHTS = {  # other people's networks, by flag: file name, what it is, size. README says how to get them.
-    "sd35": ("sd3.5_medium.safetensors", "SD3.5-Medium, file or diffusers folder: the decoder", "5.11 GB"),
-    "vae": ("sd3.5_vae.safetensors", "the VAE alone, when it is not in --sd35", "168 MB"),
-    "siglip": ("siglip2-base-patch16-256.safetensors", "SigLIP or SigLIP 2, file or folder", "1.50 GB"),
-    "vgg": (fid.VGG[0], "torchvision's VGG16, for LPIPS", "528 MiB"),
-    "lpips": (fid.HEADS[0], "the LPIPS heads for VGG16 (v0.1)", "7 kB"),
-    "resnet": ("resnet50-0676ba61.pth", "torchvision's ResNet-50 (IMAGENET1K_V1)", "98 MiB"),
+PUBLISHED = {  # in the folder of weights: what each name is
+    "sd3.5_medium": "SD3.5-Medium, file or diffusers folder, 5.11 GB",
+    "sd3.5_vae": "SD3.5's VAE alone, 168 MB",
+    "siglip2-base-patch16-256": "SigLIP 2, file or folder, 1.50 GB",
+    "vgg16-397923af": "torchvision's VGG16, 528 MiB",
+    "lpips_vgg": "the LPIPS heads for VGG16 (v0.1), 7 kB",
+    "resnet50-0676ba61": "torchvision's ResNet-50 (IMAGENET1K_V1), 98 MiB",
 }
-HUB = os.path.join(torch.hub.get_dir(), "checkpoints")  # where torchvision puts its files
-STAND_INS = {  # stage 0's twins of them
-    "vae": "standins/vae.safetensors", "siglip": "standins/siglip", "vgg": "standins/vgg16.safetensors",
-    "lpips": "standins/lpips.safetensors", "resnet": "standins/resnet50.safetensors",
+NEW_RUN = {  # settings.json; "set" has the values of --set, of "sizes" and of each stage
+    "preset": "tiny", "seed": 0, "data": None, "pictures": None, "weights": "weights", "ar_size": None,
+    "set": {},
 }
 
 
 @dataclass
-class Job:
-    """One command: its arguments, its device, what it reads. `planned`: networks have sizes and no values."""
+class Run:
+    """A folder, its settings, and what this command brings along: options of the machine, pictures."""
 
+    folder: str
+    settings: dict  # as in settings.json
     args: argparse.Namespace
-    device: torch.device
+    device: torch.device = torch.device("cpu")
+    kept: tuple[str, ...] = ()  # stages that have begun, and do not start again
     train: Pictures | None = None
     val: Pictures | None = None
-    planned: bool = False
 
     def __post_init__(self):
-        self.tiny = self.args.preset == "tiny"  # stage 0's stand-ins take the place of published networks
-        self.config = changed(PRESETS[self.args.preset], self.args.changes)  # the tokenizer's sizes
+        self.preset, self.tiny = self.settings["preset"], self.settings["preset"] == "tiny"
+        self.config = changed(PRESETS[self.preset], self.settings["set"].get("sizes", {}))
 
     def path(self, name: str) -> str:
         """A file in the run's folder."""
-        return os.path.join(self.args.out, name)
+        return os.path.join(self.folder, name)
 
     def recipe(self, stage: str) -> Recipe:
-        """The preset's recipe, changed by --set. Warm-up and GAN start keep their share of the steps."""
-        preset, changes = RECIPES[self.args.preset][stage], dict(self.args.changes)
-        asked = changed(preset, changes)
-        changes["steps"] = str(max(1, round(asked.steps * asked.patience)))
-        share = int(changes["steps"]) / preset.steps
-        for name in {"warmup", "gan_start"} & asdict(preset).keys() - changes.keys():
-            changes[name] = str(max(1, round(getattr(preset, name) * share)))
-        return changed(preset, changes)
+        """The preset's recipe as --set changes it. Patience multiplies what is counted in steps."""
+        recipe = changed(RECIPES[self.preset][stage], self.settings["set"].get(stage, {}))
+        counted = {"steps", "warmup", "gan_start"} & asdict(recipe).keys()
+        return replace(recipe, **{n: max(1, round(getattr(recipe, n) * recipe.patience)) for n in counted})
 
     def ar_config(self, tokens: SemTokConfig) -> ARConfig:
-        """The transformer's sizes, changed by --set, for a tokenizer's tokens and the pictures' classes."""
+        """The transformer's sizes, for a tokenizer's tokens and the pictures' classes."""
+        preset = AR_PRESETS[(self.settings["ar_size"] or "L") if self.preset == "paper" else self.preset]
         sizes = {name: getattr(tokens, name) for name in ("tokens", "bits", "causal")}
         sizes |= {"classes": len(self.train.classes)} if self.train else {}
-        preset = replace(AR_PRESETS[self.args.ar_size], spherical=tokens.quantizer == "bsq", **sizes)
-        return changed(preset, {name: text for name, text in self.args.changes.items() if name in AR_FIELDS})
+        preset = replace(preset, spherical=tokens.quantizer == "bsq", **sizes)
+        asked = self.settings["set"].get("sizes", {})
+        return changed(preset, {name: asked[name] for name in AR_SIZES if name in asked})
 
-    def settings(self, stage: str) -> dict:
-        """All that decides a stage's result, by name: what results and states carry, and what is compared."""
-        sizes = asdict(self.config) | asdict(self.ar_config(self.config)) | asdict(self.recipe(stage))
-        found = {name: sizes[name] for name in setting_names(stage)}
-        return {"seed": self.args.seed, "pictures": self.train.fingerprint} | found
+    def described(self, stage: str) -> dict:
+        """All that decides a stage's result, by name."""
+        facts = {"preset": self.preset, "seed": self.settings["seed"]} | asdict(self.recipe(stage))
+        facts |= asdict(self.config) if stage != "0" else {}
+        return facts | (asdict(self.ar_config(self.config)) if stage == "ar" else {})
 
-    def weights(self, name: str) -> str:
-        """Where a frozen network's file is: as given, tiny's stand-in, in weights/, in torch hub's cache."""
-        if given := getattr(self.args, name):
-            return given
-        if name == "vae" and os.path.exists(self.weights("sd35")):
-            return self.weights("sd35")
-        if self.tiny and name in STAND_INS:
-            return self.path(STAND_INS[name])
-        wanted, cached = (os.path.join(folder, WEIGHTS[name][0]) for folder in ("weights", HUB))
-        return cached if os.path.exists(cached) and not os.path.exists(wanted) else wanted
+    def command(self, stage: str) -> str:
+        """The command of another stage of this run; after the last, of sample.py."""
+        usual, folder = os.path.join("runs", "tiny"), shlex.quote(self.folder)
+        if stage == "sample":
+            return f"python sample.py --class 1{'' if self.folder == usual else f' --run {folder}'}"
+        return f"python train.py --stage {stage}{'' if self.folder == usual else f' --out {folder}'}"
 
-    def network(self, name: str) -> nn.Module:
-        """A frozen network, "vae", "siglip", "lpips" or "resnet", out of its file; planned, of its sizes."""
-        tiny, file, widths = self.tiny, self.weights, TINY_VGG if self.tiny else fid.VGG_WIDTHS
-        make = {
-            "vae": lambda: VAE(self.config.vae),
-            "siglip": lambda: SigLIP(TINY_SIGLIP if tiny else SigLIPConfig()),
-            "lpips": lambda: fid.LPIPS(fid.VGG16Features(widths), [torch.zeros(1, w, 1, 1) for w in widths]),
-            "resnet": lambda: ResNet(*TINY_RESNET, size=self.config.image_size) if tiny else ResNet(),
-        }
-        load = {
-            "vae": lambda: load_vae(file("vae"), device=self.device),
-            "siglip": lambda: load_siglip(file("siglip"), device=self.device),
-            "lpips": lambda: fid.load_lpips(file("vgg"), file("lpips")).to(self.device),
-            "resnet": lambda: load_resnet(file("resnet")).to(self.device),
-        }
-        return (make if self.planned else load)[name]().requires_grad_(False).eval()
+    def weights(self, *names: str) -> str:
+        """The first of these names that is in the folder of weights; tiny has stage 0's. Raises UserError."""
+        folder = self.path("standins") if self.tiny else self.settings["weights"]
+        how = f"{self.command('0')} makes it" if self.tiny else "README says how to get it"
+        for name in names:
+            with contextlib.suppress(fid.UserError):
+                return fid.find_weights(folder, name, "")
+        return fid.find_weights(folder, names[0], f"{PUBLISHED[names[0]]}: {how}")
 
-    def new_tokenizer(self, siglip: SigLIP) -> SemTok:
-        """A tokenizer at its start. Its VAE and, from SD3.5, its decoder are pretrained; the rest is new."""
-        vae, decoder = self.network("vae"), None
-        config = replace(self.config, semantic_width=siglip.config.width, vae=vae.config)
-        if not self.planned and self.args.preset == "paper":
-            with torch.device("meta"):
-                decoder = Decoder(config)
-            load_sd35(decoder, self.weights("sd35"), self.device)  # straight there: in float32 it is 9 GB
-        return SemTok(config, vae, decoder)
-
-    def tokenizer(self, stage: str) -> tuple[SemTok, dict[str, str]]:
-        """The tokenizer of an earlier stage, and its metadata. UserError for other sizes than those asked."""
-        if self.planned:
-            return self.new_tokenizer(self.network("siglip")), {"fingerprint": ""}
-        path = self.path(STAGES[stage].result)
-        model, metadata = load_semtok(path, self.device)
-        sizes = {name: getattr(self.config, name) for name in TOKENIZER_FIELDS}
-        check_settings(path, asdict(model.config), sizes)
-        return model, metadata
-
-    def command(self, stage: str = "") -> str:
-        """This command line again; or that of a stage of this run, with the settings that stages share."""
-        args, shared = self.args, {*TOKENIZER_FIELDS, *AR_FIELDS, *SHARED}
-        kept = shared.intersection(setting_names(stage)) if stage else args.changes
-        usual = {"preset": "tiny", "data": None, "out": os.path.join("runs", args.preset), "seed": 0}
-        usual |= {"ar_size": "L" if args.preset == "paper" else args.preset, "accumulate": 1, "device": None}
-        text = f"python train.py --stage {stage or args.stage}"
-        for name, value in (usual | dict.fromkeys(WEIGHTS)).items():
-            if getattr(args, name) != value:
-                text += f" --{name.replace('_', '-')} {shlex.quote(str(getattr(args, name)))}"
-        text += " --checkpoint-activations" * args.checkpoint_activations
-        sets = [f"{name}={value}" for name, value in args.changes.items() if name in kept]
-        return " ".join([text, *["--set"] * bool(sets), *sets])
-
-    def missing(self, stage: str) -> list[str]:
-        """A sentence for each thing that a stage reads and does not find."""
-        recipe = self.recipe(stage)
-        scratch = getattr(recipe, "init", "") == "scratch"
-        judges = {"lpips": ["vgg", "lpips"], "resnet": ["resnet"], "both": ["vgg", "lpips", "resnet"]}
-        earlier = None if scratch else {"2": "1", "ar": "2"}.get(stage)
-        vae = "sd35" if self.args.preset == "paper" else "vae"
-        needed = [vae] * (stage == "1" or scratch) + ["siglip"] * (stage in "12")
-        needed += judges.get(getattr(recipe, "perceptual", ""), [])
-        sentences = []
-        for name in needed:
-            path, (_, about, size) = self.weights(name), WEIGHTS[name]
-            if not os.path.exists(path):
-                how = f"({about}, {size}): README says how to get it; or give --{name} PATH"
-                if path.startswith(self.path("standins")):
-                    how = f"(a small stand-in): {self.command('0')} makes it"
-                sentences.append(f"{path} is missing {how}")
-        if earlier and not os.path.isfile(result := self.path(STAGES[earlier].result)):
-            sentences.append(f"{result} is missing: make it first with {self.command(earlier)}")
-        if not self.tiny and not os.path.isdir(self.args.data or ""):
-            sentences.append("--data needs a folder, FOLDER/CLASS/picture.jpg: README says how to get one")
-        return sentences
+    def parent(self, stage: str) -> str:
+        """The fingerprint of the result that a stage is made from, or "". UserError if it is missing."""
+        if stage in "01" or getattr(self.recipe(stage), "init", "") == "scratch":
+            return ""
+        before = {"2": "1", "ar": "2"}[stage]
+        path = self.path(STAGES[before].result)
+        if not os.path.isfile(path):
+            raise UserError(f"{path} is missing: make it first with {self.command(before)}")
+        return TensorFiles(path).metadata.get("fingerprint", "")
 
 
-def check_settings(path: str, found: dict, asked: dict, free: tuple[str, ...] = ()) -> None:
-    """Raises UserError naming the first setting, but for free ones, in which a file is of another run."""
-    for name, value in asked.items():
-        if name not in free and found.get(name) != value:
-            advice = "ask for the same with --set, take another --out, or start again with --overwrite"
-            was = f"{path} was made with {name} {found.get(name)}"
-            raise UserError(f"{was}, this run has {name} {value}: {advice}")
+def read_settings(path: str) -> dict:
+    """A run's settings.json, or those of a new run where there is none. UserError for a damaged one."""
+    if not os.path.exists(path):
+        return NEW_RUN
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        texts = [text for part in found["set"].values() for text in part.values()]
+        if found.keys() != NEW_RUN.keys() or found["preset"] not in RECIPES or {*map(type, texts)} - {str}:
+            raise ValueError("its entries are not those of a run")
+        return found
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): restore it, or take another --out") from None
 
+
+def open_run(args: argparse.Namespace) -> tuple[Run, list[str]]:
+    """The run in --out, as its settings.json has it and this command changes it, and the stages to train.
+
+    Raises UserError for a change of what was decided when a stage began."""
+    path, order = os.path.join(args.out, "settings.json"), list(STAGES)
+    old = read_settings(path)
+    settings = old | {name: getattr(args, name) for name in NEW_RUN if getattr(args, name, None) is not None}
+    settings["set"] = {part: dict(old["set"].get(part, {})) for part in ("sizes", *order)}
+    begun = [stage for stage, kind in STAGES.items() if os.path.exists(os.path.join(args.out, kind.result))
+             or saved_states(os.path.join(args.out, f"state-{stage}"))]
+
+    # ---- what this command trains, and what --set reaches
+    tiny, several = settings["preset"] == "tiny", args.stage == "all"
+    scratch = args.changes.get("init", settings["set"]["2"].get("init")) == "scratch"
+    stages = order[1 + scratch :] if several else [args.stage]
+    if tiny and (several or "0" not in begun and (stages[0] == "1" or scratch and stages[0] == "2")):
+        stages = ["0", *stages]
+    for name, text in args.changes.items():
+        reached = order[order.index(stages[0]) :] if name in FOR_ALL else stages
+        for part in ["sizes"] if name in TOKENIZER_SIZES + AR_SIZES else reached:
+            if part == "sizes" or name in setting_names(part):
+                settings["set"][part][name] = text
+
+    # ---- what has begun stays as it began
+    run, before = Run(args.out, settings, args), Run(args.out, old, args)
+    run.kept = tuple(s for s in begun if not args.overwrite or order.index(s) < order.index(stages[0]))
+    for stage in run.kept if os.path.exists(path) else ():
+        now, states = run.described(stage), saved_states(run.path(f"state-{stage}"))
+        if states and (step := int(states[-1].rpartition("-")[2])) > now["steps"]:
+            found = f"stage {stage} stands at step {step} of {now['steps']}"
+            raise UserError(f"{found}: ask for more steps, or start again with --overwrite")
+        for name, value in before.described(stage).items():
+            if now[name] != value and name not in MAY_CHANGE:
+                found = f"{args.out} has {name} {value}, and this command asks for {now[name]}"
+                raise UserError(f"{found}: take another --out, or start again with --overwrite")
+    if missing := set(stages) - RECIPES[run.preset].keys():
+        raise UserError(f"stage {missing.pop()} makes tiny's stand-ins; {run.preset} reads published weights")
+    if tiny and args.weights:
+        raise UserError("--weights is for other presets: tiny makes its own networks, in the run's folder")
+    if run.preset != "paper" and run.settings["ar_size"]:
+        raise UserError(f"--ar-size {run.settings['ar_size']} is for --preset paper: leave it out")
+    parts = launched()[1] * args.accumulate
+    for stage in stages:
+        if (size := run.recipe(stage).batch_size) % parts:
+            found = f"stage {stage}'s batch of {size} does not divide by {parts}"
+            raise UserError(f"{found}, the processes times --accumulate: change --batch-size")
+    run.ar_config(run.config)
+    return run, stages
+
+
+# ------------------------------------------------------------------------ the perceptual judges of stage II
+
+@torch.no_grad()
+def random_twin(make) -> nn.Module:
+    """A small random network for tiny. It judges pictures almost as well (Zhang et al. 2018, section 4)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = make()
+        for layer in network.modules():
+            if isinstance(layer, nn.Conv2d):  # so deep, it sees only with He's gain
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    return network.requires_grad_(False).eval()
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A perceptual loss of Eq. 7: how a run gets its network, the sizes of tiny's twin, and the loss."""
+
+    load: Callable[[Run], nn.Module]
+    make_twin: Callable[[], nn.Module]
+    loss: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]  # network, output, pictures -> ()
+
+    def network(self, run: Run) -> nn.Module:
+        """The published network, or tiny's random twin."""
+        return (random_twin(self.make_twin) if run.tiny else self.load(run)).to(run.device)
+
+
+JUDGES = {
+    "lpips": Judge(
+        lambda run: fid.load_lpips(run.weights("vgg16-397923af"), run.weights("lpips_vgg")),
+        lambda: fid.LPIPS(fid.VGG16Features(TINY_VGG), [torch.full((1, w, 1, 1), w**-0.5) for w in TINY_VGG]),
+        lambda lpips, output, pictures: lpips(output, pictures).mean(),
+    ),
+    "resnet": Judge(  # on logits
+        lambda run: fid.load_network(ResNet, run.weights("resnet50-0676ba61"), "torchvision's ResNet-50"),
+        lambda: ResNet(*TINY_RESNET),
+        lambda resnet, output, pictures: F.mse_loss(resnet(output).float(), resnet(pictures).float()),
+    ),
+}
 
 # ------------------------------------------------ the stages: what each one is fed, its losses, what it shows
+
+def compared(run: Run, redraw, rows: dict, caption: str) -> tuple[Image.Image, dict[str, float]]:
+    """Ten held-out pictures over what `redraw` makes of them; PSNR and SSIM of 200 others."""
+    shown, measured = (run.val.spread(count)[0] for count in (10, 200))
+    made = redraw(torch.cat([shown, measured]).to(run.device)).cpu()
+    sheet = picture_grid({"original": shown} | rows | {caption: made[:10]})
+    metrics = {"psnr": fid.psnr, "ssim": fid.ssim}
+    return sheet, {name: metric(made[10:], measured).mean().item() for name, metric in metrics.items()}
+
+
+def new_tokenizer(run: Run, semantic_width: int) -> SemTok:
+    """A tokenizer at its start: its VAE and, from SD3.5, its decoder are pretrained, the rest is new."""
+    vae, decoder = load_vae(run.weights("sd3.5_vae", "sd3.5_medium"), run.device), None
+    config = replace(run.config, semantic_width=semantic_width, vae=vae.config)
+    if run.preset == "paper":
+        with torch.device("meta"):
+            decoder = Decoder(config)
+        load_sd35(decoder, run.weights("sd3.5_medium"), run.device)  # straight there: in float32 it is 9 GB
+    return SemTok(config, vae, decoder)
+
 
 class Pretraining(nn.Module):
     """Stage I, Eq. 6: flow matching through the tokens, entropy of the codes, alignment with SigLIP."""
 
-    stage, title, result = "1", "flow-matching pre-training", "stage1.safetensors"
+    name, title, result = "1", "flow-matching pre-training", "stage1.safetensors"
     look_for = "samples should show each original's shape and colours"
     caption = "stage 1: 25-step sample"
-    before = {}  # rows of the preview
+    rows_before = {}  # of the preview
 
-    def __init__(self, job: Job):
+    def __init__(self, run: Run):
         super().__init__()
-        self.job, self.recipe = job, job.recipe(self.stage)
+        self.run, self.recipe, self.parent = run, run.recipe(self.name), run.parent(self.name)
         # Frozen networks stand in a dict, not among the submodules: never trained, averaged or saved. The
         # VAE is frozen too, but belongs to the tokenizer, and to its file.
-        self.frozen = {"siglip": job.network("siglip")}
-        if getattr(self.recipe, "init", "") == "stage1":
-            self.semtok = job.tokenizer("1")[0]
+        siglip = load_siglip(run.weights("siglip2-base-patch16-256"), run.device).requires_grad_(False)
+        self.frozen = {"siglip": siglip}
+        if self.parent:
+            self.semtok, _ = load_semtok(run.path("stage1.safetensors"), run.device)
         else:
-            self.semtok = job.new_tokenizer(self.frozen["siglip"])
+            self.semtok = new_tokenizer(run, siglip.config.width)
         self.semtok.decoder.mask_tokens.requires_grad_(False)  # they join in stage II
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
-        rows, shared = self.semtok.prepare(to_signed(pictures), self.frozen["siglip"])
-        return rows | self.semtok.draw_noise(rows["latents"], rng), shared
+        return self.semtok.frozen_pass(to_signed(pictures), self.frozen["siglip"], rng)
 
     def forward(self, rows: dict, shared: dict) -> dict[str, torch.Tensor]:
         return self.semtok.pretraining_losses(**rows, **shared, weights=self.recipe)
 
-    def reconstruct(self, pictures: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, 3, H, W) -> uint8: stage I's 25-step samples, with fixed noise, or the refiner's step."""
-        rng = torch.Generator(self.job.device).manual_seed(0) if self.stage == "1" else None
+    def after_step(self, losses: dict[str, torch.Tensor]) -> None:
+        self.semtok.clamp_temperature()
+
+    def redraw(self, pictures: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, 3, H, W) -> uint8, by 25 steps from fixed noise."""
+        rng = key_generator(self.run.device, "look")
         return in_batches(lambda part: self.semtok.reconstruct(part, rng), pictures)
 
     @torch.no_grad()
-    def preview(self) -> tuple[Image.Image, dict[str, float]]:
-        pictures, _ = self.job.val.spread(10)
-        made = self.reconstruct(pictures.to(self.job.device)).cpu()
-        rows = {"original": pictures} | self.before | {self.caption: made}
-        return picture_grid(rows), {"preview_psnr": fid.psnr(made, pictures).mean().item()}
-
-    @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        pictures, _ = self.job.val.spread(200)
-        made = self.reconstruct(pictures.to(self.job.device)).cpu()
-        return {metric.__name__: metric(made, pictures).mean().item() for metric in (fid.psnr, fid.ssim)}
+    def look(self) -> tuple[Image.Image, dict[str, float]]:
+        sheet, figures = compared(self.run, self.redraw, self.rows_before, self.caption)
+        pictures = to_signed(self.run.val.spread(64)[0].to(self.run.device))
+        return sheet, figures | code_usage(codes_to_bits(self.semtok.encode(pictures)))
 
     def export(self, metadata: dict[str, str]) -> None:
-        write_model(self.job.path(self.result), "semtok-tokenizer", self.semtok, metadata)
+        write_model(self.run.path(self.result), "semtok-tokenizer", self.semtok, metadata)
 
 
 class Refining(Pretraining):
     """Stage II, Eq. 7: from mask tokens to latents in one step, judged by pixels, and Eq. 6's other terms."""
 
-    stage, title, result = "2", "one-step refiner", "stage2.safetensors"
+    name, title, result = "2", "one-step refiner", "stage2.safetensors"
     look_for = "the refiner's row should have clean edges where stage 1 has grain"
     caption = "stage 2: refiner"
 
-    def __init__(self, job: Job):
-        super().__init__(job)
-        if not job.planned and self.recipe.init == "stage1":
-            pictures, rng = job.val.spread(10)[0].to(job.device), torch.Generator(job.device).manual_seed(0)
-            self.before = {Pretraining.caption: self.semtok.reconstruct(pictures, rng)}
-        self.semtok.train().start_refiner()
-        self.semtok.vae.eval()
+    def __init__(self, run: Run):
+        super().__init__(run)
+        if self.parent:
+            pictures = run.val.spread(10)[0].to(run.device)
+            self.rows_before = {Pretraining.caption: Pretraining.redraw(self, pictures)}
+        self.semtok.start_refiner()
         self.semtok.decoder.requires_grad_(True)
         self.semtok.decoder.x_embedder.requires_grad_(False)  # nothing noisy comes in any more
         self.semtok.encoder.requires_grad_(not self.recipe.freeze_encoder)
-        self.discriminator = Discriminator(*TINY_DISCRIMINATOR if job.tiny else ())
-        self.register_buffer("real_mean", torch.zeros(()))
-        self.register_buffer("fake_mean", torch.zeros(()))
-        terms = ("lpips", "resnet") if self.recipe.perceptual == "both" else (self.recipe.perceptual,)
-        self.frozen |= {name: job.network(name) for name in terms}
+        self.discriminator = Discriminator(*TINY_DISCRIMINATOR if run.tiny else ())
+        names = JUDGES if self.recipe.perceptual == "all" else [self.recipe.perceptual]
+        self.frozen |= {name: JUDGES[name].network(run) for name in names}
+        self.judges = {name: functools.partial(JUDGES[name].loss, self.frozen[name]) for name in names}
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
         pictures = to_signed(pictures)
-        rows, shared = self.semtok.prepare(pictures, self.frozen["siglip"])
-        return rows | {"pictures": pictures}, shared | {"adversarial": step >= self.recipe.gan_start}
+        rows, shared = self.semtok.frozen_pass(pictures, self.frozen["siglip"])
+        player = self.discriminator if step >= self.recipe.gan_start else None
+        return rows | {"pictures": pictures}, shared | {"discriminator": player}
 
     def forward(self, rows: dict, shared: dict) -> dict[str, torch.Tensor]:
-        recipe, real = self.recipe, rows["pictures"]
-        latents, out = self.semtok.refiner_losses(
-            rows["latents"], rows["features"], rows["positive"], shared["candidates"], recipe
-        )
-        output = self.semtok.vae.decode(latents).float()  # (B, 3, H, W)
-        out["pixel_loss"] = F.mse_loss(output, real)
-        if lpips := self.frozen.get("lpips"):
-            out["lpips_loss"] = lpips(output, real).mean()
-        if resnet := self.frozen.get("resnet"):  # of logits
-            out["resnet_loss"] = F.mse_loss(resnet(output).float(), resnet(real).float().detach())
-        perceptual_loss = sum(out[f"{name}_loss"] for name in ("lpips", "resnet") if name in self.frozen)
-        loss = out["pixel_loss"] + recipe.lambda_p * perceptual_loss + out.pop("regulariser")  # Eq. 7
-        if shared["adversarial"]:
-            out |= self.adversarial_losses(real, output)
-            loss = loss + recipe.lambda_gan * out["gan_loss"] + out["discriminator_loss"]
-        return out | {"loss": loss}
+        return self.semtok.refiner_losses(**rows, **shared, judges=self.judges, weights=self.recipe)
 
-    def adversarial_losses(self, real: torch.Tensor, output: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Hinge losses of both players on pictures (B, 3, H, W) in [-1, 1], and mean logits.
+    def after_step(self, losses: dict[str, torch.Tensor]) -> None:
+        super().after_step(losses)
+        if "d_real" in losses:
+            self.discriminator.remember(losses["d_real"], losses["d_fake"])
 
-        Detached weights judge the generator; the discriminator sees detached pictures. So one backward pass
-        gives each player its own gradient."""
-        detached = {name: p.detach() for name, p in self.discriminator.named_parameters()}
-        gan_loss = -torch.func.functional_call(self.discriminator, detached, (output,)).float().mean()
-        on_real, on_fake = self.discriminator(real).float(), self.discriminator(output.detach()).float()
-        hinge_loss = 0.5 * (F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean())
-        d_real, d_fake = (mean_over_ranks(logits.mean()) for logits in (on_real, on_fake))
-        penalty = lecam_loss(d_real, d_fake, self.real_mean.clone(), self.fake_mean.clone())
-        decay = 0.999 ** (1 / self.job.args.accumulate)  # 0.999 a step
-        self.real_mean.lerp_(d_real.detach(), 1 - decay)
-        self.fake_mean.lerp_(d_fake.detach(), 1 - decay)
-        discriminator_loss = hinge_loss + self.recipe.lambda_lecam * penalty
-        means = {"d_real": d_real, "d_fake": d_fake}
-        return {"gan_loss": gan_loss, "discriminator_loss": discriminator_loss} | means
+    def redraw(self, pictures: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, 3, H, W) -> uint8, in one step."""
+        return in_batches(self.semtok.reconstruct, pictures)
 
 
 class Generating(nn.Module):
     """Section 3.3: the masked AR transformer on the tokens of stage II. Table 5: next-token prediction."""
 
-    stage, title, result = "ar", "masked AR", "ar.safetensors"
+    name, title, result = "ar", "masked AR", "ar.safetensors"
     look_for = "each picture should show its class at a glance"
 
-    def __init__(self, job: Job):
+    def __init__(self, run: Run):
         super().__init__()
-        self.job, self.recipe = job, job.recipe("ar")
-        tokenizer, metadata = job.tokenizer("2")
-        self.fingerprint = metadata["fingerprint"]
+        self.run, self.recipe, self.parent = run, run.recipe("ar"), run.parent("ar")
+        tokenizer, _ = load_semtok(run.path("stage2.safetensors"), run.device)
         self.frozen = {"tokenizer": tokenizer.requires_grad_(False)}
-        self.ar = MaskedAR(job.ar_config(tokenizer.config))
+        self.ar = MaskedAR(run.ar_config(tokenizer.config))
 
     def prepare(self, bits: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
-        return self.ar.prepare(bits, labels, rng, self.recipe.least_masked, self.recipe.class_dropout)
+        return self.ar.hide(bits, labels, rng, self.recipe.least_masked, self.recipe.class_dropout)
 
     def forward(self, rows: dict, shared: dict) -> dict[str, torch.Tensor]:
         return self.ar.loss(**rows, **shared, smoothing=self.recipe.smoothing)
 
-    @torch.no_grad()
-    def preview(self) -> tuple[Image.Image, dict[str, float]]:
-        tokenizer, config = self.frozen["tokenizer"], self.ar.config
-        labels = torch.arange(min(20, config.classes), device=self.job.device)
-        rng = torch.Generator(labels.device).manual_seed(0)
-        bits = self.ar.generate(labels, cfg=config.guidance, generator=rng)
-        latents = tokenizer.refine(bits_to_codes(bits, config.spherical))
-        return picture_grid({"one sample of each class": to_uint8(tokenizer.decode(latents))}), {}
+    def after_step(self, losses: dict[str, torch.Tensor]) -> None:
+        """Nothing follows."""
 
     @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        pictures, labels = (tensor.to(self.job.device) for tensor in self.job.val.spread(500))
-        bits = codes_to_bits(in_batches(self.frozen["tokenizer"].encode, to_signed(pictures)))
-        rng = step_generator(0, "validation", 0, bits.device)
-        masked = self.ar.draw_masks(len(bits), self.recipe.least_masked, rng)
+    def look(self) -> tuple[Image.Image, dict[str, float]]:
+        tokenizer, config, device = self.frozen["tokenizer"], self.ar.config, self.run.device
+        classes = torch.arange(min(20, config.classes), device=device)
+        drawn = self.ar.generate(classes, cfg=config.guidance, generator=key_generator(device, "look"))
+        latents = tokenizer.refine(bits_to_codes(drawn, config.spherical))
+        sheet = picture_grid({"one sample of each class": to_uint8(tokenizer.decode(latents))})
+        pictures, labels = (tensor.to(device) for tensor in self.run.val.spread(500))
+        bits = codes_to_bits(in_batches(tokenizer.encode, to_signed(pictures)))
+        masked = self.ar.draw_masks(len(bits), self.recipe.least_masked, key_generator(device, "masks"))
         losses = self.ar.loss(bits, labels, masked, masked.sum(1).float().mean())
-        return {"val_nll_per_bit": losses["nll"].item(), "val_bit_accuracy": losses["accuracy"].item()}
+        return sheet, {"val_nll_per_bit": losses["nll"].item(), "val_bit_accuracy": losses["accuracy"].item()}
 
     def export(self, metadata: dict[str, str]) -> None:
-        metadata = metadata | {"tokenizer": self.fingerprint}
-        write_model(self.job.path(self.result), "semtok-ar", self.ar, metadata)
+        write_model(self.run.path(self.result), "semtok-ar", self.ar, metadata)
 
 
 class StandIns(nn.Module):
-    """Stage 0: small twins of the networks that cannot be had offline, under the real files' key names.
+    """Stage 0: small twins of the VAE and of SigLIP, under the published names, where those cannot be had.
 
-    A VAE (reconstruction + KL) and a SigLIP tower (sigmoid loss against class names) are trained. VGG16 and
-    ResNet stay random, which judges pictures almost as well (Zhang et al. 2018, section 4)."""
+    The VAE learns by reconstruction and KL, SigLIP's tower by the sigmoid loss against class names."""
 
-    stage, title, result = "0", "stand-ins", STAND_INS["vae"]
+    name, title, result = "0", "stand-ins", "standins/sd3.5_vae.safetensors"
     look_for = "the VAE's row should be as sharp as the originals"
-    caption, before, frozen = "VAE", {}, {}
-    preview, validate = Pretraining.preview, Pretraining.validate
+    parent, frozen = "", {}
 
-    def __init__(self, job: Job):
+    def __init__(self, run: Run):
         super().__init__()
-        self.job, self.recipe, self.config = job, job.recipe("0"), PRESETS["tiny"]
-        classes = len(SHAPES) if job.planned else len(job.train.classes)
+        self.run, self.recipe, self.config = run, run.recipe("0"), PRESETS["tiny"]
         self.vae, self.siglip = VAE(self.config.vae), SigLIP(TINY_SIGLIP)
-        self.class_names = nn.Embedding(classes, self.config.semantic_width)
+        self.class_names = nn.Embedding(len(run.train.classes), self.config.semantic_width)
         self.siglip_scale = nn.Parameter(torch.tensor([math.log(10.0)]))
         self.siglip_bias = nn.Parameter(torch.tensor([-2.0]))
         for name, layer in self.vae.named_modules():  # gain 1: PyTorch's start finds the brightness late
@@ -857,12 +782,12 @@ class StandIns(nn.Module):
     def forward(self, rows: dict, shared: dict) -> dict[str, torch.Tensor]:
         windows, labels = rows["windows"], rows["labels"]
         moments = self.vae.encoder(windows.contiguous(memory_format=torch.channels_last))
-        mean, log_variance = moments.chunk(2, 1)
+        mean, log_variance = moments.chunk(2, 1)  # (B/3, latent channels, h, w) each
         log_variance = log_variance.clamp(-12, 4)
         reconstruction = self.vae.decoder(mean + (0.5 * log_variance).exp() * rows["noise"])
         kl_loss = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        image = F.normalize(self.siglip(rows["pictures"]).mean((2, 3)), dim=-1)
-        pairs = image @ F.normalize(self.class_names.weight, dim=-1).T
+        image = F.normalize(self.siglip(rows["pictures"]).mean((2, 3)), dim=-1)  # (B, C)
+        pairs = image @ F.normalize(self.class_names.weight, dim=-1).T  # (B, classes)
         pairs = self.siglip_scale.exp() * pairs + self.siglip_bias
         matches = F.one_hot(labels, pairs.shape[1]) * 2.0 - 1  # SigLIP: each pair is a yes or a no
         siglip_loss = -F.logsigmoid(matches * pairs).sum(1).mean()
@@ -870,44 +795,39 @@ class StandIns(nn.Module):
         losses = {"loss": vae_loss + siglip_loss + 1e-4 * kl_loss, "vae_loss": vae_loss, "kl_loss": kl_loss}
         return losses | {"siglip_loss": siglip_loss, "accuracy": (pairs.argmax(1) == labels).float().mean()}
 
-    def reconstruct(self, pictures: torch.Tensor) -> torch.Tensor:
+    def after_step(self, losses: dict[str, torch.Tensor]) -> None:
+        """Nothing follows."""
+
+    def redraw(self, pictures: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, 3, H, W) -> uint8, through the VAE alone."""
         return to_uint8(self.vae.decode(self.vae.encode(to_signed(pictures))))
+
+    @torch.no_grad()
+    def look(self) -> tuple[Image.Image, dict[str, float]]:
+        return compared(self.run, self.redraw, {}, "VAE")
 
     @torch.no_grad()
     def export(self, metadata: dict[str, str]) -> None:
         vae, siglip = VAE(self.config.vae), SigLIP(TINY_SIGLIP)
         for copy, trained in ((vae, self.vae), (siglip, self.siglip)):
             copy.load_state_dict({name: full(tensor) for name, tensor in trained.state_dict().items()})
-        signed = to_signed(self.job.val.spread(200)[0])
         # SD3.5's published shift and scale must whiten these latents too: both ends of the VAE are scaled.
+        signed = to_signed(self.run.val.spread(200)[0])
         std = vae.encoder(signed).chunk(2, 1)[0].std((0, 2, 3)) * VAE.SCALE  # (channels,)
         for tensor in (vae.encoder.conv_out.weight, vae.encoder.conv_out.bias):
             tensor[: len(std)] /= std.view(-1, *[1] * (tensor.ndim - 1))
         vae.decoder.conv_in.weight *= std.view(1, -1, 1, 1)
-        torch.manual_seed(self.job.args.seed)  # a resumed run makes the same
-        vgg, resnet = fid.VGG16Features(TINY_VGG), ResNet(*TINY_RESNET, size=self.config.image_size)
-        for layer in vgg.features:
-            if isinstance(layer, nn.Conv2d):  # no batch norm: so deep, it sees only with He's gain
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        for _ in range(50):  # its batch norms' running statistics settle
-            resnet(signed)
-        # Logits and features of this size leave room for the pixels beside lambda_p and lambda_s.
-        for layer, factor in ((resnet.fc, 0.5 / resnet.eval()(signed).std()), (siglip.post_layernorm, 0.25)):
-            layer.weight *= factor
-            layer.bias *= factor
-        heads = {f"lin{i}.model.1.weight": torch.full((1, w, 1, 1), w**-0.5) for i, w in enumerate(TINY_VGG)}
-        about = metadata | {"input_size": str(self.config.image_size)}
+        for tensor in (siglip.post_layernorm.weight, siglip.post_layernorm.bias):
+            tensor *= 0.25  # features of this size leave room for the pixels beside lambda_s
         if ranks()[0] == 0:
-            write_text(self.job.path(STAND_INS["siglip"] + "/config.json"), '{"num_attention_heads": 2}')
-            for path, tensors in {
-                STAND_INS["siglip"] + "/model.safetensors": siglip.state_dict(prefix="vision_model."),
-                STAND_INS["vgg"]: vgg.state_dict(), STAND_INS["lpips"]: heads,
-                STAND_INS["resnet"]: resnet.state_dict(), STAND_INS["vae"]: vae.state_dict(),  # the last
-            }.items():
-                write_tensors(self.job.path(path), tensors, about)
+            tower = self.run.path("standins/siglip2-base-patch16-256")
+            write_text(f"{tower}/config.json", '{"num_attention_heads": 2}')
+            tensors = siglip.state_dict(prefix="vision_model.")
+            write_tensors(f"{tower}/model.safetensors", tensors, metadata)
+            write_tensors(self.run.path(self.result), vae.state_dict(), metadata)  # the last
 
 
-STAGES = {stage.stage: stage for stage in (StandIns, Pretraining, Refining, Generating)}
+STAGES = {stage.name: stage for stage in (StandIns, Pretraining, Refining, Generating)}
 
 # ----------------------------------------------------------------------------------------------------- engine
 
@@ -917,10 +837,9 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def step_generator(seed: int, stage: str, step: int, device: torch.device) -> torch.Generator:
-    """A step's random numbers, by (seed, stage, step) alone, so that a resumed run has none to restore."""
-    key = int.from_bytes(hashlib.sha256(f"{seed} {stage} {step}".encode()).digest()[:7], "big")
-    return torch.Generator(device).manual_seed(key)
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on CUDA, over float32 weights; on a CPU nothing changes."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
@@ -941,14 +860,13 @@ def shard(stage: nn.Module, device: torch.device) -> None:
         if not frozen.issuperset(block.parameters()):
             fully_shard(block, **options)
     fully_shard(stage, ignored_params=frozen, **options)
-    for method in ("preview", "validate"):  # they gather as forward does
-        register_fsdp_forward_method(stage, method)
+    register_fsdp_forward_method(stage, "look")  # it gathers as forward does
 
 
 def compile_blocks(stage: nn.Module) -> None:
     """torch.compile in place, under the old names: transformer blocks, and the frozen networks of a step."""
-    frozen = [network for name, network in getattr(stage, "frozen", {}).items() if name != "tokenizer"]
-    vae = [stage.semtok.vae.encoder, stage.semtok.vae.decoder] if hasattr(stage, "semtok") else []
+    frozen = [network for network in stage.frozen.values() if not isinstance(network, SemTok)]
+    vae = [stage.semtok.vae.encoder, stage.semtok.vae.decoder] if isinstance(stage, Pretraining) else []
     for network in (*blocks_of(stage), *frozen, *vae):
         network.compile(dynamic=False)
 
@@ -960,7 +878,7 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def averaged(stage: nn.Module, average: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Inside `with`, a stage is in eval mode and has its averaged weights, swapped with the live ones."""
+    """Inside `with`, a stage has its averaged weights, swapped with the live ones."""
     @torch.no_grad()
     def swap():
         for name, mean in average.items():
@@ -970,12 +888,10 @@ def averaged(stage: nn.Module, average: dict[str, torch.Tensor]) -> Iterator[Non
             mean.copy_(kept)
 
     swap()
-    stage.eval()
     yield
     if hasattr(stage, "reshard"):
         stage.reshard()  # a pass without gradient leaves the root gathered
     swap()
-    stage.train()
 
 
 @torch.no_grad()
@@ -987,40 +903,37 @@ def write_model(path: str, kind: str, model: nn.Module, metadata: dict[str, str]
         if ranks()[0] == 0:
             tensors[name] = tensor.cpu().contiguous()
             if not tensors[name].isfinite().all():
-                raise UserError(f"{name} is NaN or infinite: go on from an earlier state, or --overwrite")
+                raise UserError(f"{name} is NaN or infinite: start again with --overwrite and a lower --lr")
             digest.update(tensors[name].numpy())
     if ranks()[0] == 0:
         sizes, fingerprint = json.dumps(asdict(model.config)), digest.hexdigest()[:16]
-        about = {"format": kind, "config": sizes, "fingerprint": fingerprint}
-        write_tensors(path, tensors, metadata | about)
+        write_tensors(path, tensors, metadata | {"format": kind, "config": sizes, "fingerprint": fingerprint})
 
 
 def saved_states(folder: str) -> list[str]:
     """Training states in a folder, oldest first: folders of safetensors shards and a state.json."""
-    return sorted(glob.glob(os.path.join(glob.escape(folder), "step-*[0-9]")))  # not .part
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    steps = sorted((int(name[5:]), name) for name in names if re.fullmatch(r"step-\d+", name))
+    return [os.path.join(folder, name) for _, name in steps]
 
 
-def checksums(folder: str) -> dict[str, str]:
-    """The sha256 of every shard in a state's folder."""
-    found = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+def shard_sizes(state: str) -> dict[str, int]:
+    """The bytes of every shard in a state's folder."""
+    return {path.name: path.stat().st_size for path in sorted(Path(state).glob("*.safetensors"))}
 
 
-def save_state(folder: str, step: int, tensors: dict[str, torch.Tensor], settings: dict) -> None:
-    """Write a training state, whole or not at all: each rank its shards, rank 0 a table. Two are kept."""
-    path = os.path.join(folder, f"step-{step:07d}")
-    part, (rank, world) = path + ".part", ranks()
+def save_state(folder: str, step: int, tensors: dict[str, torch.Tensor], facts: dict) -> None:
+    """Write a training state, whole or not at all: each rank its shards, rank 0 `facts`. Two are kept."""
+    path, (rank, world) = os.path.join(folder, f"step-{step:07d}"), ranks()
+    part = path + ".part"
     writer = dcp.HuggingFaceStorageWriter(part, save_distributed=True)
     dcp.save(tensors, storage_writer=writer, no_dist=world == 1)
     if rank == 0:
-        about = {"step": step, "settings": settings, "sha256": checksums(part)}
-        write_text(os.path.join(part, "state.json"), json.dumps(about))
-        for name in about["sha256"]:
+        for name in shard_sizes(part):
             flush(os.path.join(part, name))
-        shutil.rmtree(path, ignore_errors=True)  # damaged, or load_state would have gone on from it
+        facts = facts | {"step": step, "bytes": shard_sizes(part)}
+        write_text(os.path.join(part, "state.json"), json.dumps(facts))
+        shutil.rmtree(path, ignore_errors=True)  # it was damaged, or the run would have gone on from it
         os.replace(part, path)
         flush(folder)
         for old in saved_states(folder)[:-2]:
@@ -1028,28 +941,25 @@ def save_state(folder: str, step: int, tensors: dict[str, torch.Tensor], setting
     wait_for_all()
 
 
-def load_state(folder: str, tensors: dict[str, torch.Tensor], settings: dict) -> int:
-    """Fill the tensors in place from the newest state that is whole; returns its step.
+def load_state(folder: str, tensors: dict[str, torch.Tensor]) -> dict:
+    """Fill the tensors in place from the newest state that is whole; returns its facts, `step` among them.
 
-    Raises UserError when there is none, and when it was made with other settings."""
+    Raises UserError when there is none, and when its tensors are others."""
     (rank, world), chosen = ranks(), [None]
     for path in reversed(saved_states(folder) if rank == 0 else []):
         try:
-            about = json.loads(Path(path, "state.json").read_text(encoding="utf-8"))
-            if about["sha256"] != checksums(path):
-                raise ValueError("a shard is damaged")
-            if not path.endswith(f"-{about['step']:07d}"):
-                raise ValueError("its step is another")
-            chosen = [(path, about["step"], dict(about["settings"]))]
+            facts = json.loads(Path(path, "state.json").read_text(encoding="utf-8"))
+            if facts["bytes"] != shard_sizes(path) or int(facts["step"]) != int(path.rpartition("-")[2]):
+                raise ValueError("a shard is cut, or its step is another")
+            chosen = [(path, facts | {"skipped": int(facts["skipped"])})]
             break
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             print(f"falling back to the state before: {path} is not whole ({error})", file=sys.stderr)
     if world > 1:
         dist.broadcast_object_list(chosen)
     if chosen[0] is None:
-        raise UserError(f"{folder} holds no whole training state to resume: start again with --overwrite")
-    path, step, found = chosen[0]
-    check_settings(path, found, settings, ON_RESUME)
+        raise UserError(f"{folder} holds no whole training state to go on from: start again with --overwrite")
+    path, facts = chosen[0]
     logging.disable(logging.ERROR)  # torch would print a traceback beside our sentence
     try:
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(path), no_dist=world == 1)
@@ -1057,66 +967,44 @@ def load_state(folder: str, tensors: dict[str, torch.Tensor], settings: dict) ->
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"{path} is no state of this run ({reason}): start again with --overwrite") from None
     logging.disable(logging.NOTSET)
-    return step
+    return facts
 
 
-def prune_log(path: str, stage: str, step: int) -> None:
-    """Drop from log.jsonl what a stage logged after the step that it goes on from, and damaged lines."""
-    kept = []
-    for line in Path(path).read_bytes().splitlines() if os.path.exists(path) else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            entry = json.loads(line)
-            again = not {"loss", "preview_psnr"} & {*entry}  # a result's figures, which are written once more
-            if entry["stage"] != stage or (entry["step"] <= step and not again):
-                kept.append(json.dumps(entry) + "\n")
-    write_text(path, "".join(kept))
-
-
-# --------------------------------------------------------------------------------------------------- the loop
+# --------------------------------------------------------------------------------------------------- training
 
 BAD_STEPS = 5  # steps in a row that are not finite, after which a run stops
 
 
-def is_finished(name: str, job: Job) -> bool:
-    """Whether a stage has its result, by the settings of this run. UserError when a person must decide."""
-    args, result, states = job.args, job.path(STAGES[name].result), saved_states(job.path(f"state-{name}"))
-    if os.path.exists(result) and not args.overwrite:
-        found, asked, metadata = {}, job.settings(name), TensorFiles(result).metadata
-        with contextlib.suppress(KeyError, TypeError, ValueError):  # none, or damaged: of another run
-            found = dict(json.loads(metadata["settings"]))
-        if not (args.resume and states):
-            check_settings(result, found, asked, CADENCE)
-            return True
-        # load_state compares; what may change then, such as more steps, lets the stage go on
-        return all(found.get(key) == asked[key] for key in asked.keys() - set(CADENCE))
-    if states and not (args.resume or args.overwrite):
-        how = f"--resume goes on from {states[-1]}, --overwrite starts again"
-        raise UserError(f"stage {name} stopped before its end: {how}")
-    return False
+@dataclass
+class Training:
+    """What stands between two steps of a stage."""
 
-
-def micro_batch(recipe: Recipe, world: int, accumulate: int) -> int:
-    """The pictures that a rank has at once. Raises UserError for a batch that does not divide."""
-    size, left = divmod(recipe.batch_size, world * accumulate)
-    if left:
-        parts = f"{world} processes with --accumulate {accumulate}"
-        raise UserError(f"a batch of {recipe.batch_size} does not divide by {parts}: change --batch-size")
-    return size
+    run: Run
+    stage: nn.Module
+    dataset: Dataset
+    optimizer: torch.optim.AdamW
+    parameters: dict[str, nn.Parameter]  # what is trained, by name
+    average: dict[str, torch.Tensor]  # its running mean; not the discriminator's, with which nobody draws
+    state: dict[str, torch.Tensor]  # live tensors, saved and filled in place
+    step: int = 0
+    skipped: int = 0  # steps that were not finite, in all
+    bad_in_a_row: int = 0
 
 
 def make_optimizer(stage: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW. Weights of linear layers and convolutions decay; norms, biases and embeddings do not.
 
-    The discriminator has its own learning rate. Moments are made at once: a training state has the same names
-    before and after the discriminator joins."""
+    Each group knows its peak rate and the step at which it joins. Moments are made at once: a training state
+    has the same names before and after the discriminator joins."""
     matrices = {layer.weight for layer in stage.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
     groups, state = {}, {}
     for name, p in stage.named_parameters():
         if p.requires_grad:
-            lr = recipe.discriminator_lr if name.startswith("discriminator.") else recipe.lr
+            joins = name.startswith("discriminator.")
+            peak, start = (recipe.discriminator_lr, recipe.gan_start) if joins else (recipe.lr, 0)
             decay = recipe.weight_decay if p in matrices else 0.0
-            group = groups.setdefault((lr, decay), {"params": [], "base_lr": lr, "weight_decay": decay})
-            group["params"].append(p)
+            group = {"params": [], "peak": peak, "start": start, "weight_decay": decay}
+            groups.setdefault((joins, decay), group)["params"].append(p)
             state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
             state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     optimizer = torch.optim.AdamW(groups.values(), recipe.lr, betas=(0.9, 0.95), fused=True)
@@ -1124,202 +1012,223 @@ def make_optimizer(stage: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     return optimizer
 
 
-def train_stage(name: str, job: Job) -> None:
-    """Train one stage from where it stands to its end. Raises UserError when it stops before."""
-    args, recipe, device, (rank, world) = job.args, job.recipe(name), job.device, ranks()
-    started, say = time.time(), print if rank == 0 else (lambda *_: None)
-    result, states, log = (job.path(file) for file in (STAGES[name].result, f"state-{name}", "log.jsonl"))
-    settings = job.settings(name)
-    if is_finished(name, job):
-        return say(f"stage {name} is finished: {result}. --overwrite starts it again")
-    wait_for_all()  # whoever changes files below has been seen by all to find them as they were
-    title = STAGES[name].title
-    say(f"stage {name}: {title}, {recipe.steps} steps of {recipe.batch_size} on {world} x {device}")
+def set_up(name: str, run: Run) -> Training:
+    """Build a stage, its data, its optimiser and its averages; fill them from the last training state."""
+    args, recipe, device = run.args, run.recipe(name), run.device
 
-    cost = measure(name, job, recipe.batch_size)
-    accumulate = args.accumulate if name != "0" else 1  # its windows are of every third picture, and small
-    held = cost["checkpointed" if args.checkpoint_activations else "activations"] / world / accumulate
-    # 16 bytes a parameter: itself, its gradient, two moments
-    needed = held + 16 * sum(p.numel() for p in cost["stage"].parameters())
-    if device.type == "cpu" and needed > (there := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
-        lack = f"needs some {needed / 2**30:,.0f} GiB of memory, and {there / 2**30:,.0f} are here"
-        raise UserError(f"stage {name} {lack}: lower --batch-size or its sizes, or raise --accumulate")
-
-    # ---- the stage, its data, its optimiser, its averages
-    torch.manual_seed(args.seed)
-    stage, dataset = STAGES[name](job).to(device), job.train
+    # ---- the stage and its data
+    torch.manual_seed(run.settings["seed"])
+    stage, dataset = STAGES[name](run).to(device), run.train
     if name == "ar":  # before its networks are compiled
-        tokenizer = stage.frozen["tokenizer"]
-        dataset = Tokens(job.path("tokens.npy"), tokenizer, stage.fingerprint, job, recipe.flip)
+        dataset = Tokens(run, stage.frozen["tokenizer"], stage.parent, recipe.flip)
     for module in stage.modules():
         if hasattr(module, "checkpoint_activations"):
             module.checkpoint_activations = args.checkpoint_activations
     if args.compile:
         compile_blocks(stage)
-    if world > 1:
+    if ranks()[1] > 1:
         shard(stage, device)
+
+    # ---- what is trained, averaged and saved
     parameters = {n: p for n, p in stage.named_parameters() if p.requires_grad}
-    players = {}  # clipped apart: the large gradients of one must not shrink those of another
-    for n, parameter in parameters.items():
-        players.setdefault(n.split(".")[0], []).append(parameter)
-    optimizer = make_optimizer(stage, recipe)
-    # weights that have an average: not the discriminator's, with which nobody draws
-    tracked = {n: p for n, p in parameters.items() if recipe.ema and not n.startswith("discriminator.")}
-    average, persistent = {n: p.detach().clone() for n, p in tracked.items()}, stage.state_dict()
-    buffers = {n: b for n, b in stage.named_buffers() if n in persistent}
-    # Bad steps are counted where the gradients are: asking for them would make the host wait for the GPU.
-    skipped, bad_in_a_row = (torch.zeros((), dtype=torch.long, device=device) for _ in range(2))
-    state = {"skipped": skipped}  # one flat dict of live tensors, saved and filled in place
-    for kind, tensors in {"weights": parameters, "ema": average, "buffers": buffers}.items():
-        state |= {f"{kind}/{n}": tensor for n, tensor in tensors.items()}
+    optimizer, persistent = make_optimizer(stage, recipe), stage.state_dict()
+    averages = [n for n in parameters if recipe.ema and not n.startswith("discriminator.")]
+    average = {n: parameters[n].detach().clone() for n in averages}
+    state = {f"buffers/{n}": buffer for n, buffer in stage.named_buffers() if n in persistent}
+    state |= {f"ema/{n}": mean for n, mean in average.items()}
     for n, parameter in parameters.items():
         state |= {f"adam/{kind}/{n}": tensor for kind, tensor in optimizer.state[parameter].items()}
+        state[f"weights/{n}"] = parameter
+    training = Training(run, stage, dataset, optimizer, parameters, average, state)
 
     # ---- where it stands
-    step = 0
-    if args.resume and saved_states(states):
-        step = load_state(states, state, settings)
-        if step > recipe.steps:
-            raise UserError(f"{states} stands at step {step} of {recipe.steps}: ask for more, or --overwrite")
-    elif rank == 0:
-        shutil.rmtree(states, ignore_errors=True)
-    if rank == 0:
-        prune_log(log, name, step)
+    folder, result = run.path(f"state-{name}"), run.path(stage.result)
+    wait_for_all()  # all ranks decide before rank 0 touches a file
+    if name in run.kept:
+        facts = load_state(folder, state)
+        if facts["parent"] != stage.parent:
+            again = f"{run.command(name)} --overwrite starts again"
+            raise UserError(f"{folder} was made from another result of the stage before: {again}")
+        training.step, training.skipped = facts["step"], facts["skipped"]
+    if ranks()[0] == 0:
+        for part in Path(folder).glob("step-*.part"):  # of a run that was killed
+            shutil.rmtree(part)
+        if name not in run.kept:
+            shutil.rmtree(folder, ignore_errors=True)
+            Path(result).unlink(missing_ok=True)
+    return training
+
+
+def one_step(training: Training, batch: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The algorithm: one step on this rank's part of a batch -> losses and gradient norms, by name."""
+    run, stage, recipe, step = training.run, training.stage, training.stage.recipe, training.step
+    accumulate = 1 if stage.name == "0" else run.args.accumulate  # stage 0 takes every third picture
+
+    # ---- learning rates: a linear warm-up times a cosine, from the step at which a player joins
+    for group in training.optimizer.param_groups:
+        played, length = max(0, step - group["start"]), max(1, recipe.steps - group["start"])
+        warm, cosine = min(1.0, (played + 1) / recipe.warmup), 0.5 * (1 + math.cos(math.pi * played / length))
+        group["lr"] = group["peak"] * (warm * cosine)
+
+    # ---- everything that needs no gradient, once for all micro-batches
+    with autocast(run.device):
+        batch = [tensor.to(run.device, non_blocking=True) for tensor in batch]
+        rng = key_generator(run.device, run.settings["seed"], stage.name, step)
+        rows, shared = stage.prepare(*batch, rng, step)
+
+    # ---- micro-batches: gradients add up on each rank, and the last one averages them over the ranks
+    parts = []
+    for i in range(accumulate):
+        if ranks()[1] > 1:
+            stage.set_requires_gradient_sync(i == accumulate - 1)
+        with autocast(run.device):
+            out = stage({n: tensor.chunk(accumulate)[i] for n, tensor in rows.items()}, shared)
+        (out["loss"] / accumulate).backward()
+        parts.append({n: value.detach().float() for n, value in out.items()})
+    losses = {n: torch.stack([part[n] for part in parts]).mean() for n in parts[0]}
+
+    # ---- players are clipped apart: the large gradients of one must not shrink those of another
+    players = {}
+    for n, parameter in training.parameters.items():
+        if parameter.grad is not None:
+            players.setdefault(n.split(".")[0], []).append(parameter)
+    for player, members in players.items():
+        norm = full(nn.utils.get_total_norm([p.grad for p in members], foreach=True))
+        nn.utils.clip_grads_with_norm_(members, 1.0, norm, foreach=True)
+        losses[f"grad_norm_{player}"] = norm
+    means = mean_over_ranks(torch.stack(list(losses.values())))  # all ranks see what one broke
+    losses = dict(zip(losses, means.unbind()))
+
+    # ---- the step, unless a loss or gradient is not finite
+    decisive = [value for n, value in losses.items() if n == "loss" or n.startswith("grad_norm")]
+    good = bool(torch.stack(decisive).isfinite().all())
+    if good:
+        training.optimizer.step()
+        stage.after_step(losses)
+        if training.average:  # a decay that grows: a short run's average would stay near its initial weights
+            decay = min(recipe.ema, (1 + step) / (10 + step))
+            live = [training.parameters[n].detach() for n in training.average]
+            torch._foreach_lerp_(list(training.average.values()), live, 1 - decay)
+    training.optimizer.zero_grad(set_to_none=True)
+    training.bad_in_a_row = 0 if good else training.bad_in_a_row + 1
+    training.skipped += not good
+    training.step += 1
+    return losses
+
+
+def is_finished(name: str, run: Run) -> bool:
+    """Whether a stage has its result and no more steps are asked for. UserError for one of another parent."""
+    result, steps = run.path(STAGES[name].result), run.recipe(name).steps
+    if name not in run.kept or not os.path.exists(result):
+        return False
+    about = TensorFiles(result).metadata
+    if about.get("parent", "") != run.parent(name):
+        again = f"{run.command(name)} --overwrite makes it again"
+        raise UserError(f"{result} was made from another result of the stage before: {again}")
+    return int(about.get("steps", steps)) == steps
+
+
+def train_stage(name: str, run: Run) -> None:
+    """Train one stage from where it stands to its end. Raises UserError when it stops before."""
+    recipe, device, (rank, world) = run.recipe(name), run.device, ranks()
+    result, states, log = (run.path(file) for file in (STAGES[name].result, f"state-{name}", "log.jsonl"))
+    started, say = time.time(), print if rank == 0 else (lambda *_: None)
+    if is_finished(name, run):
+        return say(f"stage {name} is finished: {result}")
+    what = f"{STAGES[name].title}, {recipe.steps} steps of {recipe.batch_size}"
+    say(f"stage {name}: {what} on {world} x {device}")
+    training = set_up(name, run)
+    stage, dataset, step = training.stage, training.dataset, training.step
     batches = DataLoader(
         dataset, num_workers=dataset.workers, persistent_workers=dataset.workers > 0,
         pin_memory=device.type == "cuda",  # else each copy waits for the steps that are under way
-        batch_sampler=schedule(len(dataset), recipe, args.seed, step),
+        batch_sampler=batches_from(step, len(dataset), recipe, run.settings["seed"]),
     )
-    teraflops = cost["flops"] / world / 1e12  # a step's, of each rank
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
+    facts = {"parent": stage.parent}
 
     def write_log(**entry):
         if rank == 0 and entry:
             with open(log, "a", encoding="utf-8") as file:
-                print(json.dumps({"stage": name, "step": step} | entry), file=file)
+                print(json.dumps({"stage": name, "step": training.step} | entry), file=file)
 
-    # ---- the loop
+    def stopped() -> bool:  # whether a signal has reached any rank
+        return bool(mean_over_ranks(torch.tensor(float(len(signals)))))  # by gloo: no wait for the GPU
+
+    # ---- the loop: step, look, log, save
     bar = tqdm(batches, f"stage {name}", initial=step, total=recipe.steps, unit="step", disable=rank > 0)
-    # signals, obeyed once the step under way is saved; when and where the log last looked
-    noted, since = [], (time.time(), step)
+    signals, since = [], (time.time(), step)  # signals are obeyed once the step under way is saved
     with bar, contextlib.ExitStack() as at_end:
         for number in (signal.SIGINT, signal.SIGTERM):
-            handler = signal.signal(number, lambda number, _: noted.append(number))
+            handler = signal.signal(number, lambda number, _: signals.append(number))
             at_end.callback(signal.signal, number, handler)
         for batch in bar:
-            warm = min(1.0, (step + 1) / recipe.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * (warm * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))
-            old_buffers = [buffer.clone() for buffer in buffers.values()]  # put back if the step is bad
-            with autocast():
-                batch = [tensor.to(device, non_blocking=True) for tensor in batch]
-                rows, shared = stage.prepare(*batch, step_generator(args.seed, name, step, device), step)
-
-            # micro-batches: gradients add up on each rank, and the last one averages them over the ranks
-            outs = []
-            for i in range(accumulate):
-                if world > 1:
-                    stage.set_requires_gradient_sync(i == accumulate - 1)
-                with autocast():
-                    out = stage({n: tensor.chunk(accumulate)[i] for n, tensor in rows.items()}, shared)
-                (out["loss"] / accumulate).backward()
-                outs.append({n: value.detach() for n, value in out.items()})
-            losses = {n: torch.stack([out[n].float() for out in outs]).mean() for n in out if n != "codes"}
-            for player, members in players.items():
-                if gradients := [p.grad for p in members if p.grad is not None]:
-                    norm = full(nn.utils.get_total_norm(gradients, foreach=True))
-                    nn.utils.clip_grads_with_norm_(members, 1.0, norm, foreach=True)
-                    losses[f"grad_norm_{player}"] = norm
-            values = mean_over_ranks(torch.stack(list(losses.values())))  # all ranks see what one broke
-            losses = dict(zip(losses, values.unbind()))
-
-            # the step, which a loss or gradient that is not finite makes a step of nothing
-            decisive = torch.stack([value for n, value in losses.items() if n == "loss" or "grad_norm" in n])
-            bad = ~decisive.isfinite().all()
-            # As GradScaler sets it: the fused AdamW reads it on the device, and skips the step.
-            optimizer.found_inf = bad.to(torch.float32)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            for buffer, old in zip(buffers.values(), old_buffers):
-                buffer.copy_(torch.where(bad, old, buffer))
-            skipped += bad
-            bad_in_a_row.add_(1).mul_(bad)
-            if average:
-                # a decay that grows: else a short run's average would stay near its initial weights
-                decay = min(recipe.ema, (1 + step) / (10 + step))
-                with torch.no_grad():
-                    torch._foreach_lerp_(list(average.values()), list(tracked.values()), 1 - decay)
-            step += 1
-
-            # look, log, save
-            stopped = bool(mean_over_ranks(torch.tensor(float(len(noted)))))  # by gloo: no wait for the GPU
-            last = step == recipe.steps
-            look = step % recipe.log_every == 0 or last
-            if (look or device.type == "cpu") and bad_in_a_row >= BAD_STEPS:
+            losses = one_step(training, batch)
+            step, last = training.step, training.step == recipe.steps
+            if training.bad_in_a_row == BAD_STEPS:
                 broken = ", ".join(n for n, value in losses.items() if not value.isfinite())
-                good = "".join(f"go on from {path} with --resume" for path in saved_states(states)[-1:])
                 raise UserError(
-                    f"step {step}: {broken} not finite, and the {int(bad_in_a_row)} last steps were skipped: "
-                    f"{good or 'start again'} and a lower --lr"
+                    f"step {step}: {broken} not finite, and the {BAD_STEPS} last steps were skipped: the "
+                    "same command goes on from the last state, best with a lower --lr"
                 )
-            if look:
+            if step % recipe.log_every == 0 or last:
                 entry = {n: value.item() for n, value in losses.items()}
-                entry |= {"lr": optimizer.param_groups[0]["lr"], "skipped": int(skipped)}
-                if "codes" in out:
-                    bits = codes_to_bits(torch.cat([out["codes"] for out in outs]))
-                    entry |= code_usage(gather(bits.to(torch.uint8)).bool())  # gloo gathers no bool
-                    if entry["dead_bits"] and step > recipe.warmup and rank == 0:
-                        dead = f"{entry['dead_bits']} of {bits.shape[-1]} bits never change"
-                        tqdm.write(f"step {step}: codes collapse ({dead}): raise lambda_q or lower --lr")
+                entry |= {"lr": training.optimizer.param_groups[0]["lr"], "skipped": training.skipped}
                 (then, first), since = since, (time.time(), step)
                 speed = (step - first) / (since[0] - then)  # with all that a step takes, previews and states
-                entry |= {"images_per_s": speed * recipe.batch_size, "tflops": speed * teraflops}
+                write_log(**entry, images_per_s=speed * recipe.batch_size)
                 bar.set_postfix(loss=entry["loss"])
-                write_log(**entry)
             if step % recipe.preview_every == 0 or last:
-                with averaged(stage, average), autocast():
-                    picture, figures = stage.preview()
+                with averaged(stage, training.average), autocast(device):
+                    picture, figures = stage.look()
                 write_log(**figures)
+                if figures.get("dead_bits") and step > recipe.warmup and rank == 0:
+                    dead = f"{figures['dead_bits']} bits never change on held-out pictures"
+                    tqdm.write(f"step {step}: codes collapse ({dead}): raise lambda_q or lower --lr")
                 if rank == 0:
-                    write_picture(job.path(f"preview-{name}-{step:07d}.png"), picture)
-            if step % recipe.save_every == 0 or last or stopped:
-                save_state(states, step, state, settings)
-            if stopped:
-                raise UserError(f"stopped at step {step}, saved: go on with {job.command()} --resume")
+                    write_picture(run.path(f"preview-{name}-{step:07d}.png"), picture)
+            ends = stopped()
+            if step % recipe.save_every == 0 or last or ends:
+                facts["skipped"] = training.skipped
+                save_state(states, step, training.state, facts)
+            if ends:
+                same = "the same command without --overwrite" if run.args.overwrite else "the same command"
+                raise UserError(f"stopped at step {step}, saved: {same} goes on")
 
-    # ---- the result
-    with averaged(stage, average):
-        with autocast():
-            figures = stage.validate()
-        write_log(**figures)
-        about = {"stage": name, "preset": args.preset, "classes": json.dumps(job.train.classes)}
-        stage.export(about | {"settings": json.dumps(settings), "figures": json.dumps(figures)})
-    if rank == 0:
-        write_picture(job.path(f"curves-{name}.png"), draw_curves(log, name))
+        # ---- the result
+        about = {"stage": name, "preset": run.preset, "classes": json.dumps(run.train.classes)}
+        about |= {"parent": stage.parent, "steps": str(recipe.steps), "figures": json.dumps(figures)}
+        with averaged(stage, training.average):
+            stage.export(about)
+        if rank == 0:
+            write_picture(run.path(f"curves-{name}.png"), draw_curves(log, name))
+            for old in saved_states(states)[:-1]:  # the last one stays, for more steps later
+                shutil.rmtree(old)
     reached = ", ".join(f"{k} {v:.4g}" for k, v in figures.items())
-    following = {"0": "1", "1": "2", "2": "ar"}.get(name)
+    following = {"0": "1", "1": "2", "2": "ar", "ar": "sample"}[name]
     say(
         f"stage {name} done in {time.time() - started:.0f} s: {reached} on held-out pictures -> {result}\n"
-        f"  look at {job.path(f'preview-{name}-{step:07d}.png')}: {stage.look_for}\n"
-        f"  and at {job.path(f'curves-{name}.png')}\n"
-        f"  next: {job.command(following) if following else f'python sample.py --class 1 --run {args.out}'}"
+        f"  look at {run.path(f'preview-{name}-{recipe.steps:07d}.png')}: {stage.look_for}\n"
+        f"  and at {run.path(f'curves-{name}.png')}\n"
+        f"  next: {run.command(following)}"
     )
-    wait_for_all()
+    if stopped():
+        raise UserError(f"stopped after stage {name}, which is finished: the same command goes on")
 
 
 def draw_curves(log: str, stage: str) -> Image.Image:
     """What a stage wrote into log.jsonl: a panel for each number, over the steps."""
-    entries = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
-    curves = {}  # name -> [(step, value)]
-    for entry in (entry for entry in entries if entry["stage"] == stage):
-        for name in entry.keys() - {"stage", "step", "skipped"}:
-            curves.setdefault(name, []).append((entry["step"], entry[name]))
-    last = entries[-1]["step"]
+    curves = {}  # name -> {step: value}; a later line of the same step counts
+    for line in Path(log).read_bytes().splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that was cut
+            entry = json.loads(line)
+            for name in entry.keys() - {"stage", "step", "skipped"} if entry["stage"] == stage else ():
+                curves.setdefault(name, {})[int(entry["step"])] = float(entry[name])
+    last = max(step for points in curves.values() for step in points)
     curves = {name: curves[name] for name in sorted(curves) if len(curves[name]) > 1 or name == "loss"}
     sheet = Image.new("RGB", (5 * 230, -(-len(curves) // 5) * 120), "white")
     pen = ImageDraw.Draw(sheet)
     for number, (name, points) in enumerate(curves.items()):
-        steps, values = np.array([point for point in points if math.isfinite(point[1])] or [(0, 0)]).T
+        steps, values = np.array([p for p in sorted(points.items()) if math.isfinite(p[1])] or [(0, 0)]).T
         (low, high), left, top = (values.min(), values.max()), number % 5 * 230 + 8, number // 5 * 120 + 4
         heights = (values - low) / (high - low or 1)
         pen.text((left, top), f"{name}  {values[-1]:.4g}", fill="black")
@@ -1329,138 +1238,7 @@ def draw_curves(log: str, stage: str) -> Image.Image:
     return sheet
 
 
-# --------------------------------------------------------------------------------------------------- the plan
-
-CARDS = {  # by preset, a GPU to plan for: its name, dense bfloat16 FLOP/s, bytes that it leaves us
-    "paper": ("an H100", 989e12, 78 * 2**30), "base": ("an RTX 4090", 165e12, 22 * 2**30),
-}
-UTILISATION = 0.4  # our share of the FLOP/s
-PARTS = {  # of the stages, as the code names them: millions of parameters in the paper, of the VAE in SD3.5
-    "semtok.vae.encoder": 34.3, "siglip": "-", "semtok.encoder": 113, "semtok.w_x": "-", "semtok.w_z": "-",
-    "semtok.decoder": 2236, "semtok.vae.decoder": 49.5, "lpips": "-", "resnet": "-", "discriminator": "-",
-    "tokenizer": "-", "ar": "-", "vae.encoder": "-", "vae.decoder": "-",
-}
-PAPER_AR = {"L": 318, "XL": 746, "XXL": 1200}
-
-
-class AsOnCUDA(torch.overrides.TorchFunctionMode):
-    """What CUDA's autocast does: norms and resizing take float32, attention is memory-efficient."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention:
-            attend = torch.ops.aten._scaled_dot_product_efficient_attention
-            return attend(*args, kwargs.get("attn_mask"), True, is_causal=kwargs.get("is_causal", False))[0]
-        if function in (F.layer_norm, F.rms_norm, F.group_norm, F.interpolate):
-            args = [a.float() if isinstance(a, torch.Tensor) else a for a in args]
-        return function(*args, **kwargs)
-
-
-def measure(name: str, job: Job, batch: int) -> dict:
-    """What a stage's last step costs on `batch` pictures, by FakeTensorMode: shapes without values.
-
-    Returns `stage`; `flops` of all passes; `forward`, those of a module's forward passes; bytes kept for the
-    backward pass: `activations`, and `checkpointed`, with the inputs of all blocks and the inside of one."""
-    weights, kept, inputs, opened, forward, inside = set(), {}, {}, [], {}, {}
-
-    def keep(tensor, among=kept):  # storages, since views of one tensor are kept once
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights and storage._cdata not in kept:
-            among[storage._cdata] = storage
-        return tensor
-
-    def so_far():
-        return np.array([counter.get_total_flops(), sum(s.nbytes() for s in kept.values())], dtype=object)
-
-    def enter(module, args):
-        for tensor in args if module in blocks else ():
-            keep(tensor, inputs) if isinstance(tensor, torch.Tensor) else None
-        opened.append(so_far())
-
-    def leave(module, *_):
-        flops, inside[module] = so_far() - opened.pop()
-        forward[module] = forward.get(module, 0) + flops
-
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
-        stage = STAGES[name](replace(job, planned=True, device=torch.device("cpu")))
-        blocks, parts = blocks_of(stage), dict(stage.named_modules()) | stage.frozen
-        for module in (*blocks, *(parts[part] for part in PARTS if part in parts)):
-            module.register_forward_pre_hook(enter)
-            module.register_forward_hook(leave)
-        for layer in (part for part in parts.values() if isinstance(part, (nn.Linear, nn.Conv2d))):
-            for parameter in layer.parameters():  # the plan counts autocast's copies apart
-                parameter.data = parameter.data.bfloat16()
-        for root in (stage, *stage.frozen.values()):
-            weights |= {t.untyped_storage()._cdata for t in (*root.parameters(), *root.buffers())}
-        side, config, labels = job.config.image_size, job.config, torch.zeros(batch, dtype=torch.long)
-        shape = (config.tokens, config.bits) if name == "ar" else (3, side, side)
-        saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with torch.autocast("cpu", torch.bfloat16), AsOnCUDA(), saved:
-            data = torch.zeros(batch, *shape, dtype=torch.bool if name == "ar" else torch.uint8)
-            step = stage.prepare(data, labels, torch.Generator(), stage.recipe.steps - 1)
-            stage(*step)["loss"].backward()
-        flops, activations = so_far()
-        within = [inside[block] for block in blocks if block in inside] or [0]
-        lean = activations + sum(s.nbytes() for s in inputs.values()) - sum(within) + max(within)
-    sizes = {"activations": activations, "checkpointed": lean}
-    return {"stage": stage, "flops": flops, "forward": forward} | sizes
-
-
-def plan(job: Job, name: str) -> None:
-    """Print what a stage takes (--dry-run): parameters, FLOPs, memory, length and missing files."""
-    args, config, recipe, missing = job.args, job.config, job.recipe(name), job.missing(name)
-    paper, (card, peak, room) = args.preset == "paper", CARDS.get(args.preset, CARDS["base"])
-    gpus = args.gpus or (8 if paper else 1)
-    batch = micro_batch(recipe, gpus, args.accumulate)
-    cost = measure(name, job, batch)
-    stage, forward, flops = cost["stage"], cost["forward"], cost["flops"]
-
-    def sizes(*modules) -> list[int]:  # parameters: trained, frozen
-        parameters = {p for module in modules for p in module.parameters()}
-        return [sum(p.numel() for p in parameters if p.requires_grad == trained) for trained in (True, False)]
-
-    print(
-        f"stage {name}, {stage.title}, {args.preset} preset: {recipe.steps:,} steps of {recipe.batch_size} "
-        f"pictures of {config.image_size} x {config.image_size}, {batch} at once on each of {gpus} GPUs\n"
-        f"{config.tokens} tokens of {config.bits} bits: {config.bits_per_pixel:.3f} bits per pixel\n\n"
-        f"{'network':20}{'trained, M':>12}{'frozen, M':>12}{'published':>12}{'forward, TFLOP a picture':>28}"
-    )
-    found = dict(stage.named_modules()) | stage.frozen
-    rows = {part: (sizes(found[part]), forward.get(found[part], 0)) for part in PARTS if part in found}
-    rows["all"] = sizes(stage, *stage.frozen.values()), sum(work for _, work in rows.values())
-    for part, ((trained, frozen), work) in rows.items():
-        known = (PAPER_AR[args.ar_size] if part == "ar" else PARTS.get(part, "-")) if paper else "-"
-        tera = f"{work / batch / 1e12:.4g}" if work else "-"
-        print(f"{part:20}{trained / 1e6:12.2f}{frozen / 1e6:12.2f}{known:>12}{tera:>28}")
-    print(f"with the backward passes: {flops / batch / 1e12:.4g} TFLOP a picture")
-    if paper and name != "ar":
-        pooled = (2048 + 1 + config.decoder_width + 1) * config.decoder_width
-        before = (sum(sizes(stage.semtok.decoder)) + pooled) / 1e6
-        print(f"the decoder has {before:.0f}M before SD3.5's pooled-text embedder becomes a bias")
-
-    print("\nGiB on a GPU, what is trained sharded; context and fragments come on top, a few GiB")
-    blocks = {block: sum(sizes(block)) for block in blocks_of(stage) if sizes(block)[0]}
-    own = 4 * trained / gpus
-    memory = {
-        "trained weights, float32": own, "frozen weights, float32": 4 * frozen, "gradients, float32": own,
-        "AdamW, two moments": 2 * own, "averaged weights": own * bool(recipe.ema),
-        # of all weights, or where they are sharded of two blocks, with their gradients
-        "bfloat16 copies": 2 * trained if gpus == 1 else 8 * max(blocks.values(), default=0),
-    }
-    fixed = sum(memory.values())
-    for note, kept in (("", cost["activations"]), (", checkpointed", cost["checkpointed"])):
-        memory |= {f"activations{note}": kept, f"total{note}": fixed + kept}
-    for label, amount in memory.items():
-        over = f"  more than the {room / 2**30:.0f} of {card}" * ("total" in label and amount > room)
-        print(f"{label:28}{amount / 2**30:12.4g}{over}")
-    print(f"\nlength at {UTILISATION:.0%} of {card}'s {peak / 1e12:.0f} TFLOP/s")
-    for note, work in (("", flops), (", checkpointed", flops + sum(forward[block] for block in blocks))):
-        hours = recipe.steps * recipe.batch_size * work / batch / (peak * UTILISATION) / 3600
-        print(f"length{note}: {hours:.4g} GPU-hours, {hours / gpus:.3g} hours on {gpus} GPUs")
-    print(f"\nmissing: {len(missing) or 'nothing'}", *missing, sep="\n- ", end="\n\n")
-
-
-# ------------------------------------------------------------------------------------------------ the command
+# ---------------------------------------------------------------------------------------------------- command
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line of this file. Exits with code 2 and one sentence for what it does not know."""
@@ -1470,84 +1248,75 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     said = "train.py: {}; --help explains every option\n"  # in one line, whatever was typed
     parser.error = lambda message: parser.exit(2, said.format(" ".join(message.split())))
     add = parser.add_argument
-    add("--stage", required=True, choices=[*STAGES, "all"], help="what to train; all: 1, 2 and ar in order")
-    add("--preset", default="tiny", choices=list(RECIPES), help="sizes and recipe (default: tiny)")
-    add("--data", metavar="FOLDER", help="pictures in class subfolders; tiny draws shapes when there is none")
-    add("--out", metavar="FOLDER", help="results, previews, log and states (default: runs/PRESET)")
-    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change settings below")
+    add("--stage", required=True, choices=[*STAGES, "all"], help="what to train; all: every stage in order")
+    add("--out", metavar="FOLDER", help="the run: results, previews, log and states (default: runs/PRESET)")
+    group = parser.add_argument_group("settings of the run, which its folder remembers")
+    remembered = group.add_argument
+    remembered("--preset", choices=list(RECIPES), help="sizes and recipe (default: tiny)")
+    remembered("--data", metavar="FOLDER", help="FOLDER/CLASS/picture.jpg; tiny draws shapes without it")
+    remembered("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="see below")
     for name in ("steps", "batch_size", "lr"):
         about = {"metavar": "N", "help": f"short for --set {name}=N", "type": f"{name}={{}}".format}
-        add("--" + name.replace("_", "-"), dest="set", action="append", **about)
-    add("--ar-size", choices=["L", "XL", "XXL"], help="the paper preset's transformer, by name (default L)")
-    add("--seed", type=int, default=0, help="everything random follows from it (default 0)")
+        remembered("--" + name.replace("_", "-"), dest="set", action="append", **about)
+    remembered("--ar-size", choices=["L", "XL", "XXL"], help="the paper preset's transformer (default: L)")
+    remembered("--seed", type=int, help="everything random follows from it (default: 0)")
+    remembered("--weights", metavar="FOLDER", help="other people's networks (default: weights)")
+    add("--overwrite", action="store_true", help="start the stage again, in place of what is there")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--workers", type=int, default=min(4, os.cpu_count()), help="processes to read pictures")
     add("--accumulate", type=int, default=1, metavar="N", help="micro-batches: less memory, entropy of each")
-    add("--gpus", type=int, help="in a --dry-run, how many share the batch (paper: 8; else 1)")
+    add("--checkpoint-activations", action="store_true", help="less memory, about a third more work")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile networks (default: on CUDA)")
-    for flag, about in {
-        "--resume": "go on from the last training state", "--overwrite": "start again all the same",
-        "--checkpoint-activations": "less memory, about a third more work",
-        "--dry-run": "only print the plan: sizes, FLOPs, memory, hours, missing files",
-    }.items():
-        add(flag, action="store_true", help=about)
-    for name, (_, about, size) in WEIGHTS.items():
-        add(f"--{name}", metavar="PATH", help=f"{about}, {size} (default: in weights/)")
     args = parser.parse_args(arguments)
 
-    for name, least in {"seed": 0, "workers": 0, "accumulate": 1, "gpus": 1}.items():
+    for name, least in {"seed": 0, "workers": 0, "accumulate": 1}.items():
         if (number := getattr(args, name)) is not None and not least <= number < 2**53:
             parser.error(f"--{name} {number} must be at least {least}")
-    args.out = os.path.normpath(args.out or os.path.join("runs", args.preset))
+    args.out = os.path.normpath(args.out or os.path.join("runs", args.preset or "tiny"))
+    for name in ("data", "weights"):  # later commands may come from another folder
+        if (folder := getattr(args, name)) is not None:
+            setattr(args, name, os.path.abspath(folder))
     args.changes = dict(text.partition("=")[::2] for text in args.set)
-    args.stages = ["1", "2", "ar"] if args.stage == "all" else [args.stage]
-    if args.stage == "all" and args.changes.get("init") == "scratch":
-        args.stages = ["2", "ar"]  # Table 12
-    known = sorted({name for stage in args.stages for name in setting_names(stage)})
+    named = STAGES if args.stage == "all" else [args.stage]
+    known = sorted({name for stage in named for name in setting_names(stage)})
     for name in args.changes.keys() - known:
         parser.error(f"--set {name} changes nothing in stage {args.stage}, which has {', '.join(known)}")
-    if args.resume and args.overwrite:
-        parser.error("--resume and --overwrite exclude each other")
-    if args.gpus and not args.dry_run:
-        parser.error("--gpus is for --dry-run: torchrun's --nproc_per_node decides how many train")
-    if args.ar_size and args.preset != "paper":
-        parser.error(f"--ar-size {args.ar_size} is the paper preset's: add --preset paper, or leave it out")
-    args.ar_size = args.ar_size or ("L" if args.preset == "paper" else args.preset)
     return args
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command. Raises UserError for what the person at the keyboard can mend."""
     args = parse_arguments(arguments)
-    job, stages, several = Job(args, torch.device("cpu")), args.stages, "WORLD_SIZE" in os.environ  # torchrun
-    if job.tiny and (stages[0] == "1" or args.changes.get("init") == "scratch"):
-        stages = ["0"] * (not all(os.path.exists(job.weights(name)) for name in STAND_INS)) + stages
-    for stage in stages:  # what does not fit is refused now, not after two stages
-        if stage not in RECIPES[args.preset]:
-            raise UserError(f"stage {stage} makes tiny's stand-ins; {args.preset} reads real weights")
-        micro_batch(job.recipe(stage), args.gpus or int(os.environ.get("WORLD_SIZE", 1)), args.accumulate)
-    job.ar_config(job.config)
-    if args.dry_run:
-        return [plan(job, stage) for stage in args.stages]
-    if missing := job.missing(stages[0]):
-        raise UserError("; ".join(missing))
-    job.device = choose_device(args.device)
-    cuda = job.device.type == "cuda"
-    if cuda and several:
-        job.device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(job.device)
-    if several:
+    run, stages = open_run(args)
+    if not run.tiny and not os.path.isdir(run.settings["data"] or ""):
+        raise UserError("--data needs a folder, FOLDER/CLASS/picture.jpg: README says how to get ImageNet")
+    run.parent(stages[0])
+    _, world, local_rank = launched()
+    run.device = choose_device(args.device)
+    cuda = run.device.type == "cuda"
+    if cuda and world > 1:
+        run.device = choose_device(f"cuda:{local_rank}")
+        torch.cuda.set_device(run.device)
+    if world > 1:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     args.compile = cuda if args.compile is None else args.compile
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA, for what autocast leaves in float32
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a state of one process
     with lock(args.out):
-        size = job.config.image_size
-        job.train, job.val = (Pictures(args.data, split, args.seed, size, args.workers) for split in DRAWN)
+        source, seed, size = run.settings["data"], run.settings["seed"], run.config.image_size
+        run.train, run.val = (Pictures(source, split, seed, size, args.workers) for split in DRAWN)
+        found, recorded = run.train.fingerprint, run.settings["pictures"]
+        if run.kept and recorded not in (None, found):
+            raise UserError(f"{args.out} was begun with other pictures ({recorded}; now {found}): "
+                            "give the same --data, take another --out, or --overwrite")
+        wait_for_all()  # every rank has read the settings
+        if ranks()[0] == 0:
+            content = json.dumps(run.settings | {"pictures": found}, indent=1)
+            write_text(run.path("settings.json"), content + "\n")
         for stage in stages:
-            train_stage(stage, job)
-    if several:
+            train_stage(stage, run)
+    if world > 1:
         dist.destroy_process_group()
 
 
@@ -1555,43 +1324,23 @@ def main(arguments: list[str] | None = None) -> None:
 def lock(folder: str) -> Iterator[None]:
     """One run at a time writes in a folder; the kernel frees the lock when its owner dies. UserError."""
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, ".lock"), "w") as file:
+    number = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with open(number, "r+") as file:
         if ranks()[0] == 0:
             try:  # not flock: the loader's processes would inherit that lock, and outlive a killed run
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"another run is at work in {folder}: wait or change --out") from None
-            for left in glob.glob(f"{glob.escape(folder)}/**/*.part", recursive=True):  # by a killed run
-                if os.path.isdir(left):
-                    shutil.rmtree(left)
-                elif os.path.exists(left):  # it was not in one of the folders
-                    os.remove(left)
         yield
 
 
 def command_line(arguments: list[str] | None = None) -> int:
-    """`main` for a shell -> exit code: 2, and one sentence on stderr, for what a person can mend."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        main(arguments)
-        return 0
-    except KeyboardInterrupt:
-        text, code = "interrupted; what has been saved is whole: go on with --resume", 130
-    except (UserError, fid.UserError) as error:
-        # An error out of a loader's worker carries its whole traceback. The last line is the sentence.
-        text, code = str(error).strip().splitlines()[-1].removeprefix("mmdit.UserError: "), 2
-    except (OSError, MemoryError, SafetensorError, dcp.api.CheckpointException, RuntimeError) as error:
-        reason = (str(error).strip() or "memory is full").splitlines()[-1]
-        advice = "free some space or change the path; what has been saved is whole, --resume goes on"
-        if isinstance(error, MemoryError) or "memory" in str(error):
-            advice = "try --checkpoint-activations, --accumulate or more GPUs"
-        elif isinstance(error, RuntimeError):
-            raise  # a bug
-        text, code = f"{reason}: {advice}", 2
-    if ranks()[0] > 0:
+    """`main` for a shell -> exit code."""
+    faults = UserError, fid.UserError, SafetensorError, dcp.api.CheckpointException
+    advice = "try --checkpoint-activations, --accumulate or more GPUs"
+    code = run_command("train.py", lambda: main(arguments), faults, advice)
+    if code and ranks()[0] > 0:
         time.sleep(20)  # rank 0 has mostly stopped for the same reason, and its end is this process's end
-    else:
-        print(f"train.py: {text}", file=sys.stderr)
     return code
 
 

@@ -1,11 +1,9 @@
-"""Measurements run by hand, one section per function, chosen on the command line: `python tests/bench.py metrics`.
+"""Measurements run by hand, one section per function: `python tests/bench.py metrics`.
 
-`ar`, `stages` and `decode` set times against the floor: FLOPs over the rate of a matrix product measured in the same run,
-in turns with what it is compared with. On CUDA they have the paper's sizes, on a CPU sizes that fit into minutes.
-
-Needs what the tests need. Prints what was measured, on how many cores, and ratios; pin the process (taskset) to keep
-other work out of the numbers. On a busy machine set OMP_WAIT_POLICY=PASSIVE, or waiting threads are counted as work and
-take turns from working ones. A new section is one more function with a docstring, listed in SECTIONS."""
+`ar`, `stages` and `decode` set times against the floor: FLOPs over the rate of a matrix product measured in
+the same run, in turns with what it is compared with. On CUDA they have the paper's sizes, on a CPU sizes that
+fit into minutes. It needs what the tests need. Pin the process (taskset) to keep other work out of the
+numbers. On a busy machine set OMP_WAIT_POLICY=PASSIVE, or waiting threads are counted as work."""
 
 import argparse
 import contextlib
@@ -41,14 +39,15 @@ def timed(function):
 
 
 def cpu_seconds():
-    """Of this process and of its children that have ended: what a busy machine stretches less than the clock."""
+    """Of this process and its children that have ended: a busy machine stretches it less than the clock."""
     return sum(os.times()[:4])
 
 
 def report(name, seconds, unit=""):
     """Print the median and the spread of some timings; returns the median."""
     middle = statistics.median(seconds)
-    print(f"  {name:52s} {middle:8.2f} s{unit}   ({min(seconds):.2f} to {max(seconds):.2f}, {len(seconds)} runs)")
+    spread = f"({min(seconds):.2f} to {max(seconds):.2f}, {len(seconds)} runs)"
+    print(f"  {name:52s} {middle:8.2f} s{unit}   {spread}")
     return middle
 
 
@@ -56,11 +55,11 @@ def write_pictures(folder, count, size, source=None):
     """`count` JPEGs of size x size: crops of the photos in `source`, or drawn ones."""
     from PIL import Image
     from test_fid import drawn
-    photos = sorted(path for path in Path(source).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png")) \
-        if source else []
+    import fid
+    photos = fid.list_pictures(source) if source else []
     for i in range(count):
         if photos:
-            picture = Image.open(photos[i % len(photos)]).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+            picture = Image.fromarray(fid.read_picture(str(Path(source, photos[i % len(photos)])), size))
         else:
             picture = Image.fromarray(drawn(1, size, seed=i)[0])
         picture.save(Path(folder) / f"{i:05d}.jpg", quality=95)
@@ -80,7 +79,8 @@ def metrics(options):
         write_pictures(folder, options.pictures, 256, options.photos)
         weights = os.path.join(folder, "random.pth")
         torch.save(settle(fid.Inception()).state_dict(), weights)
-        pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: torch.load(weights, weights_only=True)
+        state = torch.load(weights, weights_only=True)
+        pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: state
         theirs = pytorch_fid.inception.InceptionV3([3])
         ours = fid.load_inception(weights)
         files = sorted(Path(folder).glob("*.jpg"))
@@ -92,9 +92,10 @@ def metrics(options):
         def run_ours(resize):
             batches = fid.read_batches(source, 16, cores)
             with torch.no_grad():
-                return torch.cat([ours(fid.prepare(pictures, resize=resize))[0] for pictures in batches]).numpy()
+                rows = [ours(fid.prepare(pictures, resize=resize))[0] for pictures in batches]
+                return torch.cat(rows).numpy()
 
-        print(f"Inception features of {len(files)} JPEGs of 256 x 256, decoding included, float32, {cores} cores")
+        print(f"Inception features of {len(files)} JPEGs of 256 x 256, with decoding, float32, {cores} cores")
         resizes = {"pytorch-fid": None, "fid.py, its resize": "pytorch-fid", "fid.py, ADM's resize": "adm"}
         clock, cpu, features = ({name: [] for name in resizes} for _ in range(3))
         for _ in range(options.runs):  # in turns, so that a neighbour on the machine disturbs all alike
@@ -108,7 +109,8 @@ def metrics(options):
             ratios = [statistics.median(one / two for one, two in zip(seconds["pytorch-fid"], seconds[name]))
                       for seconds in (clock, cpu)]
             print(f"  {'':52s} best {len(files) / min(values):.2f} img/s; x pytorch-fid, median of rounds: "
-                  f"{ratios[0]:.2f} by the clock, {ratios[1]:.2f} in CPU seconds ({statistics.median(cpu[name]):.1f} s)")
+                  f"{ratios[0]:.2f} by the clock, {ratios[1]:.2f} in CPU seconds "
+                  f"({statistics.median(cpu[name]):.1f} s)")
         expected, got = features["pytorch-fid"], features["fid.py, its resize"]
         floor = np.maximum(expected, 0.1 * expected.mean())  # a ReLU's output may be zero
         print(f"  largest relative difference of features: {np.max(np.abs(got - expected) / floor):.1e}")
@@ -138,15 +140,15 @@ def metrics(options):
     report("fid.precision_recall", [timed(lambda: fid.precision_recall(one, two))[0]])
 
 
-# --------------------------------------------------------------------------------------------------- time over the floor
+# ------------------------------------------------------------------------------------- time over the floor
 
 
 def flops(function):
     """FLOPs of one call (matrix products, attention, convolutions)."""
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-    cpu_attention = {  # the counter knows CUDA's kinds of attention alone
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
-    }
+    # the counter knows CUDA's kinds of attention alone
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    cpu_attention = {kernel: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
     eager = torch.compiler.set_stance("force_eager")  # compiled networks would hide their operations
     with eager, torch.no_grad(), FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
         function()
@@ -161,12 +163,13 @@ def product_rate(dtype, shape):
 
 
 def over_floor(cases, dtype, shape, runs):
-    """Time `cases`, name -> (function, its FLOPs, pictures), in turns, each right after the rate of a matrix product (m, k)
-    x (k, n), shape (m, k, n): on CUDA a square one of 8192, for smaller ones are over before the clock has moved.
+    """Time `cases`, name -> (function, its FLOPs, pictures), in turns, each right after the rate of a matrix
+    product (m, k) x (k, n), shape (m, k, n); on CUDA a square one of 8192, since smaller ones are too short.
 
-    Prints seconds, pictures a second, time over the floor and share of the rate, medians over the rounds, and the share
-    of the best rate that the best round reaches, which other work on the machine disturbs least."""
-    seconds, rates, shape = {name: [] for name in cases}, {name: [] for name in cases}, 3 * (8192,) if CUDA else shape
+    Prints seconds, pictures a second, time over the floor and share of the rate, medians over the rounds, and
+    the share of the best rate that the best round reaches, which other work disturbs least."""
+    seconds, rates = {name: [] for name in cases}, {name: [] for name in cases}
+    shape = 3 * (8192,) if CUDA else shape
     for function, *_ in cases.values():
         function()  # compilers and caches are warm
     for _ in range(runs):
@@ -180,13 +183,13 @@ def over_floor(cases, dtype, shape, runs):
         middle = report(name, seconds[name])
         share = statistics.median(work / spent / speed for spent, speed in zip(seconds[name], rates[name]))
         best = work / 1e9 / min(seconds[name]) / max(every)
-        print(f"  {'':52s} {work / 1e12:.3f} TFLOP, {pictures / middle:.2f} images/s; {1 / share:.2f} x the floor, "
-              f"{share:.2f} of the rate, {best:.2f} of the best one")
+        print(f"  {'':52s} {work / 1e12:.3f} TFLOP, {pictures / middle:.2f} images/s; {1 / share:.2f} x "
+              f"the floor, {share:.2f} of the rate, {best:.2f} of the best one")
 
 
 @contextlib.contextmanager
 def clocks(*places):
-    """While open, functions, each (owner, name), add the seconds they take to the dict that comes out, by name."""
+    """While open, functions, each (owner, name), add the seconds they take to a dict, by name."""
     spent = {name: 0.0 for _, name in places}
     with contextlib.ExitStack() as stack:
         for owner, name in places:
@@ -216,10 +219,12 @@ def ar(options):
     for dtype in (torch.float32, torch.bfloat16):
         print(f"AR-L forward, batch 8 of 257 positions, {dtype}")
         model = ar.MaskedAR(large).to(DEVICE, dtype).eval()
-        train.compile_blocks(model)
+        for block in train.blocks_of(model):
+            block.compile(dynamic=False)
         work = flops(lambda: model(*eight))
         cases = {"eager": "force_eager", "compiled": "default"}
-        over_floor({n: (partial(forward, stance), work, 8) for n, stance in cases.items()}, dtype, product, options.runs)
+        timings = {name: (partial(forward, stance), work, 8) for name, stance in cases.items()}
+        over_floor(timings, dtype, product, options.runs)
 
     dtype = torch.bfloat16 if CUDA else torch.float32
     steps, batches = (64, (1, 8, 64)) if CUDA else (4, (1, 4))
@@ -240,8 +245,9 @@ def ar(options):
 def decode(options):
     """The refiner: codes -> pictures, the decoder's one step and the VAE."""
     import semtok
-    paper = semtok.PRESETS["paper"]
-    config, batches = (paper, (1, 8, 64)) if CUDA else (replace(paper, decoder_depth=4, decoder_dual_depth=2), (1, 4))
+    config, batches = semtok.PRESETS["paper"], (1, 8, 64)
+    if not CUDA:
+        config, batches = replace(config, decoder_depth=4, decoder_dual_depth=2), (1, 4)
     dtype = torch.bfloat16 if CUDA else torch.float32
     model, cases = semtok.SemTok(config).requires_grad_(False).to(DEVICE, dtype).eval(), {}
     print(f"Refiner, {config.decoder_depth} blocks and SD3.5's VAE, 256 x 256, {dtype}")
@@ -250,23 +256,29 @@ def decode(options):
         return model.decode(model.refine(codes))
 
     for batch in batches:
-        draw = partial(pictures, torch.randn(batch, config.tokens, config.bits, device=DEVICE).sign() / config.bits**0.5)
+        codes = torch.randn(batch, config.tokens, config.bits, device=DEVICE).sign() / config.bits**0.5
+        draw = partial(pictures, codes)
         cases[f"batch {batch}"] = draw, flops(draw), batch
     over_floor(cases, dtype, (2048, 1536, 3 * 1536), options.runs)
 
 
 def stages(_):
-    """60 steps of each stage of the tiny preset by train.py itself: what its log says of speed."""
+    """60 steps of each stage of the tiny preset by train.py itself: its log's speed, the plan's FLOPs."""
     import json
+    import plan
     import train
     with tempfile.TemporaryDirectory() as folder:
         train.main(["--stage", "all", "--out", folder, "--steps", "60", "--set", "log_every=30"])
         entries = [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
+        run, _ = train.open_run(train.parse_arguments(["--stage", "all", "--out", folder]))
+        run = plan.Planned(run.folder, run.settings, run.args)
+    plan.without_files(run)
     rate = product_rate(torch.bfloat16 if CUDA else torch.float32, 3 * ((8192,) if CUDA else (768,)))
     for entry in entries:
         if entry["step"] == 60 and "loss" in entry:
-            share = entry["tflops"] * 1e12 / rate
-            print(f"  stage {entry['stage']:3s} {entry['images_per_s']:8.1f} images/s, {share:.1%} of the rate of matrix products")
+            work = plan.measure(entry["stage"], run, 8)["flops"] / 8  # of a picture
+            share, speed = entry["images_per_s"] * work / rate, f"{entry['images_per_s']:8.1f} images/s"
+            print(f"  stage {entry['stage']:3s} {speed}, {share:.1%} of the rate of matrix products")
 
 
 SECTIONS = {"metrics": metrics, "ar": ar, "stages": stages, "decode": decode}
@@ -274,11 +286,12 @@ SECTIONS = {"metrics": metrics, "ar": ar, "stages": stages, "decode": decode}
 
 def main():
     """Choose sections on the command line and run them one after the other."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("sections", nargs="+", choices=SECTIONS, help="what to measure")
     parser.add_argument("--runs", type=int, default=3, help="timings of each thing (default %(default)s)")
-    parser.add_argument("--pictures", type=int, default=200, help="metrics: pictures to read (default %(default)s)")
-    parser.add_argument("--photos", metavar="FOLDER", help="metrics: make them of these photos, not of drawn shapes")
+    parser.add_argument("--pictures", type=int, default=200, help="metrics: pictures to read")
+    parser.add_argument("--photos", metavar="FOLDER", help="metrics: made of these photos")
     parser.add_argument("--features", type=int, default=4000, help="metrics: rows for precision and recall")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")

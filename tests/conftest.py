@@ -3,23 +3,23 @@
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # the workers are the parallelism: for torch below and for what the tests start
+    os.environ["OMP_NUM_THREADS"] = "1"  # the workers are the parallelism, here and in what the tests start
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the reference libraries only ever see files that a test has written
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the reference libraries only see files that a test has written
 
 
 def pytest_configure(config):
     """The marker of what CI leaves out."""
-    config.addinivalue_line("markers", "full: real sizes and slow doubles; minutes, gigabytes of memory and disk; only run with -m full")
+    config.addinivalue_line("markers", "full: real sizes and slow doubles; only run with -m full")
 
 
 def pytest_collection_modifyitems(config, items):
     """Leaves out what is marked full, saying so, unless -m asks for it."""
     if "full" not in config.getoption("-m"):
-        reason = "real sizes or slow: python -m pytest tests -m full -s runs it (some 9 minutes on two cores, 6 GB of memory, 6 GB of disk)"
+        reason = "real sizes or slow: python -m pytest tests -m full -s (9 minutes, 6 GB of memory and disk)"
         for item in items:
             if "full" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))

@@ -2,19 +2,21 @@
 
     python tests/paper.py                                     # every entry of ENTRIES; resumable
     python tests/paper.py table4 figure9 --seeds 0 1 2        # some of them
+    python tests/paper.py figure6 FOLDER --run runs/tiny      # do FOLDER/CLASS/picture form clusters?
 
-An entry trains what it needs with train.py, at one thread a run, as many runs at once as there are cores. Runs
-share stages: all take stage 0 of seed 0, as the paper takes one VAE and one SigLIP, and what differs only later
-starts from the default run. RESULTS.md and the figures' PNGs lie in --out.
+An entry trains what it needs with train.py, at one thread a run, as many runs at once as there are cores.
+Runs share stages: all take stage 0 of seed 0, as the paper takes one VAE and one SigLIP, and what differs
+only later starts from the default run. RESULTS.md and the figures' PNGs lie in --out.
 
 Scores are of pictures that no training saw: PSNR and SSIM of reconstructions, the share of samples that an
-independent classifier recognises, and in the classifier's features Frechet distance (rFD of reconstructions, gFD
-of samples), precision and recall; kNN is sample.py's neighbour_accuracy in the encoder's tokens. Every number is
+independent classifier recognises, and in the classifier's features Frechet distance (rFD of reconstructions,
+gFD of samples), precision and recall; kNN is neighbour_accuracy in the encoder's tokens. Every number is
 the mean of the seeds, with half their range behind it.
 """
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -25,7 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import scipy.linalg
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -36,9 +40,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import fid  # noqa: E402
 import recognise  # noqa: E402
 import sample  # noqa: E402
-from mmdit import TensorFiles  # noqa: E402
-from semtok import load_semtok, load_siglip, to_signed, write_picture, write_tensors, write_text  # noqa: E402
-from train import in_batches, setting_names  # noqa: E402
+from mmdit import TensorFiles, UserError  # noqa: E402
+from semtok import (  # noqa: E402
+    SemTok, SigLIP, key_generator, load_semtok, load_siglip, run_command, to_signed, write_picture,
+    write_tensors, write_text,
+)
+from train import in_batches, read_settings, setting_names  # noqa: E402
 
 COST = {"0": 40, "1": 60, "2": 100, "ar": 150, "score": 25}  # for the bar: about the seconds of each
 
@@ -65,7 +72,7 @@ RUNS = {
 
 @dataclass(frozen=True)
 class Table:
-    """Rows: name -> (run, scores, the paper's figures in the columns' order). The last row is SemTok's choice."""
+    """Rows: name -> (run, scores, the paper's figures in the columns' order). The last is SemTok's choice."""
 
     title: str
     columns: str
@@ -154,7 +161,7 @@ def stages_of(run: str, scores: list[str]) -> list[str]:
 
 
 class Laboratory:
-    """Trains and scores in a folder. Nothing is done twice; scores are kept by the checkpoints' fingerprints."""
+    """Trains and scores in a folder. Nothing is done twice; scores are kept by checkpoints' fingerprints."""
 
     def __init__(self, out: Path, count: int, patience: float, bar: tqdm):
         self.out, self.count, self.patience, self.bar = out, count, patience, bar
@@ -163,12 +170,10 @@ class Laboratory:
 
     def train(self, out: Path, seed: int, stage: str, changes: str) -> None:
         """train.py on one stage; a finished one says so. Its words go into train.log."""
-        command = [sys.executable, ROOT / "train.py", "--stage", stage, "--out", out, "--seed", seed, "--resume"]
-        if stage != "0":
-            files = ("vae.safetensors", "siglip", "vgg16.safetensors", "lpips.safetensors", "resnet50.safetensors")
-            for name, file in zip(("vae", "siglip", "vgg", "lpips", "resnet"), files):
-                command += [f"--{name}", self.out / "stand-ins" / "standins" / file]
+        if stage != "0" and not (out / "standins").exists():
+            shutil.copytree(self.out / "stand-ins" / "standins", out / "standins")
         fit = [text for text in changes.split() if text.partition("=")[0] in setting_names(stage)]
+        command = [sys.executable, ROOT / "train.py", "--stage", stage, "--out", out, "--seed", seed]
         command += ["--set", *fit, f"patience={self.patience}"]
         with open(out / "train.log", "a") as log:
             single = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -197,7 +202,7 @@ class Laboratory:
         self.judge = recognise.network().requires_grad_(False).eval()
         self.judge.load_state_dict(load_file(path))
         self.pictures, self.labels = recognise.drawn("val", 98, range(self.count))
-        self.siglip = load_siglip(str(self.out / "stand-ins/standins/siglip"))
+        self.siglip = load_siglip(str(self.out / "stand-ins/standins/siglip2-base-patch16-256"))
         self.features, _ = self.look(self.pictures)
 
     def look(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,7 +218,7 @@ class Laboratory:
 
     @torch.no_grad()
     def score(self, out: Path, seed: int, what: str) -> dict[str, float]:
-        """Scores of a run: of "stage1" or "stage2" on held-out pictures, else of samples by sample.py's options."""
+        """Scores of a run: of "stage1" or "stage2" on held-out pictures, else of samples by these options."""
         path = out / f"{what if what in (REFINED, DIFFUSED) else 'ar'}.safetensors"
         key = f"{out.name} {what} {self.count} {TensorFiles(str(path)).metadata['fingerprint']}"
         if key not in self.scores:
@@ -221,18 +226,20 @@ class Laboratory:
                 options = sample.parse_arguments(["--npz", str(self.count), "--run", str(out), *what.split()])
                 sampler = sample.Sampler(options, torch.device("cpu"))
                 wanted = torch.arange(self.count) % len(sampler.classes)
-                made = sampler.draw(wanted.tolist(), sample.generator(torch.device("cpu"), seed))
+                made = sampler.draw(wanted.tolist(), key_generator("cpu", seed))
                 features, seen = self.look(made)
-                scores = {"gFD": self.distance(features), "recognised": (seen == wanted).float().mean().item()}
+                right = (seen == wanted).float().mean().item()
+                scores = {"gFD": self.distance(features), "recognised": right}
                 scores |= zip(("precision", "recall"), fid.precision_recall(self.features, features))
             else:
                 tokenizer, rng = load_semtok(str(path))[0], torch.Generator().manual_seed(seed)
                 rng = rng if what == DIFFUSED else None
                 made = in_batches(lambda part: tokenizer.reconstruct(part, rng), self.pictures)
                 scores = {"rFD": self.distance(self.look(made)[0])}
-                scores |= {f.__name__.upper(): f(made, self.pictures).mean().item() for f in (fid.psnr, fid.ssim)}
-                encoded = in_batches(lambda part: sample.features(tokenizer, self.siglip, part)[0], self.pictures)
-                scores["kNN"] = sample.neighbour_accuracy(encoded.flatten(1), self.labels)
+                for metric in (fid.psnr, fid.ssim):
+                    scores[metric.__name__.upper()] = metric(made, self.pictures).mean().item()
+                encoded = in_batches(lambda part: features(tokenizer, self.siglip, part)[0], self.pictures)
+                scores["kNN"] = neighbour_accuracy(encoded.flatten(1), self.labels)
             with self.lock:
                 self.scores[key] = scores
                 write_text(str(self.file), json.dumps(self.scores, indent=1))
@@ -255,7 +262,8 @@ def markdown(name: str, table: Table, scores: dict) -> str:
     columns, published = table.columns.split(), [paper for _, _, paper in table.rows.values()]
     values = []  # of each row and column, its seeds
     for run, kinds, _ in table.rows.values():
-        seeds = [{k: v for one in kinds for k, v in one.items()} for kinds in zip(*(scores[run, k] for k in kinds))]
+        by_seed = zip(*(scores[run, kind] for kind in kinds))
+        seeds = [{k: v for one in several for k, v in one.items()} for several in by_seed]
         values.append([np.array([seed[column] for seed in seeds]) for column in columns])
     lines = [f"**{name}: {table.title}**", "", "| | " + " | ".join(
         f"{ours} ({theirs})" for ours, theirs in zip(columns, table.paper.split())) + " |"]
@@ -272,7 +280,7 @@ def chart(figure: Figure, scores: dict) -> Image.Image:
     names, wide, high = ("gFD", "recognised", "precision", "recall"), 250, 190
     sheet = Image.new("RGB", (wide * len(names), high + 20), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.text((8, 4), figure.title + ", ticks at the values that were run; the bars are the seeds' range", fill="black")
+    pen.text((8, 4), f"{figure.title}, ticks at the values that were run; bars: the seeds' range", "black")
     for number, name in enumerate(names):
         left, top, right, bottom = number * wide + 44, 40, (number + 1) * wide - 10, high - 16
         seeds = np.array([[one[name] for one in scores[key]] for key in needs(figure)])  # (values, seeds)
@@ -293,27 +301,125 @@ def chart(figure: Figure, scores: dict) -> Image.Image:
     return sheet
 
 
+# ---------------------------------------------------------------------------------------- Figure 6
+
+
+def features(tokenizer: SemTok, siglip: SigLIP, pictures: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What Figure 6 compares, of uint8 (B, 3, H, W): the encoder's tokens (B, K, width) just before their
+    compression to bits; SigLIP's mean (B, C), which Eq. 2 aligns to; pixels (B, 3, 32, 32)."""
+    signed, before = to_signed(pictures), []
+    hook = tokenizer.encoder.to_bits.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
+    tokenizer.encode(signed)
+    hook.remove()
+    return before[0], siglip(signed).mean((2, 3)), F.adaptive_avg_pool2d(signed, 32)
+
+
+def neighbour_accuracy(features: torch.Tensor, labels: torch.Tensor, k: int = 5) -> float:
+    """Leave-one-out: the share of rows (N, D) whose label (N,) their k nearest other rows vote for.
+    Distances are Euclidean. Of classes with equal votes the nearest row's wins."""
+    distances = torch.cdist(features, features).fill_diagonal_(math.inf)
+    nearest = labels[distances.topk(k, largest=False).indices]  # (N, k)
+    votes = F.one_hot(nearest) * (1 + 0.1 * 0.5 ** torch.arange(k))[:, None]  # (N, k, classes)
+    return (votes.sum(1).argmax(1) == labels).float().mean().item()
+
+
+def discriminants(features: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+    """LDA: the plane in which classes lie farthest apart for their own spread. Every other row of features
+    (N, D) decides it, and the rest are returned in it, (N // 2, 2): those that it was fitted to always look
+    well apart. labels (N,) are sorted, so both halves have every class."""
+    fitted = features[::2]
+    components = torch.linalg.svd(fitted - fitted.mean(0), full_matrices=False)[2][:50]
+    fitted, shown = ((half @ components.T).double() for half in (fitted, features[1::2]))  # (., 50)
+    means = torch.stack([fitted[labels[::2] == label].mean(0) for label in labels.unique()])
+    within = torch.cov((fitted - means[labels[::2]]).T)
+    # Shrinkage: without it, directions win in which a few pictures happen to agree.
+    within += (0.1 * torch.cov(fitted.T).diagonal().mean() + 1e-9) * torch.eye(len(within))
+    directions = scipy.linalg.eigh(torch.cov(means.T).numpy(), within.numpy())[1]  # the best are the last
+    return shown.numpy() @ directions[:, [-1, -2]]
+
+
+def scatter_plot(panels: dict[str, np.ndarray], labels: torch.Tensor, names: list[str]) -> Image.Image:
+    """Panels beside each other, title -> points (N, 2), coloured by labels (N,), of at most ten classes."""
+    colours = "1f77b4 ff7f0e 2ca02c d62728 9467bd 8c564b e377c2 666666 bcbd22 17becf".split()
+    sheet, dots = Image.new("RGB", (400 * len(panels), 460), "white"), []
+    pen = ImageDraw.Draw(sheet)
+    for left, (title, points) in zip(range(10, sheet.width, 400), panels.items()):
+        places = (points - points.min(0)) / (np.ptp(points, 0) + 1e-9) * 370 + (left + 5, 40)
+        dots += zip(places.tolist(), labels.tolist())
+        pen.text((left, 8), title, "black", font_size=16)
+    for label, name in enumerate(names):
+        x = 15 + label * sheet.width // len(names)
+        dots.append(((x, 440), label))
+        pen.text((x + 9, 431), name[:12], "black", font_size=14)
+    for (x, y), label in dots:
+        pen.ellipse((x - 3, y - 3, x + 3, y + 3), f"#{colours[label]}", "white")
+    return sheet
+
+
+@torch.no_grad()
+def clusters(folder: Path, run: Path, out: Path, count: int) -> None:
+    """Figure 6: classes in stage 2's encoder, in SigLIP and, as the control, in pixels.
+
+    Prints `neighbour_accuracy` in each, draws `discriminants` of each. Pictures are of the first ten
+    subfolders, `count` of each. Tokens stand side by side: the paper names no pooling, and in the tiny run
+    their mean loses the class."""
+    tokenizer, _ = sample.load(str(run), "stage2", torch.device("cpu"))
+    settings = read_settings(str(run / "settings.json"))
+    weights = run / "standins" if settings["preset"] == "tiny" else settings["weights"]
+    siglip = load_siglip(fid.find_weights(str(weights), "siglip2-base-patch16-256", "SigLIP 2: see README"))
+    pictures, labels, names = [], [], []
+    for owner in sorted(path for path in folder.glob("[!.]*") if path.is_dir())[:10]:
+        found = []
+        for name in fid.list_pictures(str(owner))[:count]:
+            try:
+                found.append(sample.read(str(owner / name), tokenizer.config.image_size))
+            except fid.UserError as error:
+                print(f"skipped: {error}", file=sys.stderr)
+        if len(found) >= 6:
+            labels += [len(names)] * len(found)
+            names.append(owner.name)
+            pictures += found
+    if len(names) < 2:
+        layout = "at least two classes, FOLDER/CLASS/picture.jpg, each of 6 pictures or more"
+        raise UserError(f"{folder} has {len(names)} classes of 6 pictures: give {layout}")
+    labels, panels = torch.tensor(labels), {}
+    spaces = [features(tokenizer, siglip, batch) for batch in torch.stack(pictures).split(32)]
+    for name, parts in zip(("encoder", "SigLIP", "pixels"), zip(*spaces)):
+        space = torch.cat(parts).flatten(1)  # (N, D)
+        title = f"{name}: 5 nearest neighbours {neighbour_accuracy(space, labels):.1%}"
+        panels[title] = discriminants(space, labels)
+    print(f"{len(labels)} pictures of {len(names)} classes", *panels, out, sep="\n")
+    write_picture(str(out), scatter_plot(panels, labels[1::2], names))
+
+
 def main() -> None:
     """The command of this file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("entries", nargs="*", metavar="ENTRY", help=f"of {', '.join(ENTRIES)}; default: all")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("entries", nargs="*", metavar="ENTRY",
+                        help=f"of {', '.join(ENTRIES)} (default: all of these); or figure6 FOLDER")
+    parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="figure6: the run to look into")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--n", type=int, default=1000, help="pictures and samples of each score")
     parser.add_argument("--patience", type=float, default=1.0, help="so many times the default run's steps")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each")
     args = parser.parse_args()
+    if args.entries[:1] == ["figure6"]:
+        if len(args.entries) != 2:
+            raise UserError("figure6 needs one folder: python tests/paper.py figure6 FOLDER")
+        return clusters(Path(args.entries[1]), args.run, args.run / "clusters.png", min(args.n, 200))
     args.out = args.out.resolve()  # train.py runs in the repository
     if unknown := [name for name in args.entries if name not in ENTRIES]:
         parser.error(f"{unknown[0]} is none of {', '.join(ENTRIES)}")
     names = args.entries or list(ENTRIES)
     wanted = list(dict.fromkeys(pair for name in names for pair in needs(ENTRIES[name])))
-    groups = {run: [score for of, score in wanted if of == run] for run in RUNS}  # the default run comes first
+    groups = {run: [score for of, score in wanted if of == run] for run in RUNS}  # default comes first
     groups = {run: scores for run, scores in groups.items() if scores or run == "default"}
 
     (args.out / "stand-ins").mkdir(parents=True, exist_ok=True)
-    seconds = sum(sum(map(COST.get, stages_of(run, groups[run]))) + COST["score"] * len(groups[run]) for run in groups)
-    total = COST["0"] + seconds * len(args.seeds)
+    seconds = [sum(map(COST.get, stages_of(run, of))) + COST["score"] * len(of) for run, of in groups.items()]
+    total = COST["0"] + sum(seconds) * len(args.seeds)
     with tqdm(total=total, unit="s", desc="about") as bar, ThreadPoolExecutor(args.jobs) as pool:
         laboratory = Laboratory(args.out, args.n, args.patience, bar)
         laboratory.train(args.out / "stand-ins", 0, "0", "")
@@ -321,7 +427,8 @@ def main() -> None:
         torch.set_num_threads(1)  # from here on the runs are the parallelism
         scores = {}
         # The default runs end first: others start from their stages. The longest of the others start early.
-        for wave in (["default"], sorted(groups.keys() - {"default"}, key=lambda run: -len(RUNS[run].stages))):
+        others = sorted(groups.keys() - {"default"}, key=lambda run: -len(RUNS[run].stages))
+        for wave in (["default"], others):
             jobs = [(run, seed, groups[run]) for run in wave for seed in args.seeds]
             for found in pool.map(lambda job: laboratory.run(*job), jobs):
                 for key, values in found.items():
@@ -333,10 +440,11 @@ def main() -> None:
             parts.append(f"**{name}: {entry.title}**\n\n![{entry.title}]({name}.png)\n")
         else:
             parts.append(markdown(name, entry, scores))
-    head = f"{args.n} pictures, seeds {', '.join(map(str, args.seeds))}, {args.patience:g} times the default steps"
+    seeds = ", ".join(map(str, args.seeds))
+    head = f"{args.n} pictures, seeds {seeds}, {args.patience:g} times the default steps"
     write_text(str(args.out / "RESULTS.md"), "\n".join([head, "", *parts]))
     print(args.out / "RESULTS.md")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("paper.py", main, (UserError, fid.UserError), "lower --n"))

@@ -1,9 +1,12 @@
-"""How good are the samples of a run? By hand: python tests/recognise.py [--run runs/tiny] [--data FOLDER] [--n 20]
+"""How good are the samples of a run? By hand:
 
-Trains a classifier that shares nothing with the pipeline, an ordinary small convolutional network, on sharp, blurred
-and noisy pictures: drawn ones of another seed, or those of --data. It reports its accuracy on held-out pictures, then
-what it makes of N samples of each class. Distances between the samples of a class, beside those between pictures of
-the class and to the nearest training picture, show a model that has collapsed or that copies.
+    python tests/recognise.py [--run runs/tiny] [--data FOLDER] [--n 20]
+
+It trains a classifier that shares nothing with the pipeline, an ordinary small convolutional network, on
+sharp, blurred and noisy pictures: drawn ones of another seed, or those of --data. It reports its accuracy on
+held-out pictures, then what it makes of N samples of each class. Distances between the samples of a class,
+beside those between pictures of the class and to the nearest training picture, show a model that has
+collapsed or copies.
 """
 
 import argparse
@@ -19,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sample  # noqa: E402
 import train  # noqa: E402
-from semtok import to_signed  # noqa: E402
+from semtok import key_generator, to_signed  # noqa: E402
 
 SIDE = 32
 
@@ -43,8 +46,9 @@ def network(classes=10):
 
 
 def degrade(x, rng):
-    """Blur (down to between 7 and 24 pixels a side and back) and coloured noise of a random grain: a person still
-    names such a shape, and so must the judge; one trained on sharp pictures alone is thrown by the least blemish."""
+    """Blur (down to between 7 and 24 pixels a side and back) and coloured noise of a random grain. A person
+    still names such a shape, and so must the judge. One trained on sharp pictures alone fails at the least
+    blemish."""
     side, grain = (int(torch.randint(low, high, (1,), generator=rng)) for low, high in ((7, 25), (4, 33)))
     x = F.interpolate(F.interpolate(x, (side, side), mode="bilinear", antialias=True), SIDE, mode="bicubic")
     noise = F.interpolate(torch.randn(len(x), 3, grain, grain, generator=rng), SIDE, mode="bilinear")
@@ -81,7 +85,7 @@ def main():
     options, rest = parser.parse_known_args()
     if options.data:
         splits = (train.Pictures(options.data, split, 0, SIDE) for split in ("train", "val"))
-        (pictures, labels), (held_out, truth) = ((split.memory, torch.tensor(split.labels)) for split in splits)
+        (pictures, labels), (held_out, truth) = ((s.memory, torch.tensor(s.labels)) for s in splits)
     else:
         (pictures, labels), (held_out, truth) = drawn("train", 99, range(8000)), drawn("val", 99, range(1000))
     net = classifier(pictures, labels).requires_grad_(False)
@@ -93,22 +97,24 @@ def main():
     args = sample.parse_arguments(["--class", "0", "--run", options.run, *rest])
     sampler = sample.Sampler(args, torch.device("cpu"))
     wanted = torch.arange(len(sampler.classes)).repeat_interleave(options.n)
-    made = sampler.draw(wanted.tolist(), sample.generator(torch.device("cpu"), args.seed))
+    made = sampler.draw(wanted.tolist(), key_generator("cpu", args.seed))
     right = net(to_signed(made)).argmax(1) == wanted
     print(f"recognised samples: {right.float().mean():.1%} of {len(made)}")
-    print(f"  {'':10} recognised   mean distance in pixels: samples, pictures   in features: samples, pictures")
+    print(f"  {'':10} recognised   mean distance in pixels: samples, pictures   in features: the same")
     every = []
     for label, name in enumerate(sampler.classes):
         own, real = made[wanted == label], pictures[labels == label][: options.n]
         features = [spread(net[:-1](to_signed(x))) for x in (own, real)]
         pixels = [spread(x.float().flatten(1) / 255) for x in (own, real)]
         every.append([*pixels, *features])
-        print(f"  {name:10} {right[wanted == label].float().mean():10.1%}   " + "   ".join(f"{x:.3f}" for x in every[-1]))
+        share = right[wanted == label].float().mean()
+        print(f"  {name:10} {share:10.1%}   " + "   ".join(f"{x:.3f}" for x in every[-1]))
     pixels, real_pixels, features, real_features = np.mean(every, 0)
-    print(f"samples as diverse as pictures: {pixels / real_pixels:.2f} in pixels, {features / real_features:.2f} in features")
+    of_pixels, of_features = pixels / real_pixels, features / real_features
+    print(f"samples as diverse as pictures: {of_pixels:.2f} in pixels, {of_features:.2f} in features")
     reals = train.Pictures(options.data, "train", 0, SIDE).memory.float().flatten(1) / 255
     nearest = torch.cdist(made.float().flatten(1) / 255, reals).min(1).values / reals.shape[1] ** 0.5
-    print(f"distance to the nearest training picture: median {nearest.median():.3f}, smallest {nearest.min():.3f}")
+    print(f"to the nearest training picture: median {nearest.median():.3f}, smallest {nearest.min():.3f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """fid.py against independent formulations and the reference libraries, on random weights, drawn pictures."""
 
-import io
+import itertools
 import json
 import math
 import os
@@ -19,14 +19,15 @@ import scipy.linalg
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import fid  # noqa: E402
-import semtok  # noqa: E402
 from conftest import import_torchvision  # noqa: E402
+
+INCEPTION, VGG, HEADS = (fid.WEIGHTS[name][0] for name in ("inception", "vgg", "heads"))
 
 
 def drawn(count, height, width=None, seed=0):
@@ -39,9 +40,7 @@ def drawn(count, height, width=None, seed=0):
 
 
 def settle(network, seed=0):
-    """Random weights under which signals neither grow nor vanish: He's initialisation and norms close to one.
-
-    Norms measured on pictures would be closer still, but amplify rounding errors from layer to layer."""
+    """Random weights under which signals neither grow nor vanish: He's, with norms close to one."""
     torch.manual_seed(seed)
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):
@@ -81,23 +80,21 @@ class Small(torch.nn.Module):
 
 @pytest.fixture
 def small(monkeypatch, tmp_path_factory):
-    """Put Small in Inception's place; returns the options that ask for it."""
-    path = tmp_path_factory.mktemp("small") / "small.pth"
-    path.write_bytes(b"small")
+    """Put Small in Inception's place; returns the option with the folder where the command finds it."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / f"{INCEPTION}.pth").write_bytes(b"small")
     monkeypatch.setattr(fid, "load_inception", lambda path: Small())
-    return "--inception", path
+    return "--weights", folder
 
 
-def small_features(pictures, resize="adm"):
+def small_features(pictures):
     """(pool_3, spatial) of Small in float64, without fid's own plumbing."""
-    with torch.no_grad():
-        return [x.double().numpy() for x in Small()(fid.prepare(pictures, resize=resize))]
+    return [x.detach().double().numpy() for x in Small()(fid.prepare(pictures))]
 
 
 @pytest.fixture(autouse=True)
 def no_weights(tmp_path_factory, monkeypatch):
-    """No test sees the weights that the machine may have, in torch hub's cache or in weights/."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.getbasetemp() / "nothing"))
+    """No test sees the weights/ that the machine may have."""
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
 
 
@@ -151,7 +148,7 @@ def test_lpips_equals_the_package_in_value_and_gradient(tmp_path):
     assert not any(p.requires_grad for p in ours.parameters())
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(ours(a, b), values[1].detach(), rtol=0.05, atol=0)
-    assert fid.sha256(heads).startswith(fid.HEADS[1])
+    assert fid.sha256(heads).startswith(fid.WEIGHTS["heads"][1])
 
 
 def test_lpips_gradient_is_finite_where_features_vanish():
@@ -172,11 +169,11 @@ def test_lpips_gradient_is_finite_where_features_vanish():
 def write_lpips(folder):
     """A narrow VGG16 as safetensors and its heads; returns their paths and the heads."""
     torch.manual_seed(5)
-    widths = (4, 6, 8, 10, 12)
-    save_file(fid.VGG16Features(widths).state_dict(), folder / "vgg.safetensors")
+    widths, vgg, path = (4, 6, 8, 10, 12), folder / f"{VGG}.safetensors", folder / f"{HEADS}.pth"
+    save_file(fid.VGG16Features(widths).state_dict(), vgg)
     heads = {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1) for i, width in enumerate(widths)}
-    torch.save(heads, folder / "heads.pth")
-    return folder / "vgg.safetensors", folder / "heads.pth", heads
+    torch.save(heads, path)
+    return vgg, path, heads
 
 
 def test_lpips_loader_reads_sizes_and_names_faults(tmp_path):
@@ -222,8 +219,8 @@ def test_resize_is_tf1_legacy_bilinear(height, width, size):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Random weights in the real widths as pytorch-fid's file."""
-    path = tmp_path_factory.mktemp("real") / "random.pth"
+    """Random weights in the real widths as pytorch-fid's file, alone in its folder."""
+    path = tmp_path_factory.mktemp("real") / f"{INCEPTION}.pth"
     torch.save(settle(fid.Inception()).state_dict(), path)
     return path
 
@@ -252,9 +249,8 @@ def test_features_equal_pytorch_fid(weights, monkeypatch):
     assert expected[0].std(0).mean() > 0.01 * expected[0].mean()  # it sees pictures
     for (pool, spatial), reference, branch in zip(got, expected, maps):
         assert largest_relative(pool, reference) < 1e-4
-        assert branch.shape[2:] == (17, 17)
+        assert branch.shape[2:] == (17, 17) and spatial.shape == (3, 2023)
         channels_last = np.ascontiguousarray(branch[:, :7].permute(0, 2, 3, 1).numpy()).reshape(3, -1)
-        assert spatial.shape == (3, 2023)
         # Single values after a ReLU come as close to zero as they like.
         assert largest_relative(spatial, torch.tensor(channels_last), floor=1.0) < 1e-4
     assert largest_relative(expected[0], expected[1]) > 1e-3  # and the two resizes do differ
@@ -262,18 +258,17 @@ def test_features_equal_pytorch_fid(weights, monkeypatch):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_weights_are_not_read_whole(tmp_path):
-    state = {name: tensor.clone() for name, tensor in fid.VGG16Features((4, 4, 4, 4, 4)).state_dict().items()}
-    state["classifier.0.weight"] = torch.ones(2**25)  # 128 MiB that LPIPS does not use
-    torch.save(state, tmp_path / "vgg.pth")
-    save_file(state, tmp_path / "vgg.safetensors")
-    torch.save({f"lin{i}.model.1.weight": torch.rand(1, 4, 1, 1) for i in range(5)}, tmp_path / "heads.pth")
+    vgg, heads, _ = write_lpips(tmp_path)
+    state = load_file(vgg) | {"classifier.0.weight": torch.ones(2**25)}  # 128 MiB that LPIPS does not use
+    torch.save(state, tmp_path / f"{VGG}.pth")
+    save_file(state, vgg)
     # VmHWM is this program's peak; getrusage's would start from that of the process that started it.
     code = f"""
 import re, fid
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 before = peak()
-for kind in ("pth", "safetensors"):
-    fid.load_lpips({str(tmp_path)!r} + "/vgg." + kind, {str(tmp_path)!r} + "/heads.pth")
+for vgg in {str(vgg)!r}, {str(vgg.with_suffix(".pth"))!r}:
+    fid.load_lpips(vgg, {str(heads)!r})
 print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -442,11 +437,12 @@ def test_all_metrics_against_numpy(kinds, small, capsys, tmp_path):
     for name, value in expected.items():
         assert report[name] == pytest.approx(value, rel=2e-3), name
     assert expected["IS"] > 1.001 and "N = 12, 32 x 32" in report["reference"]
-    assert report["inception weights"] == f"sha256 {fid.sha256(small[1])}" and report["resize to 299"] == "adm"
+    assert report["inception weights"][7:] == fid.sha256(small[1] / f"{INCEPTION}.pth")
     warned = " ".join(value for name, value in report.items() if name.startswith("warning"))
     assert "not the standard weights (inception)" in warned and "samples: fewer than 10,000" in warned
     other = call(capsys, *small, paths["folder"], paths["others"], "--resize", "pytorch-fid")
-    assert abs(other["FID"] / report["FID"] - 1) > 1e-4 and other["resize to 299"] == "pytorch-fid"
+    assert abs(other["FID"] / report["FID"] - 1) > 1e-4
+    assert (report["resize to 299"], other["resize to 299"]) == ("adm", "pytorch-fid")
     # Statistics in a file go before its pictures, while the manifold is that of the pictures.
     np.savez(tmp_path / "mixed.npz", arr_0=pictures, **dict(zip(fid.MOMENTS, (
         *statistics(pool2), *statistics(spatial2)))))
@@ -478,46 +474,84 @@ def test_pictures_are_streamed_in_order(tmp_path, monkeypatch):
 
 
 def pictures_of_all_kinds(folder):
-    """Picture files of many modes and sizes, some turned by EXIF; returns their paths in order."""
+    """Picture files of many modes and sizes, one turned by EXIF and one with NaN; their paths in order."""
     folder.mkdir()
     large, tall = (Image.fromarray(drawn(1, height, 130, seed=height)[0]) for height in (90, 260))
-    exif = Image.Exif()
+    grey, exif, clear = np.asarray(tall.convert("L")), Image.Exif(), large.convert("RGBA")
     exif[0x0112] = 6  # turned by a quarter
-    large.save(folder / "a.jpg", quality=95, exif=exif.tobytes())
-    tall.convert("L").save(folder / "b.png")
+    clear.putalpha(large.convert("L"))
+    large.save(folder / "a.jpg", exif=exif)
     tall.convert("P").save(folder / "c.gif")
     large.convert("CMYK").save(folder / "d.tif")
-    clear = large.convert("RGBA")
-    clear.putalpha(large.convert("L"))
     clear.save(folder / "e.png")
-    Image.fromarray(np.asarray(tall.convert("L")).astype(np.uint16) * 257).save(folder / "f.png")
-    tall.resize((32, 32)).save(folder / "g.bmp")
-    tall.resize((900, 4)).save(folder / "h.png")  # a thin one
+    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "f.PNG")
+    Image.fromarray(np.where(grey < 128, np.nan, grey).astype(np.float32)).save(folder / "g.tiff")
+    tall.resize((32, 32)).save(folder / "h.bmp")
+    tall.resize((900, 4)).save(folder / "i.webp")  # a thin one
     return sorted(folder.iterdir())
 
 
 @pytest.mark.parametrize("pairs", [False, True])
-def test_pictures_of_other_sizes_are_prepared_as_semtok_reads_them(pairs, tmp_path, small, capsys):
+def test_pictures_of_every_kind_are_fitted_to_the_npz(pairs, tmp_path, small, capsys):
     files = pictures_of_all_kinds(tmp_path / "all")
-    prepared = np.stack([semtok.read_picture(str(path), 32).permute(1, 2, 0).numpy() for path in files])
-    np.savez(tmp_path / "same.npz", prepared)
-    mode = ["--pairs"] if pairs else []
-    report = call(capsys, *small, *mode, tmp_path / "all", tmp_path / "same.npz")
+    for picture in (*map(fid.read_picture, files), *(fid.read_picture(path, 32) for path in files)):
+        assert picture.dtype == np.uint8 and picture.flags.writeable and picture.flags.c_contiguous
+    assert {*np.unique(fid.read_picture(files[5]))} & {*range(128)} == {0}  # NaN is black
+    np.savez(tmp_path / "same.npz", np.stack([fid.read_picture(path, 32) for path in files]))
+    argv = [*small, *["--pairs"] * pairs, tmp_path / "all", tmp_path / "same.npz"]
+    report = call(capsys, *argv)
     assert report["PSNR" if pairs else "FID"] == (math.inf if pairs else pytest.approx(0, abs=1e-6))
     assert "32 x 32 pixels, others fitted" in report["reference"] and "fitted" not in report["samples"]
-    smaller = call(capsys, *small, *mode, tmp_path / "all", tmp_path / "same.npz", "--size", 24)
+    smaller = call(capsys, *argv, "--size", 24)
     assert all("24 x 24 pixels, others fitted" in smaller[side] for side in ("reference", "samples"))
+
+
+def test_the_lister_leaves_out_what_is_hidden_and_never_goes_round(tmp_path):
+    folder = tmp_path / "all"
+    for name in ("z.PNG", "b/c.jpeg", ".hidden.png", ".hidden/x.png", "text.txt", "../far/d/e.TiF"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    for name, to in (("here", "."), ("here too", "."), ("b/up", ".."), ("far", "../far"), ("again", "b"),
+                     ("../far/back", "../all"), ("broken.png", "nothing")):
+        (folder / name).symlink_to(to)
+    assert fid.list_pictures(str(folder)) == "again/c.jpeg b/c.jpeg broken.png far/d/e.TiF z.PNG".split()
+    assert fid.list_pictures(folder / ".hidden") == ["x.png"]  # the folder that is asked for may be hidden
+    for path in (folder / "absent", folder / "text.txt"):
+        with pytest.raises(fid.UserError, match=f"{path} cannot be listed"):
+            fid.list_pictures(path)
+
+
+@pytest.mark.filterwarnings("error")  # not even Pillow's own
+@pytest.mark.parametrize("width", [12, 30])  # above Pillow's limit, and above twice that
+def test_the_size_limit_holds_in_the_reader_itself(width, tmp_path, monkeypatch):
+    Image.new("L", (width, 9)).save(tmp_path / "a.png")
+    np.savez(tmp_path / "a.npz", np.zeros((2, 9, width, 3), np.uint8))
+    for path, read in ((tmp_path / "a.png", fid.read_picture), (tmp_path / "a.npz", fid.open_source)):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        with pytest.raises(fid.UserError, match=f"^{path} has {width} x 9 pixels, .* 100: [^\n]+$"):
+            read(path)
+        for limit in (9 * width, None):
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+            read(path)
+
+
+def test_weights_are_the_first_of_three(tmp_path):
+    with pytest.raises(fid.UserError, match=rf"^{tmp_path}/net\.\* is missing \(ask for it\)$"):
+        fid.find_weights(tmp_path, "net", "ask for it")
+    for name in ("net", "net.pth", "net.safetensors"):
+        (tmp_path / name).mkdir()
+        assert fid.find_weights(str(tmp_path), "net", "") == str(tmp_path / name)
 
 
 def test_weights_of_the_real_widths_and_their_hash(kinds, weights, capsys, monkeypatch, tmp_path):
     np.savez(tmp_path / "two.npz", kinds[1][:2])
     argv = [str(tmp_path / "two.npz"), str(tmp_path / "two.npz"), "--workers", "1", "--device", "cpu"]
-    assert fid.main([*argv, "--inception", str(weights)]) == 0
+    assert fid.main([*argv, "--weights", str(weights.parent)]) == 0
     out = capsys.readouterr().out
     assert fid.sha256(weights) in out and "not the standard weights" in out
     assert re.search(r"^Precision +not available: too few", out, re.M)
     # Found in weights/, and standard by its hash.
-    monkeypatch.setattr(fid, "KNOWN", fid.KNOWN | {"inception": ("known.pth", fid.sha256(weights)[:8], "")})
+    monkeypatch.setitem(fid.WEIGHTS, "inception", ("known", fid.sha256(weights)[:8], ""))
     Path("weights").mkdir()
     Path("weights/known.pth").symlink_to(weights)
     assert fid.main(argv) == 0
@@ -533,11 +567,9 @@ def test_pairs_match_by_path_and_equal_the_functions(tmp_path, small, capsys):
     write_folder(tmp_path / "o", originals, ".bmp")
     write_folder(tmp_path / "r", recons[:5])
     Image.fromarray(recons[5]).save(tmp_path / "r/lonely.png")
-    vgg, heads, _ = write_lpips(tmp_path)
-    report = call(capsys, "--pairs", *small, "--vgg", vgg, "--heads", heads, tmp_path / "o", tmp_path / "r",
-                  "--batch-size", 2)
+    lpips = fid.load_lpips(*write_lpips(small[1])[:2])
+    report = call(capsys, "--pairs", *small, tmp_path / "o", tmp_path / "r", "--batch-size", 2)
     a, b = (torch.tensor(x[:5]).permute(0, 3, 1, 2) for x in (originals, recons))
-    lpips = fid.load_lpips(vgg, heads)
     one, two = (statistics(small_features(x[:5])[0]) for x in (originals, recons))
     expected = {"rFID": fid.frechet_distance(*one, *two), "PSNR": fid.psnr(b, a).mean(),
                 "SSIM": fid.ssim(b, a).mean(), "LPIPS": lpips(b / 127.5 - 1, a / 127.5 - 1).mean()}
@@ -547,15 +579,16 @@ def test_pairs_match_by_path_and_equal_the_functions(tmp_path, small, capsys):
 
 
 def test_pairs_without_weights_still_measure(tmp_path, capsys):
-    for side, size in ((32, "large"), (8, "tiny")):
-        originals = drawn(3, side)
-        np.savez(tmp_path / "o.npz", originals)
-        np.savez(tmp_path / "r.npz", originals ^ 3)
-        report = call(capsys, "--pairs", tmp_path / "o.npz", tmp_path / "r.npz")
+    for side in (32, 8):
+        np.savez(tmp_path / "o.npz", drawn(3, side))
+        np.savez(tmp_path / "r.npz", drawn(3, side) ^ 3)
+        report = call(capsys, "--pairs", tmp_path / "o.npz", tmp_path / "r.npz", "--weights", "no/where")
         assert 30 < report["PSNR"] < 60
-        assert report["SSIM"] > 0.9 if size == "large" else "too small" in report["SSIM"]
-        for name, (file, _, url) in (("rFID", fid.INCEPTION), ("LPIPS", fid.HEADS)):
-            assert f"weights/{file} {url}" in report[name]
+        assert report["SSIM"] > 0.9 if side == 32 else "too small" in report["SSIM"]
+        for name, network in (("rFID", "inception"), ("LPIPS", "heads")):
+            stem, _, url = fid.WEIGHTS[network]
+            said = f"no {network} weights: `curl -fL --create-dirs -o no/where/{stem}.pth {url}`"
+            assert report[name] == f"not available: {said}"
 
 
 # ------------------------------------------------------------------------------------ the command: statistics
@@ -585,8 +618,7 @@ def test_saved_statistics_are_read_by_everyone(kinds, small, tmp_path, capsys, m
     reused = call(capsys, *small, out, kinds[0]["others"])
     for name in ("FID", "sFID", "IS"):
         assert reused[name] == pytest.approx(direct[name], rel=1e-4)
-    assert "N = 12" in reused["reference"]
-    assert 0 <= reused["Precision"] <= 1  # of the 4 pictures that it carries
+    assert "N = 12" in reused["reference"] and 0 <= reused["Precision"] <= 1  # of the 4 that it carries
     assert fid.main([out, out, *map(str, small), "--resize", "pytorch-fid"]) == 2
     assert "--resize adm do not go with" in capsys.readouterr().err
 
@@ -598,15 +630,15 @@ def command(*argv, prepare=lambda: None, **options):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         prepare()
 
-    environment = os.environ | {"TORCH_HOME": "/nonexistent", "OMP_NUM_THREADS": "1"} | options
-    return subprocess.Popen([sys.executable, str(ROOT / "fid.py"), *map(str, argv)], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=start)
+    return subprocess.Popen([sys.executable, str(ROOT / "fid.py"), *map(str, argv)], start_new_session=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"} | options, preexec_fn=start, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_interrupt_leaves_no_partial_file(weights, tmp_path):
     many = write_folder(tmp_path / "many", np.zeros((3000, 8, 8, 3), np.uint8), ".bmp")
-    (tmp_path / "out.npz").write_bytes(b"kept")
-    process = command("--inception", weights, "--save-stats", tmp_path / "out.npz", many, "--batch-size", 2)
+    (saved := tmp_path / "out.npz").write_bytes(b"kept")
+    process = command("--weights", weights.parent, "--batch-size=2", "--save-stats", saved, many)
     deadline = time.time() + 60
     while not list(tmp_path.glob(".*.part")) and time.time() < deadline:
         time.sleep(0.05)
@@ -615,7 +647,7 @@ def test_interrupt_leaves_no_partial_file(weights, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err == "fid.py: interrupted, nothing was written\n"
     assert sorted(os.listdir(tmp_path)) == ["many", "out.npz"]
-    assert (tmp_path / "out.npz").read_bytes() == b"kept"
+    assert saved.read_bytes() == b"kept"
     # While it imports: a tqdm of ours stands still, and says when it is reached.
     (tmp_path / "tqdm.py").write_text("import time; print('here', flush=True); time.sleep(60)")
     process = command("--help", PYTHONPATH=str(tmp_path))
@@ -626,19 +658,6 @@ def test_interrupt_leaves_no_partial_file(weights, tmp_path):
 
 
 # ---------------------------------------------------------------------------------- the command: broken input
-
-def forge_npz(path, key, header, mark=None):
-    """An .npz of one member of 96 bytes; header: what numpy's claims, or bytes; mark: a byte of the zip's."""
-    with zipfile.ZipFile(path, "w") as archive, archive.open(f"{key}.npy", "w") as member:
-        if isinstance(header, dict):
-            np.lib.format.write_array_header_1_0(member, {"fortran_order": False} | header)
-        member.write(bytes(96) if isinstance(header, dict) else header)
-    raw = bytearray(path.read_bytes())
-    if mark:  # in the local and in the central record
-        raw[mark[0] - 2] = raw[raw.index(b"PK\x01\x02") + mark[0]] = mark[1]
-    path.write_bytes(raw)
-    return path
-
 
 def bad_npz(folder):
     """Name -> an .npz that is refused."""
@@ -656,36 +675,37 @@ def bad_npz(folder):
         np.savez_compressed(folder / f"{name}.npz", **members)
     pictures = {"descr": "|u1", "shape": (2, 4, 4, 3)}
     forged = {
-        "no such compression": ("arr_0", pictures, (10, 77)), "encrypted": ("arr_0", pictures, (8, 1)),
         "header of garbage": ("arr_0", b"\x93NUMPY\x01\x00\x10\x00" + 16 * b"("),
         "no height": ("arr_0", pictures | {"shape": (2, 0, 4, 3)}),
         "below zero": ("arr_0", pictures | {"shape": (-2, -4, 4, 3)}),
         "many pictures": ("arr_0", pictures | {"shape": (10**12, 4, 4, 3)}),
         "terabytes": ("mu", {"descr": "<f8", "shape": (10**12,)}), "without npy": ("arr_0.x", pictures),
     }
-    for name, claims in forged.items():
-        forge_npz(folder / f"{name}.npz", *claims)
-    np.savez(folder / "whole.npz", np.random.default_rng(0).integers(0, 256, (8, 40, 40, 3), dtype=np.uint8))
-    whole = (folder / "whole.npz").read_bytes()
+    for name, (key, header) in forged.items():  # one member of 96 bytes, and what its header claims
+        with zipfile.ZipFile(folder / f"{name}.npz", "w") as file, file.open(f"{key}.npy", "w") as member:
+            if isinstance(header, dict):
+                np.lib.format.write_array_header_1_0(member, {"fortran_order": False} | header)
+            member.write(bytes(96) if isinstance(header, dict) else header)
+    np.savez(folder / "whole.npz", drawn(8, 40))
     (folder / "junk.npz").write_bytes(b"not a zip")
-    (folder / "cut.npz").write_bytes(whole[:9000])
+    (folder / "cut.npz").write_bytes((folder / "whole.npz").read_bytes()[:9000])
     return {name: folder / f"{name}.npz" for name in (*arrays, *forged, "junk", "cut")}
 
 
 def bad_weights(folder, weights):
-    """Name -> a file that is no Inception, and what the sentence says of it."""
-    state = fid.read_tensors(weights)[0]
-    key = "Mixed_7c.branch1x1.bn.weight"
+    """Folders of weights where Inception's file is none: folder -> what the sentence says."""
+    state, key = fid.read_tensors(weights)[0], "Mixed_7c.branch1x1.bn.weight"
     files = {"nan": (state | {key: state[key] * np.nan}, "NaN"), "list": ([1], "no attribute"),
              "integers": ({1: state[key]}, "1 names no"), "sparse": ({key: state[key].to_sparse()}, "sparse"),
-             "meta": ({key: state[key].to("meta")}, "names no"), "other": ({"layer": torch.zeros(1)}, "missing"),
-             "expanded": ({key: torch.zeros(1).expand(10**6, 10**6)}, "names no")}
+             "meta": ({key: state[key].to("meta")}, "names no"), "junk": (b"no weights", "tensors by name"),
+             "expanded": ({key: torch.zeros(1).expand(10**6, 10**6)}, "names no"),
+             "other": ({"layer": torch.zeros(1)}, "missing"), "other kind": (b"unread", "missing Conv2d")}
     for name, (content, _) in files.items():
-        torch.save(content, folder / f"{name}.pth")
-    save_file({"conv.weight": torch.zeros(3)}, folder / "o.safetensors")
-    (folder / "junk.pth").write_bytes(b"no weights")
-    return {folder / f"{name}.pth": said for name, (_, said) in files.items()} | {
-        folder / "o.safetensors": "missing Conv2d", folder / "junk.pth": "tensors by name"}
+        path = folder / name / f"{INCEPTION}.pth"
+        path.parent.mkdir()
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    save_file({"conv.weight": torch.zeros(3)}, path.with_suffix(".safetensors"))
+    return {folder / name: said for name, (_, said) in files.items()}
 
 
 def bad_inputs(folder, weights):
@@ -694,7 +714,8 @@ def bad_inputs(folder, weights):
     (folder / "empty").mkdir()
     write_folder(folder / "one", drawn(1, 20))
     Image.fromarray(drawn(1, 20)[0]).save(Path(write_folder(folder / "wide", drawn(3, 20, 24))) / "z.png")
-    for name in ("corrupt", "script", "pipe", "loop", "bomb", "name\nof\x1btwo lines", os.fsdecode(b"no\xffutf8")):
+    broken = "corrupt", "script", "pipe", "loop", "bomb", "name\nof\x1btwo lines", os.fsdecode(b"no\xffutf8")
+    for name in broken:
         write_folder(folder / name, drawn(2, 20))
         (folder / name / "z.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     (folder / "script/z.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n")
@@ -709,30 +730,31 @@ def bad_inputs(folder, weights):
     raw[9000] ^= 255  # inside the pictures: the zip's checksum notices at the end
     (folder / "damaged.npz").write_bytes(raw)
     (folder / "link.npz").symlink_to("four.npz")
-    four, out = folder / "four.npz", folder / "out.npz"
+    four, out, real = folder / "four.npz", folder / "out.npz", ["--weights", weights.parent, "--save-stats"]
     return {f"npz {name}": ([path, good], path.name) for name, path in bad_npz(folder).items()} | {
-        f"weights {path.name}": (["--inception", path, good, good], said)
+        f"weights {path.name}": (["--weights", path, good, good], said)
         for path, said in bad_weights(folder, weights).items()} | {
-        f"pictures {name!a}": (["--pairs", folder / name, folder / name], "z.png") for name in (
-            "corrupt", "script", "pipe", "loop", "bomb", "name\nof\x1btwo lines", os.fsdecode(b"no\xffutf8"))} | {
+        f"pictures {name!a}": (["--pairs", folder / name, folder / name], "z.png") for name in broken} | {
         f"{name} {value}": ([f"--{name}={value}", good, good], f"--{name}") for name, value in (
             ("size", 0), ("size", 10**9), ("workers", -1), ("batch-size", 10**20), ("batch-size", "x"),
             ("device", "abacus"), ("device", "meta"), ("device", "cuda:99"), ("device", "hpu"))} | {
         "no arguments": ([], "required"), "no such option": (["--abacus", good, good], "--abacus"),
-        "one input": ([good], "give REFERENCE SAMPLES"), "nothing there": ([folder / "absent", good], "absent is no file"),
-        "a device": (["/dev/zero", good], "no file"), "empty folder": ([folder / "empty", good], "no pictures under"),
+        "one input": ([good], "give REFERENCE SAMPLES"), "a device": (["/dev/zero", good], "no file"),
+        "nothing there": ([folder / "absent", good], "absent is no file"),
+        "empty folder": ([folder / "empty", good], "no pictures under"),
         "one picture to save": (["--save-stats", out, folder / "one"], "one picture"),
         "sizes in one folder": (["--pairs", folder / "wide", folder / "wide"], "(20, 24)"),
         "damaged zip": (["--pairs", folder / "damaged.npz", folder / "damaged.npz"], "damaged.npz"),
         "another dimension": ([folder / "nine.npz", four], "9 numbers"),
         "statistics to save": (["--save-stats", out, four], "statistics already"),
-        "no such folder": (["--inception", weights, "--save-stats", folder / "no/out.npz", good], "No such file"),
-        "read only": (["--inception", weights, "--save-stats", "/proc/out.npz", good], "Error"),
+        "no such folder": ([*real, folder / "no/out.npz", good], "No such file"),
+        "read only": ([*real, "/proc/out.npz", good], "Error"),
         "a folder as output": (["--save-stats", write_folder(folder / "f.npz", drawn(1, 9)), good], "cannot"),
-        "output over input": (["--save-stats", four, folder / "good/../four.npz"], "is an input"),
-        "output over a link's input": (["--save-stats", four, folder / "link.npz"], "is an input"),
-        "no weights": ([good, good], "curl -fL"), "pairs of nothing": (["--pairs", good, folder / "corrupt/b"], "no pairs"),
-        "weights not there": (["--inception", folder / "absent.pth", good, good], "absent.pth"),
+        "output over input": (["--save-stats", four, folder / "good/../four.npz"], "is the input"),
+        "output over a link's input": (["--save-stats", four, folder / "link.npz"], "is the input"),
+        "no weights": ([good, good], "curl -fL"),
+        "weights not there": (["--weights", folder / "absent", good, good], "another folder with --weights"),
+        "pairs of nothing": (["--pairs", good, folder / "corrupt/b"], "no pairs"),
         "unlike pairs": (["--pairs", good, folder / "whole.npz"], "no pairs"),
     }
 
@@ -756,15 +778,16 @@ def test_bad_input_is_one_sentence(tmp_path, weights, capfd):
         check_sentence(name, code, *capfd.readouterr(), re.escape(expected))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 2**20  # KiB
     # The real command, with worker threads, in a file system that is full after 9 kB.
-    full = {"--save-stats": (["--inception", weights, "--save-stats", tmp_path / "out.npz", tmp_path / "good"], "File too large")}
-    for name, (arguments, expected) in (full | {name: cases[name] for name in ("pictures 'corrupt'", "no weights")}).items():
-        process = command(*arguments, "--workers", "2", prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)))
+    full = ["--weights", weights.parent, "--save-stats", tmp_path / "out.npz", tmp_path / "good"]
+    for arguments, expected in ((full, "File too large"), cases["pictures 'corrupt'"], cases["no weights"]):
+        process = command(*arguments, "--workers", "2", prepare=lambda: resource.setrlimit(
+            resource.RLIMIT_FSIZE, (9000, 9000)))
         out, err = process.communicate(timeout=60)
-        check_sentence(name, process.returncode, out, err, expected)
+        check_sentence(arguments, process.returncode, out, err, expected)
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("error", [MemoryError("13 TB"), RuntimeError("CUDA out of memory. Tried to allocate 13 TB")])
+@pytest.mark.parametrize("error", [MemoryError("13 TB"), RuntimeError("Tried to allocate 13 TB")])
 def test_lack_of_memory_is_one_sentence(error, kinds, small, capsys, monkeypatch, tmp_path):
     def fail(*_, **__):
         raise error
@@ -777,46 +800,23 @@ def test_lack_of_memory_is_one_sentence(error, kinds, small, capsys, monkeypatch
         fid.main(argv)
 
 
-def damage(rng, raw):
-    """Bytes with a few of them changed, cut out, zeroed or doubled."""
-    raw = bytearray(raw)
-    for _ in range(rng.integers(1, 4)):
-        at, length = int(rng.integers(len(raw) + 1)), int(rng.integers(1, 40))
-        piece = (b"", bytes(length), rng.bytes(length), raw[at : at + length] * 2)[rng.integers(4)]
-        raw[at : at + length] = piece
-    return bytes(raw)
-
-
 @pytest.mark.parametrize("cases", [300, pytest.param(5000, marks=pytest.mark.full)])
-def test_damaged_files_and_command_lines_are_one_sentence_or_succeed(cases, tmp_path, kinds, small, capfd):
-    rng, folder = np.random.default_rng(cases), tmp_path / "o"
-    write_folder(folder, kinds[1][:4])
-    vgg, heads, tensors = write_lpips(tmp_path)
-    save_file(tensors, tmp_path / "heads.safetensors")
-    whole = {suffix: Path(path).read_bytes() for suffix, path in (
-        (".npz", kinds[0]["deflated"]), (".moments.npz", kinds[0]["moments"]), (".batch.npz", kinds[0]["reference-batch"]),
-        (".pth", heads), (".safetensors", tmp_path / "heads.safetensors"))}
-    for form in fid.FORMATS:
-        Image.fromarray(kinds[1][0]).save(stream := io.BytesIO(), form)
-        whole["." + form.lower()] = stream.getvalue()
-    values = ("0", "-1", "2**64", "nan", "", "x\ny", "\udcff", str(folder), str(tmp_path / "o.npz"), "1", "24")
-    options = ("--size", "--batch-size", "--device", "--resize", "--inception", "--save-stats", "--pairs", "--json")
-    np.savez(tmp_path / "o.npz", kinds[1])
-    for case in range(cases):
-        suffix = list(whole)[case % len(whole)]
-        path = folder / f"x{suffix}"
-        path.write_bytes(damage(rng, whole[suffix]))
-        if case % 13 == 12:
-            argv = [str(rng.choice(options + values)) for _ in range(rng.integers(1, 6))]
-        elif suffix in (".pth", ".safetensors"):
-            argv = ["--pairs", "--vgg", vgg, "--heads", path, folder, folder]
-        else:
-            argv = [*small, path if "npz" in suffix else folder, tmp_path / "o.npz"]
+def test_damaged_files_are_one_sentence_or_succeed(cases, tmp_path, kinds, small, capfd):
+    _, heads, tensors = write_lpips(small[1])
+    whole = {tmp_path / f"{name}.npz": Path(kinds[0][name]).read_bytes() for name in KINDS[1:]}
+    whole |= {heads: heads.read_bytes(), heads.with_suffix(".safetensors"): save(tensors)}
+    heads.unlink()
+    for case, (path, raw) in zip(range(cases), itertools.cycle(whole.items())):
+        rng, broken = np.random.default_rng(case), bytearray(raw)
+        for at in rng.integers(len(raw), size=rng.integers(1, 4)):  # bytes are changed, cut out or put in
+            broken[at : at + rng.integers(40)] = rng.bytes(rng.integers(40))
+        path.write_bytes(broken)
+        pairs = ["--pairs", kinds[0]["stored"]] if path.parent == small[1] else [path]
         before, begun = snapshot(tmp_path), time.process_time()
-        code = fid.main(["--workers", "1", *map(str, argv)])
+        code = fid.main(["--workers", "1", *map(str, (*small, *pairs, kinds[0]["stored"]))])
         out, err = capfd.readouterr()
         if code:
-            check_sentence((case, argv), code, out, err)
-        assert snapshot(tmp_path) == before or "--save-stats" in argv
-        assert time.process_time() - begun < 20, (case, argv)
+            check_sentence((case, path), code, out, err)
+        assert snapshot(tmp_path) == before
+        assert time.process_time() - begun < 20, (case, path)
         path.unlink()

@@ -1,0 +1,234 @@
+"""What a stage takes, before it is started: parameters, FLOPs, memory, disk, hours, missing files.
+
+    python tests/plan.py --preset paper --stage 1 --gpus 8      # no weights, no pictures, no GPU are needed
+
+It runs one step of the very stage that train.py trains, under PyTorch's FakeTensorMode: shapes without
+values, with the types of CUDA's autocast. It takes train.py's options of what is trained, and --gpus.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import fid  # noqa: E402
+import semtok  # noqa: E402
+import train  # noqa: E402
+
+CARDS = {  # by preset, a GPU to plan for: its name, dense bfloat16 FLOP/s, bytes that it leaves us
+    "paper": ("an H100", 989e12, 78 * 2**30), "base": ("an RTX 4090", 165e12, 22 * 2**30),
+}
+UTILISATION = 0.4  # our share of the FLOP/s
+PARTS = {  # of the stages, as the code names them: millions of parameters in the paper, of the VAE in SD3.5
+    "semtok.vae.encoder": 34.3, "siglip": "-", "semtok.encoder": 113, "semtok.w_x": "-", "semtok.w_z": "-",
+    "semtok.decoder": 2236, "semtok.vae.decoder": 49.5, "lpips": "-", "resnet": "-", "discriminator": "-",
+    "tokenizer": "-", "ar": "-", "vae.encoder": "-", "vae.decoder": "-",
+}
+PAPER_AR = {"L": 318, "XL": 746, "XXL": 1200}
+READS = {"1": ["siglip2-base-patch16-256"], "2": ["siglip2-base-patch16-256"]}  # published files of a stage
+JUDGED = {"lpips": ["vgg16-397923af", "lpips_vgg"], "resnet": ["resnet50-0676ba61"]}
+
+
+class AsOnCUDA(torch.overrides.TorchFunctionMode):
+    """What CUDA's autocast does: norms and resizing take float32, attention is memory-efficient."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            attend = torch.ops.aten._scaled_dot_product_efficient_attention
+            return attend(*args, kwargs.get("attn_mask"), True, is_causal=kwargs.get("is_causal", False))[0]
+        if function in (F.layer_norm, F.rms_norm, F.group_norm, F.interpolate):
+            args = [a.float() if isinstance(a, torch.Tensor) else a for a in args]
+        return function(*args, **kwargs)
+
+
+class Planned(train.Run):
+    """A run that reads no file: its networks have the published sizes and no values."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.train = SimpleNamespace(classes=[""] * (10 if self.tiny else 1000))
+
+    def weights(self, *names):
+        return names[-1]
+
+    def parent(self, stage):
+        return ""
+
+    def missing(self, stage: str) -> list[str]:
+        """A sentence for each thing that a stage reads and does not find."""
+        recipe, found = self.recipe(stage), train.Run(self.folder, self.settings, self.args)
+        first = stage == "1" or getattr(recipe, "init", "") == "scratch"
+        names = [("sd3.5_medium",) if self.preset == "paper" else ("sd3.5_vae", "sd3.5_medium")] * first
+        names += [(name,) for name in READS.get(stage, ())]
+        judged = getattr(recipe, "perceptual", None)
+        judges = JUDGED if judged == "all" else [judged] * (judged is not None)
+        names += [(name,) for judge in judges if not self.tiny for name in JUDGED[judge]]
+        reads = [lambda some=some: found.weights(*some) for some in names] + [lambda: found.parent(stage)]
+        sentences = []
+        for read in reads:
+            try:
+                read()
+            except (fid.UserError, train.UserError) as error:
+                sentences.append(str(error))
+        if not self.tiny and not os.path.isdir(self.settings["data"] or ""):
+            sentences.append("--data needs a folder, FOLDER/CLASS/picture.jpg: see README")
+        return sentences
+
+
+def without_files(run: train.Run) -> None:
+    """Put networks of the published sizes in the place of what reads them out of files, in this process."""
+    tower = train.TINY_SIGLIP if run.tiny else semtok.SigLIPConfig()
+    width = tower.width
+    train.load_vae = lambda path, device: semtok.VAE(run.config.vae)
+    train.load_siglip = lambda path, device: semtok.SigLIP(tower)
+    train.load_sd35 = lambda decoder, path, device: decoder.load_state_dict(
+        semtok.Decoder(run.config).state_dict(), assign=True)
+    train.load_semtok = lambda path, device: (train.new_tokenizer(run, width), {})
+    widths = (8, 8, 16, 24, 24) if run.tiny else fid.VGG_WIDTHS
+    sizes = train.TINY_RESNET if run.tiny else ()
+    make = {
+        "lpips": lambda: fid.LPIPS(fid.VGG16Features(widths), [torch.zeros(1, w, 1, 1) for w in widths]),
+        "resnet": lambda: semtok.ResNet(*sizes).requires_grad_(False).eval(),
+    }
+    for name, judge in train.JUDGES.items():
+        train.JUDGES[name] = SimpleNamespace(loss=judge.loss, network=lambda run, name=name: make[name]())
+
+
+def measure(name: str, run: train.Run, batch: int) -> dict:
+    """What a stage's last step costs on `batch` pictures, by FakeTensorMode: shapes without values.
+
+    Returns `stage`; `flops` of all passes; `forward`, those of a module's forward passes; bytes kept for the
+    backward pass: `activations`, and `checkpointed`, with the inputs of all blocks and the inside of one."""
+    weights, kept, inputs, opened, forward, inside = set(), {}, {}, [], {}, {}
+
+    def keep(tensor, among=kept):  # storages, since views of one tensor are kept once
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights and storage._cdata not in kept:
+            among[storage._cdata] = storage
+        return tensor
+
+    def so_far():
+        return np.array([counter.get_total_flops(), sum(s.nbytes() for s in kept.values())], dtype=object)
+
+    def enter(module, args):
+        for tensor in args if module in blocks else ():
+            keep(tensor, inputs) if isinstance(tensor, torch.Tensor) else None
+        opened.append(so_far())
+
+    def leave(module, *_):
+        flops, inside[module] = so_far() - opened.pop()
+        forward[module] = forward.get(module, 0) + flops
+
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        stage = train.STAGES[name](run)
+        blocks, parts = train.blocks_of(stage), dict(stage.named_modules()) | stage.frozen
+        for module in (*blocks, *(parts[part] for part in PARTS if part in parts)):
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave)
+        for layer in (part for part in parts.values() if isinstance(part, (nn.Linear, nn.Conv2d))):
+            for parameter in layer.parameters():  # the plan counts autocast's copies apart
+                parameter.data = parameter.data.bfloat16()
+        for root in (stage, *stage.frozen.values()):
+            weights |= {t.untyped_storage()._cdata for t in (*root.parameters(), *root.buffers())}
+        side, config, labels = run.config.image_size, run.config, torch.zeros(batch, dtype=torch.long)
+        shape = (config.tokens, config.bits) if name == "ar" else (3, side, side)
+        saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with torch.autocast("cpu", torch.bfloat16), AsOnCUDA(), saved:
+            data = torch.zeros(batch, *shape, dtype=torch.bool if name == "ar" else torch.uint8)
+            step = stage.prepare(data, labels, torch.Generator(), stage.recipe.steps - 1)
+            stage(*step)["loss"].backward()
+        flops, activations = so_far()
+        within = [inside[block] for block in blocks if block in inside] or [0]
+        lean = activations + sum(s.nbytes() for s in inputs.values()) - sum(within) + max(within)
+    sizes = {"activations": activations, "checkpointed": lean}
+    return {"stage": stage, "flops": flops, "forward": forward} | sizes
+
+
+def plan(run: Planned, name: str, gpus: int) -> None:
+    """Print what a stage takes: parameters, FLOPs, memory, disk, length and missing files."""
+    args, config, recipe, missing = run.args, run.config, run.recipe(name), run.missing(name)
+    paper, (card, peak, room) = run.preset == "paper", CARDS.get(run.preset, CARDS["base"])
+    batch = recipe.batch_size // (gpus * args.accumulate)
+    cost = measure(name, run, batch)
+    stage, forward, flops = cost["stage"], cost["forward"], cost["flops"]
+
+    def sizes(*modules) -> list[int]:  # parameters: trained, frozen
+        parameters = {p for module in modules for p in module.parameters()}
+        return [sum(p.numel() for p in parameters if p.requires_grad == trained) for trained in (True, False)]
+
+    print(
+        f"stage {name}, {stage.title}, {run.preset} preset: {recipe.steps:,} steps of {recipe.batch_size} "
+        f"pictures of {config.image_size} x {config.image_size}, {batch} at once on each of {gpus} GPUs\n"
+        f"{config.tokens} tokens of {config.bits} bits: {config.bits_per_pixel:.3f} bits per pixel\n\n"
+        f"{'network':20}{'trained, M':>12}{'frozen, M':>12}{'published':>12}{'forward, TFLOP a picture':>28}"
+    )
+    found = dict(stage.named_modules()) | stage.frozen
+    rows = {part: (sizes(found[part]), forward.get(found[part], 0)) for part in PARTS if part in found}
+    rows["all"] = sizes(stage, *stage.frozen.values()), sum(work for _, work in rows.values())
+    for part, ((trained, frozen), work) in rows.items():
+        published = PAPER_AR[run.settings["ar_size"] or "L"] if part == "ar" else PARTS.get(part, "-")
+        published = published if paper else "-"
+        tera = f"{work / batch / 1e12:.4g}" if work else "-"
+        print(f"{part:20}{trained / 1e6:12.2f}{frozen / 1e6:12.2f}{published:>12}{tera:>28}")
+    print(f"with the backward passes: {flops / batch / 1e12:.4g} TFLOP a picture")
+    if paper and name != "ar":
+        pooled = (2048 + 1 + config.decoder_width + 1) * config.decoder_width
+        before = (sum(sizes(stage.semtok.decoder)) + pooled) / 1e6
+        print(f"the decoder has {before:.0f}M before SD3.5's pooled-text embedder becomes a bias")
+
+    print("\nGiB on a GPU, what is trained sharded; context and fragments come on top, a few GiB")
+    blocks = {block: sum(sizes(block)) for block in train.blocks_of(stage) if sizes(block)[0]}
+    own = 4 * trained / gpus
+    memory = {
+        "trained weights, float32": own, "frozen weights, float32": 4 * frozen, "gradients, float32": own,
+        "AdamW, two moments": 2 * own, "averaged weights": own * bool(recipe.ema),
+        # of all weights, or where they are sharded of two blocks, with their gradients
+        "bfloat16 copies": 2 * trained if gpus == 1 else 8 * max(blocks.values(), default=0),
+    }
+    fixed = sum(memory.values())
+    for note, kept in (("", cost["activations"]), (", checkpointed", cost["checkpointed"])):
+        memory |= {f"activations{note}": kept, f"total{note}": fixed + kept}
+    for label, amount in memory.items():
+        over = f"  more than the {room / 2**30:.0f} of {card}" * ("total" in label and amount > room)
+        print(f"{label:28}{amount / 2**30:12.4g}{over}")
+    state = 4 * trained * (4 if recipe.ema else 3) / 2**30
+    print(f"\non disk: two training states of {state:.3g} GiB while it trains, one when it is finished")
+    print(f"length at {UTILISATION:.0%} of {card}'s {peak / 1e12:.0f} TFLOP/s")
+    for note, work in (("", flops), (", checkpointed", flops + sum(forward[block] for block in blocks))):
+        hours = recipe.steps * recipe.batch_size * work / batch / (peak * UTILISATION) / 3600
+        print(f"length{note}: {hours:.4g} GPU-hours, {hours / gpus:.3g} hours on {gpus} GPUs")
+    print(f"\nmissing: {len(missing) or 'nothing'}", *missing, sep="\n- ", end="\n\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command of this file."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--gpus", type=int, help="how many share the batch (paper: 8; else 1)")
+    options, rest = parser.parse_known_args(arguments)
+    args = train.parse_arguments(rest)
+    run, stages = train.open_run(args)
+    run = Planned(run.folder, run.settings, args)
+    gpus = options.gpus or (8 if run.preset == "paper" else 1)
+    for stage in stages:
+        if gpus < 1 or (size := run.recipe(stage).batch_size) % (gpus * args.accumulate):
+            parts = f"{gpus} GPUs times --accumulate {args.accumulate}"
+            raise train.UserError(f"stage {stage}'s batch of {size} does not divide by {parts}")
+    without_files(run)
+    for stage in stages:
+        plan(run, stage, gpus)
+
+
+if __name__ == "__main__":
+    sys.exit(semtok.run_command("plan.py", main, (train.UserError, fid.UserError), "it takes 0.6 GB"))
