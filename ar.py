@@ -115,8 +115,8 @@ class Block(nn.Module):
 
 class MaskedAR(nn.Module):
     """theta of Eq. 8: known tokens and a mask -> the distribution of every bit of every token.
-    With config.causal it is Table 5's next-token transformer: the place of the class predicts the first
-    token, the place of token i token i + 1. It reads no mask."""
+    With config.causal it is Table 5's next-token transformer: position 0, the class, predicts token 0, and
+    position i predicts token i. It reads no mask."""
 
     def __init__(self, config: ARConfig):
         super().__init__()
@@ -191,8 +191,8 @@ class MaskedAR(nn.Module):
 
     def loss(self, bits, labels, masked, masked_per_picture: torch.Tensor, smoothing: float = 0.01) -> dict:
         """Eq. 8's likelihood on the results of `hide`: cross-entropy of MASKED tokens, in nats a bit.
-        Returns `loss` with label smoothing, `nll` without it, and `accuracy` on masked groups of bits. Equal
-        micro-batches share the divisor, so the mean of their losses is the loss of the batch."""
+        Returns `loss` with label smoothing, `nll` without it, and `accuracy` on masked groups of bits. All
+        micro-batches divide by the batch's mean, so averaging their losses gives the batch's loss."""
         logits = self(bits, labels, masked)
         targets = bits_to_index(bits.unflatten(-1, (-1, self.config.group_bits)))  # (B, K, d / g)
         weight = masked[..., None].float()
@@ -237,7 +237,7 @@ class MaskedAR(nn.Module):
         rows, filled = torch.arange(len(labels), device=device)[:, None], 0
         for count in counts:
             filled += count
-            known = bits[:, :filled] if config.causal else bits  # what comes after is not seen anyway
+            known = bits[:, :filled] if config.causal else bits  # a causal model ignores later tokens
             hidden = self.hidden(known.repeat(passes, 1, 1), conditions, masked.repeat(passes, 1))
             places = everywhere if confident else sequence[:, filled - count : filled]
             logits = [self.logits(part[rows, places]) for part in hidden.chunk(passes)]
@@ -248,7 +248,7 @@ class MaskedAR(nn.Module):
             if confident:
                 places = confidence.masked_fill(~masked, -math.inf).topk(count, -1).indices
                 drawn = drawn[rows, places]
-            bits, masked = bits.clone(), masked.clone()  # what was yielded stays
+            bits, masked = bits.clone(), masked.clone()  # do not change what was yielded
             bits[rows, places], masked[rows, places] = drawn, False
             yield bits, masked
 
@@ -285,7 +285,7 @@ def sample_groups(logits: torch.Tensor, top_p: float, generator: torch.Generator
     probabilities, values = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = probabilities.cumsum(-1) - probabilities  # the mass of all likelier values
     kept = torch.where(before < top_p, probabilities, 0.0)
-    kept[..., 0] = probabilities[..., 0]
+    kept[..., 0] = probabilities[..., 0]  # for top_p = 0
     edges = kept.cumsum(-1)
     draw = torch.rand(edges.shape[:-1] + (1,), generator=generator, device=logits.device) * edges[..., -1:]
     choice = (draw >= edges).sum(-1, keepdim=True).clamp_max(logits.shape[-1] - 1)

@@ -66,8 +66,8 @@ def ranks() -> tuple[int, int]:
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The mean of equal shapes over all ranks, each of which must call this.
-    The gradient is that of this rank's own value. FSDP averages it over the ranks, which is exact where every
-    rank computes the same loss from the mean, as in Eq. 4."""
+    Backward: gradient 1 to this rank's own value. FSDP averages gradients, so this is exact where every rank
+    computes the same loss from the mean, as in Eq. 4."""
     if ranks()[1] == 1:
         return value
     mean = value.detach().clone(memory_format=torch.contiguous_format)
@@ -86,7 +86,7 @@ def gather(rows: torch.Tensor) -> torch.Tensor:
 
 class BSQ(nn.Module):
     """The quantiser of Eq. 3 and its entropy loss, Eq. 4. It has no parameters.
-    bits: d. group_size: bits that the second entropy takes together, in a table of 2^group_size numbers (BSQ
+    bits: d. group_size: bits whose joint distribution the second entropy tracks, 2^group_size numbers (BSQ
     at 18 bits: 1; FlowMo: 9). spherical: False is LFQ, here without its commitment loss."""
 
     def __init__(self, bits: int, group_size: int = 1, spherical: bool = True):
@@ -99,7 +99,7 @@ class BSQ(nn.Module):
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """z (..., d) -> codes (..., d) and u (..., d), z on the sphere; float32."""
         u = F.normalize(z.float(), dim=-1) if self.spherical else z.float()
-        corner = torch.where(u > 0, self.magnitude, -self.magnitude)  # torch.sign(0) would be no corner
+        corner = torch.where(u > 0, self.magnitude, -self.magnitude)  # torch.sign(0) is 0, which is no corner
         # Straight-through: the gradient goes to u, without bsq-vit's 1/sqrt(d). The bracket is exactly zero,
         # so the codes are exactly corners.
         return corner + (u - u.detach()), u

@@ -76,7 +76,7 @@ class RotaryTable(nn.Module):
 
 def normed_rotated(qkv: torch.Tensor, heads: int, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm, rope: torch.Tensor):
     """qkv (B, L, 3 width) -> q, k, v (B, heads, L, head_dim), q and k RMS-normalised per head and rotated."""
-    # q and k as one tensor (2, B, heads, L, head_dim): fewer operations, and a small model waits for each
+    # q and k as one tensor (2, B, heads, L, head_dim): small models are bound by kernel launches
     qk, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).split([2, 1])
     weight = torch.stack([q_norm.weight, k_norm.weight])[:, None, None, None]
     qk = F.rms_norm(qk.float(), qk.shape[-1:], eps=q_norm.eps) * weight
@@ -273,7 +273,7 @@ class UserError(Exception):
 
 
 _KINDS = {  # part of a key -> the kind of file that has such keys; the first match counts
-    "encoder.joint_blocks.": "a SemTok tokenizer",
+    "encoder.joint_blocks.": "a SemTok tokenizer", "final_modulation.": "a SemTok transformer",
     "input_blocks.": "a Stable Diffusion 1, 2 or XL U-Net",
     "_blocks.0.attentions.": "a diffusers U-Net (Stable Diffusion 1, 2 or XL)",
     "single_": "a FLUX transformer", "_blocks.37.": "SD3.5-Large", ".attn2.": "SD3.5-Medium",

@@ -7,7 +7,7 @@
     python sample.py --npz 50000            # class-balanced pictures in ADM's format, for fid.py
     python sample.py --reconstruct FOLDER   # every picture of a folder through the tokens, for fid.py --pairs
 
-Section 3.3 and appendix A.2, "Inference". A run's checkpoints describe themselves, so nothing else is asked.
+Section 3.3 and appendix A.2, "Inference". The checkpoints hold sizes and class names: only --run is needed.
 
     labels (B,) -> ar.generate_steps -> bits (B, K, d) -> refiner -> VAE -> uint8 (B, 3, H, W)
     uint8 (B, 3, H, W) -> SemTok.reconstruct -> uint8 (B, 3, H, W)
@@ -39,8 +39,8 @@ from ar import load_ar
 from bsq import bits_to_codes, index_to_bits
 from mmdit import UserError
 from semtok import (
-    choose_device, key_generator, launched, load_semtok, picture_grid, run_command, to_uint8, write_file,
-    write_picture, write_text,
+    choose_device, key_generator, launched, load_semtok, number, picture_grid, run_command, to_uint8,
+    write_file, write_picture, write_text,
 )
 
 def load(run: str, name: str, device: torch.device) -> tuple[nn.Module, dict[str, str]]:
@@ -60,6 +60,12 @@ def load(run: str, name: str, device: torch.device) -> tuple[nn.Module, dict[str
     return model, metadata
 
 
+def stale(run: str, stage: str, name: str, before: str) -> str:
+    """The sentence about a result that was made from another one than the run now has."""
+    made = f"{name}.safetensors in {run} was made from another {before}.safetensors than the one beside it"
+    return f"{made}: python train.py --stage {stage} --out {shlex.quote(run)} --overwrite makes it again"
+
+
 class Sampler:
     """The AR transformer and the refiner of a run, ready to draw by the options of a command."""
 
@@ -67,13 +73,9 @@ class Sampler:
         self.device, self.batch_size = device, args.batch_size
         self.ar, metadata = load(args.run, "ar", device)
         self.tokenizer, about = load(args.run, "stage2", device)
-        self.classes, config, made = json.loads(metadata["classes"]), self.ar.config, self.tokenizer.config
-        sizes = (config.tokens, config.bits) == (made.tokens, made.bits)
-        if metadata["parent"] != about["fingerprint"] or not sizes:
-            raise UserError(
-                f"ar.safetensors in {args.run} was trained on another stage2.safetensors than the one beside "
-                f"it: train it again, python train.py --stage ar --out {shlex.quote(args.run)} --overwrite"
-            )
+        self.classes, config = json.loads(metadata["classes"]), self.ar.config
+        if metadata["parent"] != about["fingerprint"]:
+            raise UserError(stale(args.run, "ar", "ar", "stage2"))
         ordered = args.order not in (None, "raster")
         if config.causal and (args.steps not in (None, config.tokens) or ordered or args.compile):
             raise UserError(
@@ -89,13 +91,14 @@ class Sampler:
         half = cuda if args.bfloat16 is None else args.bfloat16
         if half:
             self.ar.bfloat16()
-            self.tokenizer.bfloat16()
+            self.tokenizer.decoder.bfloat16()
+            self.tokenizer.vae.decoder.bfloat16()
         if args.compile or (args.compile is None and cuda and args.npz and not config.causal):
             # All steps have the same shapes, so one CUDA graph serves them. Small batches would else wait for
             # Python to launch their kernels.
             self.ar.hidden = torch.compile(self.ar.hidden, mode="reduce-overhead", dynamic=False)
         self.settings = self.options | {  # all that decides the pictures of a set
-            "seed": args.seed, "bfloat16": half, "device": device.type,
+            "seed": args.seed, "batch_size": args.batch_size, "bfloat16": half, "device": device.type,
             "ar": metadata["fingerprint"], "tokenizer": about["fingerprint"],
         }
 
@@ -161,7 +164,7 @@ def class_grid(args: argparse.Namespace, device: torch.device) -> str:
             pictures = sampler.draw(every, random, progress=True)
         for label, block in zip(labels, pictures.split(count)):
             for i, row in enumerate(block if args.progress else block.split(8)):
-                # a caption is a key: blank ones must differ
+                # captions are dict keys, so blank ones differ in length
                 rows[" " * len(rows) if i else f"{label}: {sampler.classes[label]}{told}"] = row
     name = f"class-{'-'.join(map(str, labels))}{'-progress' * args.progress}-seed-{args.seed}.png"
     path = args.out or os.path.join(args.run, name)
@@ -176,7 +179,9 @@ def read(path: str, size: int) -> torch.Tensor:
 
 def photo(args: argparse.Namespace, device: torch.device) -> str:
     """`--image` (Figures 3, 11): original | stage-1 sample | stage-2 refiner; returns the picture's path."""
-    first, second = (load(args.run, name, device)[0] for name in ("stage1", "stage2"))
+    (first, one), (second, two) = (load(args.run, name, device) for name in ("stage1", "stage2"))
+    if two["parent"] != one["fingerprint"]:
+        raise UserError(stale(args.run, "2", "stage2", "stage1"))
     rows, steps = {}, args.steps or 25
     for path in args.image:
         picture = read(path, first.config.image_size)[None].to(device)
@@ -194,7 +199,7 @@ def claim(folder: str, settings: dict) -> None:
     Raises UserError when it holds files of other settings, or of unknown ones."""
     path, text = Path(folder, "settings.json"), json.dumps(settings, sort_keys=True)
     held = os.listdir(folder) if os.path.isdir(folder) else []
-    if all(name.startswith(f"{path.name}.") for name in held):  # new, but for what another process is writing
+    if all(name.startswith(f"{path.name}.") for name in held):  # empty, or being written
         write_text(str(path), text)
     if not path.is_file() or path.read_text() != text:
         raise UserError(f"{folder} holds files made with other settings: delete it, or choose another --out")
@@ -215,9 +220,9 @@ def npz(args: argparse.Namespace, device: torch.device) -> str:
         return file.is_file() and file.stat().st_size == len(parts[file]) * side * side * 3
 
     mine = list(enumerate(parts))[rank::world]
-    for number, file in tqdm(mine, "sampling", unit="x500", disable=rank > 0):
+    for i, file in tqdm(mine, "sampling", unit="x500", disable=rank > 0):
         if not is_whole(file):
-            pictures = sampler.draw(parts[file], key_generator(device, args.seed, number), progress=rank == 0)
+            pictures = sampler.draw(parts[file], key_generator(device, args.seed, i), progress=rank == 0)
             content = pictures.permute(0, 2, 3, 1).numpy().tobytes()
             write_file(str(file), lambda temporary, content=content: Path(temporary).write_bytes(content))
 
@@ -290,15 +295,6 @@ USED_BY = {  # the jobs in which an option changes something; the others refuse 
 }
 
 
-def number(kind: type, least: float, most: float):
-    """What argparse reads an int or a float in [least, most] with."""
-    def number(text: str):
-        if not least <= kind(text) <= most:  # NaN is not in it
-            raise argparse.ArgumentTypeError(f"{text} must be at least {least:,} and at most {most:,}")
-        return kind(text)
-    return number
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line of this file. Exits with code 2 and one sentence for anything it does not know."""
     parser = argparse.ArgumentParser(
@@ -344,14 +340,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """The command. Raises UserError for what the person at the keyboard can mend."""
     args = parse_arguments(arguments)
-    device, (rank, world, local_rank) = choose_device(args.device), launched()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32, as in training
-        if world > 1:
-            device = choose_device(f"cuda:{local_rank}")
-            torch.cuda.set_device(device)
-    path = JOBS[args.job](args, device)
-    if rank == 0:
+    path = JOBS[args.job](args, choose_device(args.device))
+    if launched()[0] == 0:
         print(path)
 
 

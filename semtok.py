@@ -16,6 +16,7 @@ Section 3.1 and 3.2, Eq. 1 to 7, appendix A.1. It needs bsq.py and mmdit.py. Opt
     pictures = model.decode(model.refine(codes))             # one step; model.sample(codes) takes 25
 """
 
+import argparse
 import glob
 import hashlib
 import json
@@ -67,7 +68,7 @@ def picture_grid(rows: dict[str, torch.Tensor], side: int = 96) -> Image.Image:
     return sheet
 
 
-# --------------------------------------------------- files that are never half, random numbers, the command
+# --------------------------------------------------- atomic writes, seeded generators, the command line
 
 
 def write_file(path: str, write) -> None:
@@ -87,6 +88,9 @@ def write_file(path: str, write) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
         write(temporary)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # safetensors writes private files
         flush(temporary)
         os.replace(temporary, path)
         flush(folder)  # the new name is in it
@@ -141,14 +145,14 @@ def launched() -> tuple[int, int, int]:
 
 def run_command(name: str, main, faults: tuple, memory_advice: str) -> int:
     """Call main() for a shell -> exit code: 0; 130 after Ctrl-C; 2, with one sentence on stderr, for what a
-    person can mend: `faults`, full memory, a full disk. Other errors are bugs, and pass."""
+    person can mend: `faults`, full memory, a full disk. Other errors are bugs and are raised again."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         return 0
     except KeyboardInterrupt:
         text, code = "interrupted; what has been saved is whole, and the same command goes on", 130
-    except faults as error:  # out of a loader's worker it carries a traceback: the last line is the sentence
+    except faults as error:  # from a loader's worker it carries a traceback: its last line is the message
         text, code = (str(error).strip() or "a damaged file").splitlines()[-1], 2
         text = re.sub(r"^\w+\.UserError: ", "", text)
     except (OSError, MemoryError, RuntimeError) as error:
@@ -165,12 +169,27 @@ def run_command(name: str, main, faults: tuple, memory_advice: str) -> int:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device asked for; by default CUDA where there is one. UserError for one that is not there."""
-    name, count = name or ("cuda" if torch.cuda.is_available() else "cpu"), torch.cuda.device_count()
-    known = ["cpu", "cuda", *(f"cuda:{i}" for i in range(count))] if count else ["cpu"]
+    """The device asked for, by default CUDA where there is one; under torchrun each process has its own GPU.
+    UserError for one that is not there. Matrix products left in float32 then run in TF32."""
+    name, (_, world, local_rank) = name or ("cuda" if torch.cuda.is_available() else "cpu"), launched()
+    known = ["cpu", *["cuda"] * torch.cuda.is_available()]
+    known += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    name = f"cuda:{local_rank}" if world > 1 and name in known[1:] else name
     if name not in known:
         raise UserError(f"--device {name} is not there: use {' or '.join(known)}")
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)
+    torch.set_float32_matmul_precision("high")
     return torch.device(name)
+
+
+def number(kind: type, least: float, most: float):
+    """What argparse reads an int or a float in [least, most] with."""
+    def number(text: str):
+        if not least <= kind(text) <= most:  # NaN is not in it
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least:,} and at most {most:,}")
+        return kind(text)
+    return number
 
 
 # ----------------------------------------------------------------------------------------- the VAE of SD3.5
@@ -178,7 +197,7 @@ def choose_device(name: str | None) -> torch.device:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of the VAE. blocks: residual ones a level in the encoder; the decoder has one more."""
+    """Sizes of the VAE. blocks: residual blocks per level of the encoder; the decoder has one more."""
     channels: tuple[int, ...] = (128, 256, 512, 512)
     blocks: int = 2
     latent_channels: int = 16
@@ -330,7 +349,7 @@ def _config_beside(path: str) -> dict:
 
 def load_vae(path: str, device: str | torch.device = "cpu") -> VAE:
     """The VAE out of sd3.5_medium.safetensors, a diffusers vae/ folder (or its parent), or its own file.
-    Its sizes are read off the shapes, which FLUX's VAE shares: only its config.json gives that away."""
+    Sizes are read off the shapes. FLUX's VAE has the same ones; only its config.json tells them apart."""
     wanted = "the VAE of SD3 or SD3.5 (sd3.5_medium.safetensors, or the model's vae folder)"
     source = TensorFiles(path, "vae", "first_stage_model.")
     entries = _config_beside(source.path)
@@ -430,7 +449,7 @@ def load_siglip(path: str, device: str | torch.device = "cpu") -> SigLIP:
         hidden = source.shapes["encoder.layers.0.mlp.fc1.weight"][0]
         depth = sum(key.endswith(".layer_norm1.weight") for key in source.shapes)
         model = str(entries.get("model_type", entries.get("_class_name", "siglip")))
-        entries = entries.get("vision_config", entries) if model.startswith("siglip") else {}  # another's
+        entries = entries.get("vision_config", entries) if model.startswith("siglip") else {}
         heads = entries.get("num_attention_heads", _SIGLIP_HEADS.get(width))
         size = entries.get("image_size", 384 if (patch, grid) == (14, 27) else 0)
         if type(heads) is not int or heads < 1 or width % heads:
@@ -470,7 +489,7 @@ class SemTokConfig:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if self.image_size % (side := self.vae.factor * self.patch):
             raise ValueError(f"image_size {self.image_size} is no multiple of {side}, a patch's pixels")
-        if max(self.tokens + self.grid**2, self.bits) > 8192:  # masks are real even on the meta device
+        if max(self.tokens + self.grid**2, self.bits) > 8192:  # masks are allocated even on the meta device
             raise ValueError("tokens and patches together, and bits, must be at most 8192")
         if self.bits % self.entropy_group:
             raise ValueError(f"entropy_group {self.entropy_group} must divide the {self.bits} bits")
@@ -543,7 +562,8 @@ class Encoder(MMDiT):
 
 def causal_mask(tokens: int, patches: int) -> torch.Tensor:
     """Sequential tokens (SelfTok, Wang et al. 2025; Table 5), before the patches: (tokens + patches)^2 bool.
-    A token sees the image, itself and earlier tokens. The image sees none: it would pass later ones on."""
+    A token sees the image, itself and earlier tokens. Patches see no token, or they would leak later tokens
+    to earlier ones."""
     mask = torch.ones(tokens + patches, tokens + patches, dtype=torch.bool, device="cpu")
     mask[:tokens, :tokens] = mask[:tokens, :tokens].tril()
     mask[tokens:, :tokens] = False
@@ -659,8 +679,8 @@ class Discriminator(nn.Module):
 
     def losses(self, output: torch.Tensor, real: torch.Tensor, lambda_lecam: float) -> dict:
         """Hinge losses of both players on pictures (B, 3, H, W) in [-1, 1], and the mean logits.
-        Detached weights judge the decoder's output, and the discriminator learns from a detached output: one
-        backward pass gives each player its own gradient."""
+        gan_loss sees detached weights, the hinge loss a detached output: one backward pass gives each network
+        only its own gradient."""
         detached = {name: p.detach() for name, p in self.named_parameters()}
         gan_loss = -torch.func.functional_call(self, detached, (output,)).float().mean()
         on_real, on_fake = self(real).float(), self(output.detach()).float()  # (B, 1, map, map)
@@ -698,7 +718,7 @@ class SemTok(nn.Module):
         self.quantizer = BSQ(config.bits, config.entropy_group, spherical=config.quantizer == "bsq")
         self.decoder = decoder or Decoder(config)
         self.w_x = nn.Linear(config.encoder_width, config.semantic_width)
-        # w_z reads the flattened tokens: each has its own identity, and a mean would leave only d numbers.
+        # w_z reads all tokens, flattened: their mean would leave only d numbers.
         self.w_z = nn.Linear(config.tokens * config.bits, config.semantic_width)
         self.log_t = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))  # Eq. 2's t; not (): FSDP shards no ()
 
@@ -711,13 +731,14 @@ class SemTok(nn.Module):
     def frozen_pass(self, pictures: torch.Tensor, siglip: SigLIP, rng=None) -> tuple[dict, dict]:
         """Computes everything that needs no gradient, of this rank's pictures (B, 3, H, W) in [-1, 1].
         Returns a row for each picture: `latents` (B, channels, h, w), `features` (B, C, g, g), `positive`
-        (B,), its place among the candidates; with rng also Eq. 5's `noise`, like the latents, and its times
-        `t` (B,), uniform in [0, 1]. And what all rows share: `candidates` (ranks * B, C), pooled features."""
+        (B,), the row of `candidates` that is its own picture; with rng also Eq. 5's `noise`, like the
+        latents, and times `t` (B,), uniform in [0, 1]. All rows share `candidates` (ranks * B, C), the pooled
+        features."""
         (rank, world), latents, features = ranks(), self.vae.encode(pictures), siglip(pictures)
         pooled = F.normalize(features.float().mean((2, 3)), dim=-1)  # (B, C); P of Eq. 2 is the mean
         positive = torch.arange(len(pictures), device=pictures.device) + rank * len(pictures)
         rows = {"latents": latents, "features": features, "positive": positive}
-        if rng is not None:  # drawn for the global batch and cut to this rank: their number changes nothing
+        if rng is not None:  # drawn for the global batch and cut: the number of ranks changes nothing
             total = world * len(latents)
             noise = torch.randn(total, *self.latent_shape, generator=rng, device=latents.device)
             t = torch.rand(total, generator=rng, device=latents.device)
@@ -769,14 +790,15 @@ class SemTok(nn.Module):
         distill_loss = F.mse_loss(self.w_x(x).float(), targets.flatten(2).transpose(1, 2))
 
         v = F.normalize(self.w_z(codes.flatten(1).to(self.w_z.weight.dtype)).float(), dim=-1)
-        similarity = self.log_t.exp() * v @ candidates.T  # (B, ranks * B)
+        with torch.autocast(v.device.type, enabled=False):  # bfloat16 would move these logits by up to 0.2
+            similarity = self.log_t.float().exp() * v @ candidates.T  # (B, ranks * B)
         # Eq. 2 is printed without its minus sign. To maximise the log ratio is to minimise this (InfoNCE).
         return {"distill_loss": distill_loss, "contrast_loss": F.cross_entropy(similarity, positive)}
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
         """Keep Eq. 2's t at 100 or below, as CLIP does, after each step of the optimiser. A clamp in the
-        forward pass would leave a temperature beyond it without a gradient."""
+        forward pass would give no gradient above the limit."""
         self.log_t.clamp_(max=math.log(100))
 
     @torch.no_grad()
@@ -789,8 +811,10 @@ class SemTok(nn.Module):
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> codes (B, K, d): +-1/sqrt(d) (LFQ: +-1)."""
-        return self.quantise(self.vae.encode(pictures))[1]
+        """Pictures (B, 3, H, W) in [-1, 1] -> codes (B, K, d): +-1/sqrt(d) (LFQ: +-1).
+        Without autocast: in bfloat16 some bits would differ, and depend on the rest of the batch."""
+        with torch.autocast(pictures.device.type, enabled=False):
+            return self.quantise(self.vae.encode(pictures))[1]
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

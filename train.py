@@ -18,9 +18,10 @@ feeds and drives it, top to bottom:
     command
 
 A stage is a module. `prepare(pictures, labels, rng, step) -> rows, shared` computes everything that needs no
-gradient, of uint8 pictures (B, 3, H, W) or of tokens' bits (B, K, d). `rows` has a row for each picture, so a
-micro-batch is a slice of it. `forward(rows, shared) -> losses` is the rest. `after_step(losses)` follows a
-good step. `look() -> picture, figures` is of held-out pictures. `export(metadata)` writes the result.
+gradient, of uint8 pictures (B, 3, H, W) or of tokens' bits (B, K, d). `rows` has a row for each picture (in
+stage 0 also windows of every third), so a micro-batch is a slice of it. `forward(rows, shared) -> losses` is
+the rest. `after_step(losses)` follows a good step. `look() -> picture, figures` is of held-out pictures.
+`export(metadata)` writes the result.
 """
 
 import argparse
@@ -66,7 +67,7 @@ from bsq import bits_to_codes, code_usage, codes_to_bits, mean_over_ranks, ranks
 from mmdit import TensorFiles, UserError, load_sd35
 from semtok import (
     PRESETS, VAE, Decoder, Discriminator, LossWeights, RefinerWeights, ResNet, SemTok, SemTokConfig, SigLIP,
-    SigLIPConfig, choose_device, flush, key_generator, launched, load_semtok, load_siglip, load_vae,
+    SigLIPConfig, choose_device, flush, key_generator, launched, load_semtok, load_siglip, load_vae, number,
     picture_grid, run_command, to_signed, to_uint8, write_picture, write_tensors, write_text,
 )
 
@@ -74,8 +75,7 @@ from semtok import (
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a stage is trained. The defaults are the paper's (section 4.1, appendix A.1). ValueError."""
-
+    """How a stage is trained. The defaults are the paper's (section 4.1, appendix A.1). Raises ValueError."""
     steps: int
     batch_size: int  # of all ranks together
     lr: float  # at its peak: a linear warm-up times a cosine
@@ -96,31 +96,29 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class TokenizerRecipe(LossWeights, Recipe):  # fields come from right to left: Recipe's are first
+class TokenizerRecipe(LossWeights, Recipe):  # dataclass fields follow the reversed order: Recipe's are first
     """Stage I: a recipe with the weights of Eq. 6."""
 
 
 @dataclass(frozen=True)
 class RefinerRecipe(RefinerWeights, Recipe):
-    """Stage II: with those of Eq. 7."""
-
+    """Stage II: a recipe with the weights of Eq. 7."""
     init: Literal["stage1", "scratch"] = "stage1"  # Table 12; scratch still takes SD3.5's decoder
     perceptual: Literal["all", "lpips", "resnet"] = "all"  # of JUDGES (Table 11)
     freeze_encoder: bool = False
-    gan_start: int = 20_000  # the step at which the discriminator joins; never, if it is `steps` or more
+    gan_start: int = 20_000  # the step at which the discriminator joins; from `steps` on: never
     discriminator_lr: float = 1e-4  # at its peak: its own warm-up and cosine begin when it joins
 
 
 @dataclass(frozen=True)
 class ARRecipe(Recipe):
     """The masked AR transformer: with what training hides from it (section 4.1)."""
-
     least_masked: float = 0.7  # the share of masked tokens is uniform between this and 1
     class_dropout: float = 0.1
     smoothing: float = 0.01
 
 
-SHARES = ("least_masked", "class_dropout", "smoothing")
+SHARES = ("ema", "least_masked", "class_dropout", "smoothing")
 FOR_ALL = ("flip", "patience", "distill", "contrast")  # set for one stage, they hold for the later ones too
 CADENCE = ("log_every", "save_every", "preview_every")
 POSITIVE = (*CADENCE, "steps", "batch_size", "lr", "warmup", "patience")
@@ -225,9 +223,8 @@ PAINTS = np.array([  # red, orange, yellow, green, cyan, blue, purple, white, bl
 
 def draw_shape(split: str, seed: int, index: int, size: int) -> tuple[np.ndarray, int]:
     """Picture `index` of the built-in world: (size, size, 3) uint8 and its class, index % 10 of SHAPES.
-
-    By (split, seed, index) alone: a shape in one of nine PAINTS, of random size, place and rotation (within
-    11 degrees), on a muted gradient, stripes or a woven texture."""
+    The picture depends only on (split, seed, index): a shape in one of nine PAINTS, of random size, place and
+    rotation (within 11 degrees), on a muted gradient, stripes or a woven texture."""
     rng = np.random.default_rng([list(DRAWN).index(split), seed, index])
     label, kind, direction = index % len(SHAPES), rng.integers(3), rng.uniform(0, 2 * np.pi)
     rows, columns = np.mgrid[:size, :size] / (size - 1) - 0.5
@@ -260,7 +257,6 @@ IN_MEMORY = 512 * 2**20  # bytes: pictures up to this size are read once and kep
 
 class Pictures(Dataset):
     """The pictures of a split, "train" or "val": item (index, flip) -> ((3, size, size) uint8, label).
-
     They come from FOLDER/CLASS/**/picture, or else from the built-in world. A damaged one is named and the
     next takes its place. Raises UserError for another layout, or 50 damaged in a row."""
 
@@ -268,12 +264,12 @@ class Pictures(Dataset):
         self.split, self.seed, self.size, self.workers, self.memory = split, seed, size, workers, None
         self.skipped = torch.zeros(1, dtype=torch.long).share_memory_()  # loader processes count here too
         drawn = [index % len(SHAPES) for index in range(DRAWN[split])]
-        found = list(SHAPES), None, drawn, f"{len(drawn)} drawn, seed {seed}"
-        found = find_pictures(folder, split) if folder else found
+        world = list(SHAPES), None, drawn, f"{len(drawn)} drawn, seed {seed}"
+        found = find_pictures(folder, split) if folder else world
         self.classes, self.paths, self.labels, self.fingerprint = found
         if len(self) * 3 * size**2 <= IN_MEMORY:
             every = [(index, False) for index in range(len(self))]
-            loader = DataLoader(self, 64, sampler=every, num_workers=workers, generator=torch.Generator())
+            loader = DataLoader(self, 64, sampler=every, num_workers=workers)
             pictures, labels = zip(*tqdm(loader, f"{split} pictures", unit="x64", leave=False))
             self.memory, self.labels, self.workers = torch.cat(pictures), torch.cat(labels).tolist(), 0
 
@@ -282,7 +278,7 @@ class Pictures(Dataset):
 
     def __getitem__(self, item: tuple[int, bool]) -> tuple[torch.Tensor, int]:
         index, flip = item
-        for place in (number % len(self) for number in range(index, index + 50)):
+        for place in (near % len(self) for near in range(index, index + 50)):
             try:
                 picture = self.memory[place] if self.memory is not None else self.read(place)
                 return picture.flip(-1) if flip else picture, self.labels[place]
@@ -308,37 +304,37 @@ class Pictures(Dataset):
 
 def find_pictures(folder: str, split: str) -> tuple[list[str], list[str], list[int], str]:
     """Classes in alphabetical order, paths, labels and fingerprint of a split of FOLDER/CLASS/**/picture.
-
-    Every 50th picture of a class is "val", at most 1000 in all and at least one of each class that has two
-    or more. Raises UserError for another layout."""
+    Every 50th picture of a class is "val", about 1000 in all at most, and at least one of each class that has
+    two or more. Raises UserError for another layout."""
     layout = "FOLDER/CLASS/picture.jpg, one subfolder for each class"
     if not os.path.isdir(folder):
         raise UserError(f"{folder} is no folder: give one laid out as {layout}")
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+    found = {name: fid.list_pictures(os.path.join(folder, name)) for name in names}
+    if (empty := [name for name in names if not found[name]]) and split == "train" and ranks()[0] == 0:
+        print(f"left out, without pictures that are read here: {', '.join(empty)}", file=sys.stderr)
+    classes = [name for name in names if found[name]]
     paths, labels, digest = [], [], hashlib.sha256()
     for label, name in enumerate(classes):
-        found = [os.path.join(folder, name, path) for path in fid.list_pictures(os.path.join(folder, name))]
-        held_out = set(found[::50][: max(1, 1000 // len(classes))]) if len(found) > 1 else set()
-        chosen = [path for path in found if (path in held_out) == (split == "val")]
-        paths += chosen
-        labels += [label] * len(chosen)
+        files = [os.path.join(name, file) for file in found[name]]
+        held_out = set(files[::50][: max(1, 1000 // len(classes))]) if len(files) > 1 else set()
+        for file in (file for file in files if (file in held_out) == (split == "val")):
+            paths.append(os.path.join(folder, file))
+            labels.append(label)  # name and size stand for a picture
+            digest.update(os.fsencode(f"{file} {os.path.getsize(paths[-1])}\n"))
     if not paths:
-        raise UserError(f"{folder} has no {split} pictures in {len(classes)} subfolders: it must be {layout}")
-    for path in paths:  # a picture's size and time of change stand for it
-        stamp = os.lstat(path)
-        line = f"{os.path.relpath(path, folder)} {stamp.st_size} {stamp.st_mtime_ns}\n"
-        digest.update(os.fsencode(line))
+        found = f"{folder} has no {split} pictures in {len(names)} subfolders"
+        raise UserError(f"{found}: it must be {layout}, with two pictures or more of some class")
     return classes, paths, labels, f"{len(paths)} files, {digest.hexdigest()[:16]}"
 
 
 def batches_from(step: int, count: int, recipe: Recipe, seed: int) -> Iterator[list[tuple[int, bool]]]:
     """Which of `count` pictures this rank sees in each step from `step` on, by (seed, step): (index, flip).
-
     Every epoch is a new permutation, and batches run across its end."""
     (rank, world), size, drawn = ranks(), recipe.batch_size, -1
-    for number in range(step, recipe.steps):
+    for step in range(step, recipe.steps):
         batch = []
-        for epoch, place in (divmod(seen, count) for seen in range(number * size, (number + 1) * size)):
+        for epoch, place in (divmod(seen, count) for seen in range(step * size, (step + 1) * size)):
             if epoch != drawn:
                 rng, drawn = np.random.default_rng([seed, epoch]), epoch
                 order, flips = rng.permutation(count), rng.integers(0, 2, count)
@@ -348,9 +344,8 @@ def batches_from(step: int, count: int, recipe: Recipe, seed: int) -> Iterator[l
 
 class Tokens(Dataset):
     """The tokenised training pictures: item (index, flip) -> (bits (K, d) bool, label).
-
-    A table in a mapped .npy file, 1.5 GB for ImageNet with both flips. Its name follows from the tokenizer
-    and the pictures, and it appears once it is whole: a table of anything else is made again."""
+    A table in a mapped .npy file, 1.5 GB for ImageNet with both flips. It is renamed into place when it is
+    complete. Another tokenizer or other pictures give another name."""
 
     def __init__(self, run: "Run", tokenizer: SemTok, fingerprint: str, flip: bool):
         self.shape, self.workers = (tokenizer.config.tokens, tokenizer.config.bits), run.train.workers
@@ -378,8 +373,7 @@ class Tokens(Dataset):
             np.lib.format.open_memmap(part, "w+", kind, (count, 1 + flip))
         wait_for_all()
         mine = [(index, False) for index in range(count * rank // world, count * (rank + 1) // world)]
-        own = torch.Generator()  # not the global one, which initialises networks
-        loader = DataLoader(run.train, 256, sampler=mine, num_workers=self.workers, generator=own)
+        loader = DataLoader(run.train, 256, sampler=mine, num_workers=self.workers)
         with open(part, "r+b") as file:
             file.seek((mine[0][0] - count) * (1 + flip) * kind.itemsize, os.SEEK_END)
             for pictures, labels in tqdm(loader, "tokenising", unit="x256", leave=False, disable=rank > 0):
@@ -416,7 +410,7 @@ PUBLISHED = {  # in the folder of weights: what each name is
     "lpips_vgg": "the LPIPS heads for VGG16 (v0.1), 7 kB",
     "resnet50-0676ba61": "torchvision's ResNet-50 (IMAGENET1K_V1), 98 MiB",
 }
-NEW_RUN = {  # settings.json; "set" has the values of --set, of "sizes" and of each stage
+NEW_RUN = {  # settings.json; "set" has the texts of --set, under "sizes" or a stage
     "preset": "tiny", "seed": 0, "data": None, "pictures": None, "weights": "weights", "ar_size": None,
     "set": {},
 }
@@ -424,13 +418,12 @@ NEW_RUN = {  # settings.json; "set" has the values of --set, of "sizes" and of e
 
 @dataclass
 class Run:
-    """A folder, its settings, and what this command brings along: options of the machine, pictures."""
-
+    """A folder, its settings, the options of this command, and the pictures."""
     folder: str
     settings: dict  # as in settings.json
     args: argparse.Namespace
     device: torch.device = torch.device("cpu")
-    kept: tuple[str, ...] = ()  # stages that have begun, and do not start again
+    kept: tuple[str, ...] = ()  # stages with a state or a result that this command does not start again
     train: Pictures | None = None
     val: Pictures | None = None
 
@@ -446,7 +439,8 @@ class Run:
         """The preset's recipe as --set changes it. Patience multiplies what is counted in steps."""
         recipe = changed(RECIPES[self.preset][stage], self.settings["set"].get(stage, {}))
         counted = {"steps", "warmup", "gan_start"} & asdict(recipe).keys()
-        return replace(recipe, **{n: max(1, round(getattr(recipe, n) * recipe.patience)) for n in counted})
+        longer = {name: round(getattr(recipe, name) * recipe.patience) for name in counted}
+        return replace(recipe, **{name: max(name != "gan_start", count) for name, count in longer.items()})
 
     def ar_config(self, tokens: SemTokConfig) -> ARConfig:
         """The transformer's sizes, for a tokenizer's tokens and the pictures' classes."""
@@ -465,15 +459,16 @@ class Run:
 
     def command(self, stage: str) -> str:
         """The command of another stage of this run; after the last, of sample.py."""
-        usual, folder = os.path.join("runs", "tiny"), shlex.quote(self.folder)
+        usual, folder = self.folder == os.path.join("runs", "tiny"), shlex.quote(self.folder)
         if stage == "sample":
-            return f"python sample.py --class 1{'' if self.folder == usual else f' --run {folder}'}"
-        return f"python train.py --stage {stage}{'' if self.folder == usual else f' --out {folder}'}"
+            label = min(1, len(self.train.classes) - 1)
+            return f"python sample.py --class {label}{'' if usual else f' --run {folder}'}"
+        return f"python train.py --stage {stage}{'' if usual else f' --out {folder}'}"
 
     def weights(self, *names: str) -> str:
         """The first of these names that is in the folder of weights; tiny has stage 0's. Raises UserError."""
         folder = self.path("standins") if self.tiny else self.settings["weights"]
-        how = f"{self.command('0')} makes it" if self.tiny else "README says how to get it"
+        how = f"{self.command('0')} makes it" if self.tiny else "see .github/weights.md"
         for name in names:
             with contextlib.suppress(fid.UserError):
                 return fid.find_weights(folder, name, "")
@@ -481,13 +476,20 @@ class Run:
 
     def parent(self, stage: str) -> str:
         """The fingerprint of the result that a stage is made from, or "". UserError if it is missing."""
-        if stage in "01" or getattr(self.recipe(stage), "init", "") == "scratch":
+        scratch = stage == "1" or stage == "2" and self.recipe(stage).init == "scratch"
+        before = "0" if scratch and self.tiny else None if scratch else {"2": "1", "ar": "2"}.get(stage)
+        if before is None:
             return ""
-        before = {"2": "1", "ar": "2"}[stage]
         path = self.path(STAGES[before].result)
         if not os.path.isfile(path):
             raise UserError(f"{path} is missing: make it first with {self.command(before)}")
         return TensorFiles(path).metadata.get("fingerprint", "")
+
+    def check_parent(self, stage: str, path: str, parent: str) -> None:
+        """UserError unless `path`, a result or a state, was made from the stage before as it is now."""
+        if parent != self.parent(stage):
+            again = f"{self.command(stage)} --overwrite makes it again"
+            raise UserError(f"{path} was made from another result of the stage before: {again}")
 
 
 def read_settings(path: str) -> dict:
@@ -506,7 +508,6 @@ def read_settings(path: str) -> dict:
 
 def open_run(args: argparse.Namespace) -> tuple[Run, list[str]]:
     """The run in --out, as its settings.json has it and this command changes it, and the stages to train.
-
     Raises UserError for a change of what was decided when a stage began."""
     path, order = os.path.join(args.out, "settings.json"), list(STAGES)
     old = read_settings(path)
@@ -521,8 +522,9 @@ def open_run(args: argparse.Namespace) -> tuple[Run, list[str]]:
     stages = order[1 + scratch :] if several else [args.stage]
     if tiny and (several or "0" not in begun and (stages[0] == "1" or scratch and stages[0] == "2")):
         stages = ["0", *stages]
+    asked = stages if several else [args.stage]  # a stage 0 that comes along has its own recipe
     for name, text in args.changes.items():
-        reached = order[order.index(stages[0]) :] if name in FOR_ALL else stages
+        reached = order[order.index(stages[0]) :] if name in FOR_ALL else asked
         for part in ["sizes"] if name in TOKENIZER_SIZES + AR_SIZES else reached:
             if part == "sizes" or name in setting_names(part):
                 settings["set"][part][name] = text
@@ -563,15 +565,14 @@ def random_twin(make) -> nn.Module:
         torch.manual_seed(0)
         network = make()
         for layer in network.modules():
-            if isinstance(layer, nn.Conv2d):  # so deep, it sees only with He's gain
+            if isinstance(layer, nn.Conv2d):  # without He initialisation activations vanish at this depth
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     return network.requires_grad_(False).eval()
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A perceptual loss of Eq. 7: how a run gets its network, the sizes of tiny's twin, and the loss."""
-
+    """A perceptual loss of Eq. 7: how a run loads its network, how tiny makes a small one, and the loss."""
     load: Callable[[Run], nn.Module]
     make_twin: Callable[[], nn.Module]
     loss: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]  # network, output, pictures -> ()
@@ -597,12 +598,12 @@ JUDGES = {
 # ------------------------------------------------ the stages: what each one is fed, its losses, what it shows
 
 def compared(run: Run, redraw, rows: dict, caption: str) -> tuple[Image.Image, dict[str, float]]:
-    """Ten held-out pictures over what `redraw` makes of them; PSNR and SSIM of 200 others."""
+    """Ten held-out pictures over what `redraw` makes of them; PSNR and SSIM of 200."""
     shown, measured = (run.val.spread(count)[0] for count in (10, 200))
     made = redraw(torch.cat([shown, measured]).to(run.device)).cpu()
-    sheet = picture_grid({"original": shown} | rows | {caption: made[:10]})
+    sheet, made = picture_grid({"original": shown} | rows | {caption: made[: len(shown)]}), made[len(shown) :]
     metrics = {"psnr": fid.psnr, "ssim": fid.ssim}
-    return sheet, {name: metric(made[10:], measured).mean().item() for name, metric in metrics.items()}
+    return sheet, {name: metric(made, measured).mean().item() for name, metric in metrics.items()}
 
 
 def new_tokenizer(run: Run, semantic_width: int) -> SemTok:
@@ -631,11 +632,11 @@ class Pretraining(nn.Module):
         # VAE is frozen too, but belongs to the tokenizer, and to its file.
         siglip = load_siglip(run.weights("siglip2-base-patch16-256"), run.device).requires_grad_(False)
         self.frozen = {"siglip": siglip}
-        if self.parent:
+        if self.name == "2" and self.recipe.init == "stage1":
             self.semtok, _ = load_semtok(run.path("stage1.safetensors"), run.device)
         else:
             self.semtok = new_tokenizer(run, siglip.config.width)
-        self.semtok.decoder.mask_tokens.requires_grad_(False)  # they join in stage II
+        self.semtok.decoder.mask_tokens.requires_grad_(False)  # they are used in stage II only
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
@@ -671,12 +672,12 @@ class Refining(Pretraining):
 
     def __init__(self, run: Run):
         super().__init__(run)
-        if self.parent:
+        if self.recipe.init == "stage1":
             pictures = run.val.spread(10)[0].to(run.device)
             self.rows_before = {Pretraining.caption: Pretraining.redraw(self, pictures)}
         self.semtok.start_refiner()
         self.semtok.decoder.requires_grad_(True)
-        self.semtok.decoder.x_embedder.requires_grad_(False)  # nothing noisy comes in any more
+        self.semtok.decoder.x_embedder.requires_grad_(False)  # unused: there are no noisy latents in stage II
         self.semtok.encoder.requires_grad_(not self.recipe.freeze_encoder)
         self.discriminator = Discriminator(*TINY_DISCRIMINATOR if run.tiny else ())
         names = JUDGES if self.recipe.perceptual == "all" else [self.recipe.perceptual]
@@ -723,7 +724,7 @@ class Generating(nn.Module):
         return self.ar.loss(**rows, **shared, smoothing=self.recipe.smoothing)
 
     def after_step(self, losses: dict[str, torch.Tensor]) -> None:
-        """Nothing follows."""
+        pass  # nothing follows
 
     @torch.no_grad()
     def look(self) -> tuple[Image.Image, dict[str, float]]:
@@ -744,7 +745,6 @@ class Generating(nn.Module):
 
 class StandIns(nn.Module):
     """Stage 0: small twins of the VAE and of SigLIP, under the published names, where those cannot be had.
-
     The VAE learns by reconstruction and KL, SigLIP's tower by the sigmoid loss against class names."""
 
     name, title, result = "0", "stand-ins", "standins/sd3.5_vae.safetensors"
@@ -758,13 +758,13 @@ class StandIns(nn.Module):
         self.class_names = nn.Embedding(len(run.train.classes), self.config.semantic_width)
         self.siglip_scale = nn.Parameter(torch.tensor([math.log(10.0)]))
         self.siglip_bias = nn.Parameter(torch.tensor([-2.0]))
-        for name, layer in self.vae.named_modules():  # gain 1: PyTorch's start finds the brightness late
+        for name, layer in self.vae.named_modules():  # PyTorch's default gain learns brightness slowly
             if isinstance(layer, nn.Conv2d) and not name.endswith(("conv2", "proj_out")):  # these are 0
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
                 nn.init.zeros_(layer.bias)
         log_variances = self.vae.encoder.conv_out.bias[self.config.vae.latent_channels :]
         nn.init.constant_(log_variances, -6)  # start with little noise
-        nn.init.normal_(self.siglip.embeddings.position_embedding.weight, std=0.02)  # 1.0 drowns the patches
+        nn.init.normal_(self.siglip.embeddings.position_embedding.weight, std=0.02)  # not 1
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
@@ -773,7 +773,7 @@ class StandIns(nn.Module):
         side, top, left = pictures.shape[-1], 0, 0
         if step < 0.8 * self.recipe.steps:
             side //= 2
-            top, left = np.random.default_rng(step).integers(0, side + 1, 2)
+            top, left = np.random.default_rng([self.run.settings["seed"], step]).integers(0, side + 1, 2)
         windows, place = pictures[::3, :, top : top + side, left : left + side], side // config.factor
         shape = world * len(windows), config.latent_channels, place, place
         noise = torch.randn(shape, generator=rng, device=pictures.device).chunk(world)[rank]
@@ -796,15 +796,14 @@ class StandIns(nn.Module):
         return losses | {"siglip_loss": siglip_loss, "accuracy": (pairs.argmax(1) == labels).float().mean()}
 
     def after_step(self, losses: dict[str, torch.Tensor]) -> None:
-        """Nothing follows."""
-
-    def redraw(self, pictures: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, 3, H, W) -> uint8, through the VAE alone."""
-        return to_uint8(self.vae.decode(self.vae.encode(to_signed(pictures))))
+        pass  # nothing follows
 
     @torch.no_grad()
     def look(self) -> tuple[Image.Image, dict[str, float]]:
-        return compared(self.run, self.redraw, {}, "VAE")
+        def redraw(pictures):
+            return to_uint8(self.vae.decode(self.vae.encode(to_signed(pictures))))
+
+        return compared(self.run, redraw, {}, "VAE")
 
     @torch.no_grad()
     def export(self, metadata: dict[str, str]) -> None:
@@ -820,11 +819,15 @@ class StandIns(nn.Module):
         for tensor in (siglip.post_layernorm.weight, siglip.post_layernorm.bias):
             tensor *= 0.25  # features of this size leave room for the pixels beside lambda_s
         if ranks()[0] == 0:
+            digest = hashlib.sha256()
+            for tensor in (*vae.state_dict().values(), *siglip.state_dict().values()):
+                digest.update(tensor.numpy())
+            metadata = metadata | {"fingerprint": digest.hexdigest()[:16]}
             tower = self.run.path("standins/siglip2-base-patch16-256")
             write_text(f"{tower}/config.json", '{"num_attention_heads": 2}')
             tensors = siglip.state_dict(prefix="vision_model.")
             write_tensors(f"{tower}/model.safetensors", tensors, metadata)
-            write_tensors(self.run.path(self.result), vae.state_dict(), metadata)  # the last
+            write_tensors(self.run.path(self.result), vae.state_dict(), metadata)  # the last: it is finished
 
 
 STAGES = {stage.name: stage for stage in (StandIns, Pretraining, Refining, Generating)}
@@ -865,14 +868,13 @@ def shard(stage: nn.Module, device: torch.device) -> None:
 
 def compile_blocks(stage: nn.Module) -> None:
     """torch.compile in place, under the old names: transformer blocks, and the frozen networks of a step."""
-    frozen = [network for network in stage.frozen.values() if not isinstance(network, SemTok)]
     vae = [stage.semtok.vae.encoder, stage.semtok.vae.decoder] if isinstance(stage, Pretraining) else []
-    for network in (*blocks_of(stage), *frozen, *vae):
+    for network in (*blocks_of(stage), *stage.frozen.values(), *vae):
         network.compile(dynamic=False)
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor in one piece, for which all ranks must ask; any other as it is."""
+    """A sharded tensor in one piece, any other as it is. All ranks must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -898,7 +900,7 @@ def averaged(stage: nn.Module, average: dict[str, torch.Tensor]) -> Iterator[Non
 def write_model(path: str, kind: str, model: nn.Module, metadata: dict[str, str]) -> None:
     """A checkpoint with its kind, sizes and fingerprint, by rank 0; all ranks call this to gather it."""
     tensors, digest = {}, hashlib.sha256()
-    for name, tensor in model.state_dict().items():  # one by one: whole, they fill a GPU
+    for name, tensor in model.state_dict().items():  # one by one: gathered at once they would fill a GPU
         tensor = full(tensor)
         if ranks()[0] == 0:
             tensors[name] = tensor.cpu().contiguous()
@@ -933,7 +935,7 @@ def save_state(folder: str, step: int, tensors: dict[str, torch.Tensor], facts: 
             flush(os.path.join(part, name))
         facts = facts | {"step": step, "bytes": shard_sizes(part)}
         write_text(os.path.join(part, "state.json"), json.dumps(facts))
-        shutil.rmtree(path, ignore_errors=True)  # it was damaged, or the run would have gone on from it
+        shutil.rmtree(path, ignore_errors=True)  # a damaged state of this step
         os.replace(part, path)
         flush(folder)
         for old in saved_states(folder)[:-2]:
@@ -943,10 +945,9 @@ def save_state(folder: str, step: int, tensors: dict[str, torch.Tensor], facts: 
 
 def load_state(folder: str, tensors: dict[str, torch.Tensor]) -> dict:
     """Fill the tensors in place from the newest state that is whole; returns its facts, `step` among them.
-
     Raises UserError when there is none, and when its tensors are others."""
     (rank, world), chosen = ranks(), [None]
-    for path in reversed(saved_states(folder) if rank == 0 else []):
+    for path in reversed(saved_states(folder) if rank == 0 else ()):
         try:
             facts = json.loads(Path(path, "state.json").read_text(encoding="utf-8"))
             if facts["bytes"] != shard_sizes(path) or int(facts["step"]) != int(path.rpartition("-")[2]):
@@ -975,25 +976,8 @@ def load_state(folder: str, tensors: dict[str, torch.Tensor]) -> dict:
 BAD_STEPS = 5  # steps in a row that are not finite, after which a run stops
 
 
-@dataclass
-class Training:
-    """What stands between two steps of a stage."""
-
-    run: Run
-    stage: nn.Module
-    dataset: Dataset
-    optimizer: torch.optim.AdamW
-    parameters: dict[str, nn.Parameter]  # what is trained, by name
-    average: dict[str, torch.Tensor]  # its running mean; not the discriminator's, with which nobody draws
-    state: dict[str, torch.Tensor]  # live tensors, saved and filled in place
-    step: int = 0
-    skipped: int = 0  # steps that were not finite, in all
-    bad_in_a_row: int = 0
-
-
 def make_optimizer(stage: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW. Weights of linear layers and convolutions decay; norms, biases and embeddings do not.
-
     Each group knows its peak rate and the step at which it joins. Moments are made at once: a training state
     has the same names before and after the discriminator joins."""
     matrices = {layer.weight for layer in stage.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
@@ -1003,7 +987,8 @@ def make_optimizer(stage: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
             joins = name.startswith("discriminator.")
             peak, start = (recipe.discriminator_lr, recipe.gan_start) if joins else (recipe.lr, 0)
             decay = recipe.weight_decay if p in matrices else 0.0
-            group = {"params": [], "peak": peak, "start": start, "weight_decay": decay}
+            rate = "lr_discriminator" if joins else "lr"  # its name in the log
+            group = {"params": [], "rate": rate, "peak": peak, "start": start, "weight_decay": decay}
             groups.setdefault((joins, decay), group)["params"].append(p)
             state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
             state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -1012,51 +997,49 @@ def make_optimizer(stage: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     return optimizer
 
 
-def set_up(name: str, run: Run) -> Training:
-    """Build a stage, its data, its optimiser and its averages; fill them from the last training state."""
-    args, recipe, device = run.args, run.recipe(name), run.device
+class Training:
+    """What stands between two steps of a stage: the stage, its data, its optimiser, its averages."""
 
-    # ---- the stage and its data
-    torch.manual_seed(run.settings["seed"])
-    stage, dataset = STAGES[name](run).to(device), run.train
-    if name == "ar":  # before its networks are compiled
-        dataset = Tokens(run, stage.frozen["tokenizer"], stage.parent, recipe.flip)
-    for module in stage.modules():
-        if hasattr(module, "checkpoint_activations"):
-            module.checkpoint_activations = args.checkpoint_activations
-    if args.compile:
-        compile_blocks(stage)
-    if ranks()[1] > 1:
-        shard(stage, device)
+    def __init__(self, name: str, run: Run):
+        """Build all of it, and fill it from the last training state."""
+        recipe, device, args = run.recipe(name), run.device, run.args
+        torch.manual_seed(run.settings["seed"])
+        stage, self.dataset = STAGES[name](run).to(device), run.train
+        if name == "ar":  # before its networks are compiled
+            self.dataset = Tokens(run, stage.frozen["tokenizer"], stage.parent, recipe.flip)
+        for module in stage.modules():
+            if hasattr(module, "checkpoint_activations"):
+                module.checkpoint_activations = args.checkpoint_activations
+        if args.compile:
+            compile_blocks(stage)
+        if ranks()[1] > 1:
+            shard(stage, device)
 
-    # ---- what is trained, averaged and saved
-    parameters = {n: p for n, p in stage.named_parameters() if p.requires_grad}
-    optimizer, persistent = make_optimizer(stage, recipe), stage.state_dict()
-    averages = [n for n in parameters if recipe.ema and not n.startswith("discriminator.")]
-    average = {n: parameters[n].detach().clone() for n in averages}
-    state = {f"buffers/{n}": buffer for n, buffer in stage.named_buffers() if n in persistent}
-    state |= {f"ema/{n}": mean for n, mean in average.items()}
-    for n, parameter in parameters.items():
-        state |= {f"adam/{kind}/{n}": tensor for kind, tensor in optimizer.state[parameter].items()}
-        state[f"weights/{n}"] = parameter
-    training = Training(run, stage, dataset, optimizer, parameters, average, state)
+        # ---- what is trained and averaged; state: live tensors by name, saved and filled in place
+        self.run, self.stage, self.step, self.skipped, self.bad_in_a_row = run, stage, 0, 0, 0
+        self.parameters = {n: p for n, p in stage.named_parameters() if p.requires_grad}
+        self.optimizer, persistent = make_optimizer(stage, recipe), stage.state_dict()
+        averages = [n for n in self.parameters if recipe.ema and not n.startswith("discriminator.")]
+        self.average = {n: self.parameters[n].detach().clone() for n in averages}
+        self.state = {f"buffers/{n}": buffer for n, buffer in stage.named_buffers() if n in persistent}
+        self.state |= {f"ema/{n}": mean for n, mean in self.average.items()}
+        for n, p in self.parameters.items():
+            self.state |= {f"adam/{kind}/{n}": tensor for kind, tensor in self.optimizer.state[p].items()}
+            self.state[f"weights/{n}"] = p
 
-    # ---- where it stands
-    folder, result = run.path(f"state-{name}"), run.path(stage.result)
-    wait_for_all()  # all ranks decide before rank 0 touches a file
-    if name in run.kept:
-        facts = load_state(folder, state)
-        if facts["parent"] != stage.parent:
-            again = f"{run.command(name)} --overwrite starts again"
-            raise UserError(f"{folder} was made from another result of the stage before: {again}")
-        training.step, training.skipped = facts["step"], facts["skipped"]
-    if ranks()[0] == 0:
-        for part in Path(folder).glob("step-*.part"):  # of a run that was killed
-            shutil.rmtree(part)
-        if name not in run.kept:
-            shutil.rmtree(folder, ignore_errors=True)
-            Path(result).unlink(missing_ok=True)
-    return training
+        # ---- where it stands
+        folder = run.path(f"state-{name}")
+        wait_for_all()  # all ranks decide before rank 0 touches a file
+        if name in run.kept:
+            facts = load_state(folder, self.state)
+            run.check_parent(name, folder, facts["parent"])
+            self.step, self.skipped = facts["step"], facts["skipped"]
+        if ranks()[0] == 0:
+            for part in Path(folder).glob("step-*.part"):  # of a run that was killed
+                shutil.rmtree(part)
+            if name not in run.kept:
+                shutil.rmtree(folder, ignore_errors=True)
+                Path(run.path(stage.result)).unlink(missing_ok=True)
 
 
 def one_step(training: Training, batch: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -1118,83 +1101,84 @@ def one_step(training: Training, batch: list[torch.Tensor]) -> dict[str, torch.T
 
 def is_finished(name: str, run: Run) -> bool:
     """Whether a stage has its result and no more steps are asked for. UserError for one of another parent."""
-    result, steps = run.path(STAGES[name].result), run.recipe(name).steps
+    result = run.path(STAGES[name].result)
     if name not in run.kept or not os.path.exists(result):
         return False
     about = TensorFiles(result).metadata
-    if about.get("parent", "") != run.parent(name):
-        again = f"{run.command(name)} --overwrite makes it again"
-        raise UserError(f"{result} was made from another result of the stage before: {again}")
-    return int(about.get("steps", steps)) == steps
+    run.check_parent(name, result, about.get("parent", ""))
+    return int(about["steps"]) == run.recipe(name).steps
 
 
 def train_stage(name: str, run: Run) -> None:
     """Train one stage from where it stands to its end. Raises UserError when it stops before."""
-    recipe, device, (rank, world) = run.recipe(name), run.device, ranks()
+    recipe, device, (rank, world), started = run.recipe(name), run.device, ranks(), time.time()
     result, states, log = (run.path(file) for file in (STAGES[name].result, f"state-{name}", "log.jsonl"))
-    started, say = time.time(), print if rank == 0 else (lambda *_: None)
+    say = print if rank == 0 else (lambda *_: None)
     if is_finished(name, run):
         return say(f"stage {name} is finished: {result}")
-    what = f"{STAGES[name].title}, {recipe.steps} steps of {recipe.batch_size}"
-    say(f"stage {name}: {what} on {world} x {device}")
-    training = set_up(name, run)
+    say(f"stage {name}: {STAGES[name].title}, {recipe.steps} x {recipe.batch_size} on {world} x {device}")
+    training = Training(name, run)
     stage, dataset, step = training.stage, training.dataset, training.step
     batches = DataLoader(
         dataset, num_workers=dataset.workers, persistent_workers=dataset.workers > 0,
-        pin_memory=device.type == "cuda",  # else each copy waits for the steps that are under way
+        pin_memory=device.type == "cuda",  # so that copies overlap with steps
         batch_sampler=batches_from(step, len(dataset), recipe, run.settings["seed"]),
     )
-    facts = {"parent": stage.parent}
+    signals = []  # handled after the step under way
+
+    def stopped() -> bool:  # whether one has reached any rank
+        return bool(mean_over_ranks(torch.tensor(float(len(signals)))))  # a CPU tensor: no wait for the GPU
 
     def write_log(**entry):
-        if rank == 0 and entry:
+        if rank == 0:
             with open(log, "a", encoding="utf-8") as file:
                 print(json.dumps({"stage": name, "step": training.step} | entry), file=file)
 
-    def stopped() -> bool:  # whether a signal has reached any rank
-        return bool(mean_over_ranks(torch.tensor(float(len(signals)))))  # by gloo: no wait for the GPU
+    def look() -> dict[str, float]:  # at held-out pictures, with the averaged weights
+        eager = torch.compiler.set_stance("force_eager")  # other batch sizes would fill the compiler's cache
+        with averaged(stage, training.average), autocast(device), eager:
+            picture, figures = stage.look()
+        write_log(**figures)
+        if rank == 0:
+            write_picture(run.path(f"preview-{name}-{training.step:07d}.png"), picture)
+        if figures.get("dead_bits") and training.step > recipe.warmup and rank == 0:
+            text = f"{figures['dead_bits']} bits never change: raise lambda_q or lower --lr"
+            tqdm.write(f"step {training.step}: codes collapse, {text}")
+        return figures
 
-    # ---- the loop: step, look, log, save
+    # ---- the loop: step, log, look, save
     bar = tqdm(batches, f"stage {name}", initial=step, total=recipe.steps, unit="step", disable=rank > 0)
-    signals, since = [], (time.time(), step)  # signals are obeyed once the step under way is saved
     with bar, contextlib.ExitStack() as at_end:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handler = signal.signal(number, lambda number, _: signals.append(number))
-            at_end.callback(signal.signal, number, handler)
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            at_end.callback(signal.signal, kind, signal.signal(kind, lambda kind, _: signals.append(kind)))
+        since = time.time(), step
         for batch in bar:
             losses = one_step(training, batch)
             step, last = training.step, training.step == recipe.steps
             if training.bad_in_a_row == BAD_STEPS:
                 broken = ", ".join(n for n, value in losses.items() if not value.isfinite())
-                raise UserError(
-                    f"step {step}: {broken} not finite, and the {BAD_STEPS} last steps were skipped: the "
-                    "same command goes on from the last state, best with a lower --lr"
-                )
+                found = f"step {step}: {broken} not finite, and the {BAD_STEPS} last steps were skipped"
+                raise UserError(f"{found}: the same command goes on, best with a lower --lr")
             if step % recipe.log_every == 0 or last:
                 entry = {n: value.item() for n, value in losses.items()}
-                entry |= {"lr": training.optimizer.param_groups[0]["lr"], "skipped": training.skipped}
+                entry |= {group["rate"]: group["lr"] for group in training.optimizer.param_groups}
+                entry["skipped"] = training.skipped
                 (then, first), since = since, (time.time(), step)
-                speed = (step - first) / (since[0] - then)  # with all that a step takes, previews and states
+                speed = (step - first) / (since[0] - then)  # including previews and saving
                 write_log(**entry, images_per_s=speed * recipe.batch_size)
                 bar.set_postfix(loss=entry["loss"])
-            if step % recipe.preview_every == 0 or last:
-                with averaged(stage, training.average), autocast(device):
-                    picture, figures = stage.look()
-                write_log(**figures)
-                if figures.get("dead_bits") and step > recipe.warmup and rank == 0:
-                    dead = f"{figures['dead_bits']} bits never change on held-out pictures"
-                    tqdm.write(f"step {step}: codes collapse ({dead}): raise lambda_q or lower --lr")
-                if rank == 0:
-                    write_picture(run.path(f"preview-{name}-{step:07d}.png"), picture)
+            if step % recipe.preview_every == 0 and not last:
+                look()
             ends = stopped()
             if step % recipe.save_every == 0 or last or ends:
-                facts["skipped"] = training.skipped
+                facts = {"parent": stage.parent, "skipped": training.skipped}
                 save_state(states, step, training.state, facts)
             if ends:
-                same = "the same command without --overwrite" if run.args.overwrite else "the same command"
+                same = "the same command" + " without --overwrite" * run.args.overwrite
                 raise UserError(f"stopped at step {step}, saved: {same} goes on")
 
         # ---- the result
+        figures = look()
         about = {"stage": name, "preset": run.preset, "classes": json.dumps(run.train.classes)}
         about |= {"parent": stage.parent, "steps": str(recipe.steps), "figures": json.dumps(figures)}
         with averaged(stage, training.average):
@@ -1203,15 +1187,16 @@ def train_stage(name: str, run: Run) -> None:
             write_picture(run.path(f"curves-{name}.png"), draw_curves(log, name))
             for old in saved_states(states)[:-1]:  # the last one stays, for more steps later
                 shutil.rmtree(old)
+        ends = stopped()
+    torch.compiler.reset()  # the next stage's blocks are others
     reached = ", ".join(f"{k} {v:.4g}" for k, v in figures.items())
-    following = {"0": "1", "1": "2", "2": "ar", "ar": "sample"}[name]
     say(
         f"stage {name} done in {time.time() - started:.0f} s: {reached} on held-out pictures -> {result}\n"
         f"  look at {run.path(f'preview-{name}-{recipe.steps:07d}.png')}: {stage.look_for}\n"
         f"  and at {run.path(f'curves-{name}.png')}\n"
-        f"  next: {run.command(following)}"
+        f"  next: {run.command({'0': '1', '1': '2', '2': 'ar', 'ar': 'sample'}[name])}"
     )
-    if stopped():
+    if ends:
         raise UserError(f"stopped after stage {name}, which is finished: the same command goes on")
 
 
@@ -1221,15 +1206,19 @@ def draw_curves(log: str, stage: str) -> Image.Image:
     for line in Path(log).read_bytes().splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that was cut
             entry = json.loads(line)
+            if entry["stage"] == stage:  # where a stage was taken up again, what followed counts no more
+                for points in curves.values():
+                    for step in [step for step in points if step > entry["step"]]:
+                        del points[step]
             for name in entry.keys() - {"stage", "step", "skipped"} if entry["stage"] == stage else ():
                 curves.setdefault(name, {})[int(entry["step"])] = float(entry[name])
     last = max(step for points in curves.values() for step in points)
     curves = {name: curves[name] for name in sorted(curves) if len(curves[name]) > 1 or name == "loss"}
     sheet = Image.new("RGB", (5 * 230, -(-len(curves) // 5) * 120), "white")
     pen = ImageDraw.Draw(sheet)
-    for number, (name, points) in enumerate(curves.items()):
+    for place, (name, points) in enumerate(curves.items()):
         steps, values = np.array([p for p in sorted(points.items()) if math.isfinite(p[1])] or [(0, 0)]).T
-        (low, high), left, top = (values.min(), values.max()), number % 5 * 230 + 8, number // 5 * 120 + 4
+        (low, high), left, top = (values.min(), values.max()), place % 5 * 230 + 8, place // 5 * 120 + 4
         heights = (values - low) / (high - low or 1)
         pen.text((left, top), f"{name}  {values[-1]:.4g}", fill="black")
         pen.rectangle((left, top + 14, left + 210, top + 92), outline="lightgrey")
@@ -1250,8 +1239,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--stage", required=True, choices=[*STAGES, "all"], help="what to train; all: every stage in order")
     add("--out", metavar="FOLDER", help="the run: results, previews, log and states (default: runs/PRESET)")
-    group = parser.add_argument_group("settings of the run, which its folder remembers")
-    remembered = group.add_argument
+    remembered = parser.add_argument_group("settings of the run, which its folder remembers").add_argument
     remembered("--preset", choices=list(RECIPES), help="sizes and recipe (default: tiny)")
     remembered("--data", metavar="FOLDER", help="FOLDER/CLASS/picture.jpg; tiny draws shapes without it")
     remembered("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="see below")
@@ -1259,19 +1247,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         about = {"metavar": "N", "help": f"short for --set {name}=N", "type": f"{name}={{}}".format}
         remembered("--" + name.replace("_", "-"), dest="set", action="append", **about)
     remembered("--ar-size", choices=["L", "XL", "XXL"], help="the paper preset's transformer (default: L)")
-    remembered("--seed", type=int, help="everything random follows from it (default: 0)")
+    remembered("--seed", type=number(int, 0, 2**53), help="everything random follows from it (default: 0)")
     remembered("--weights", metavar="FOLDER", help="other people's networks (default: weights)")
     add("--overwrite", action="store_true", help="start the stage again, in place of what is there")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    add("--workers", type=int, default=min(4, os.cpu_count()), help="processes to read pictures")
-    add("--accumulate", type=int, default=1, metavar="N", help="micro-batches: less memory, entropy of each")
+    add("--workers", type=number(int, 0, 1024), default=min(4, os.cpu_count()), help="read pictures")
+    add("--accumulate", type=number(int, 1, 1024), default=1, metavar="N",
+        help="split a batch into N micro-batches: less memory; the entropy loss is then of each")
     add("--checkpoint-activations", action="store_true", help="less memory, about a third more work")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile networks (default: on CUDA)")
     args = parser.parse_args(arguments)
 
-    for name, least in {"seed": 0, "workers": 0, "accumulate": 1}.items():
-        if (number := getattr(args, name)) is not None and not least <= number < 2**53:
-            parser.error(f"--{name} {number} must be at least {least}")
     args.out = os.path.normpath(args.out or os.path.join("runs", args.preset or "tiny"))
     for name in ("data", "weights"):  # later commands may come from another folder
         if (folder := getattr(args, name)) is not None:
@@ -1288,24 +1274,22 @@ def main(arguments: list[str] | None = None) -> None:
     """The command. Raises UserError for what the person at the keyboard can mend."""
     args = parse_arguments(arguments)
     run, stages = open_run(args)
-    if not run.tiny and not os.path.isdir(run.settings["data"] or ""):
+    data = run.settings["data"] or ""
+    if data and Path(os.path.realpath(args.out)).is_relative_to(os.path.realpath(data)):
+        raise UserError(f"--out {args.out} lies in the pictures' folder {data}: take another --out")
+    if not run.tiny and not os.path.isdir(data):
         raise UserError("--data needs a folder, FOLDER/CLASS/picture.jpg: README says how to get ImageNet")
     run.parent(stages[0])
-    _, world, local_rank = launched()
-    run.device = choose_device(args.device)
+    world, run.device = launched()[1], choose_device(args.device)
     cuda = run.device.type == "cuda"
-    if cuda and world > 1:
-        run.device = choose_device(f"cuda:{local_rank}")
-        torch.cuda.set_device(run.device)
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     args.compile = cuda if args.compile is None else args.compile
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA, for what autocast leaves in float32
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a state of one process
     with lock(args.out):
-        source, seed, size = run.settings["data"], run.settings["seed"], run.config.image_size
-        run.train, run.val = (Pictures(source, split, seed, size, args.workers) for split in DRAWN)
+        seed, size = run.settings["seed"], run.config.image_size
+        run.train, run.val = (Pictures(data, split, seed, size, args.workers) for split in DRAWN)
         found, recorded = run.train.fingerprint, run.settings["pictures"]
         if run.kept and recorded not in (None, found):
             raise UserError(f"{args.out} was begun with other pictures ({recorded}; now {found}): "
@@ -1324,13 +1308,12 @@ def main(arguments: list[str] | None = None) -> None:
 def lock(folder: str) -> Iterator[None]:
     """One run at a time writes in a folder; the kernel frees the lock when its owner dies. UserError."""
     os.makedirs(folder, exist_ok=True)
-    number = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    with open(number, "r+") as file:
-        if ranks()[0] == 0:
-            try:  # not flock: the loader's processes would inherit that lock, and outlive a killed run
+    with open(os.path.join(folder, ".lock"), "a") as file:
+        try:  # not flock: the loader's processes would inherit that lock, and outlive a killed run
+            if ranks()[0] == 0:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another run is at work in {folder}: wait or change --out") from None
+        except BlockingIOError:
+            raise UserError(f"another run is at work in {folder}: wait or change --out") from None
         yield
 
 

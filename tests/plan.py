@@ -7,10 +7,12 @@ values, with the types of CUDA's autocast. It takes train.py's options of what i
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -35,8 +37,6 @@ PARTS = {  # of the stages, as the code names them: millions of parameters in th
     "tokenizer": "-", "ar": "-", "vae.encoder": "-", "vae.decoder": "-",
 }
 PAPER_AR = {"L": 318, "XL": 746, "XXL": 1200}
-READS = {"1": ["siglip2-base-patch16-256"], "2": ["siglip2-base-patch16-256"]}  # published files of a stage
-JUDGED = {"lpips": ["vgg16-397923af", "lpips_vgg"], "resnet": ["resnet50-0676ba61"]}
 
 
 class AsOnCUDA(torch.overrides.TorchFunctionMode):
@@ -53,63 +53,58 @@ class AsOnCUDA(torch.overrides.TorchFunctionMode):
 
 
 class Planned(train.Run):
-    """A run that reads no file: its networks have the published sizes and no values."""
+    """A run that notes what is missing and goes on, since networks of the published sizes stand for files."""
 
     def __post_init__(self):
         super().__post_init__()
+        self.missing = {}  # what was asked for -> a sentence
         self.train = SimpleNamespace(classes=[""] * (10 if self.tiny else 1000))
+        self.val = SimpleNamespace(spread=lambda count: (torch.zeros(1), None))
+
+    def ask(self, read, *names: str) -> str:
+        try:
+            return read(*names)
+        except (fid.UserError, train.UserError) as error:
+            self.missing[names] = str(error)
+            return "missing"
 
     def weights(self, *names):
-        return names[-1]
+        return self.ask(super().weights, *names)
 
     def parent(self, stage):
-        return ""
-
-    def missing(self, stage: str) -> list[str]:
-        """A sentence for each thing that a stage reads and does not find."""
-        recipe, found = self.recipe(stage), train.Run(self.folder, self.settings, self.args)
-        first = stage == "1" or getattr(recipe, "init", "") == "scratch"
-        names = [("sd3.5_medium",) if self.preset == "paper" else ("sd3.5_vae", "sd3.5_medium")] * first
-        names += [(name,) for name in READS.get(stage, ())]
-        judged = getattr(recipe, "perceptual", None)
-        judges = JUDGED if judged == "all" else [judged] * (judged is not None)
-        names += [(name,) for judge in judges if not self.tiny for name in JUDGED[judge]]
-        reads = [lambda some=some: found.weights(*some) for some in names] + [lambda: found.parent(stage)]
-        sentences = []
-        for read in reads:
-            try:
-                read()
-            except (fid.UserError, train.UserError) as error:
-                sentences.append(str(error))
-        if not self.tiny and not os.path.isdir(self.settings["data"] or ""):
-            sentences.append("--data needs a folder, FOLDER/CLASS/picture.jpg: see README")
-        return sentences
+        return self.ask(super().parent, stage)
 
 
-def without_files(run: train.Run) -> None:
-    """Put networks of the published sizes in the place of what reads them out of files, in this process."""
+@contextlib.contextmanager
+def without_files(run: Planned):
+    """Inside `with`, train.py makes networks without values where it would read them out of files."""
+    def network(judge, run):
+        return (judge.make_twin() if run.tiny else judge.load(run)).requires_grad_(False).eval()
+
+    def lpips(*_):
+        return fid.LPIPS(fid.VGG16Features(), [torch.zeros(1, width, 1, 1) for width in fid.VGG_WIDTHS])
+
+    def load_sd35(decoder, *_):
+        decoder.load_state_dict(semtok.Decoder(run.config).state_dict(), assign=True)
+
     tower = train.TINY_SIGLIP if run.tiny else semtok.SigLIPConfig()
-    width = tower.width
-    train.load_vae = lambda path, device: semtok.VAE(run.config.vae)
-    train.load_siglip = lambda path, device: semtok.SigLIP(tower)
-    train.load_sd35 = lambda decoder, path, device: decoder.load_state_dict(
-        semtok.Decoder(run.config).state_dict(), assign=True)
-    train.load_semtok = lambda path, device: (train.new_tokenizer(run, width), {})
-    widths = (8, 8, 16, 24, 24) if run.tiny else fid.VGG_WIDTHS
-    sizes = train.TINY_RESNET if run.tiny else ()
-    make = {
-        "lpips": lambda: fid.LPIPS(fid.VGG16Features(widths), [torch.zeros(1, w, 1, 1) for w in widths]),
-        "resnet": lambda: semtok.ResNet(*sizes).requires_grad_(False).eval(),
+    loaders = {
+        "load_vae": lambda *_: semtok.VAE(run.config.vae), "load_siglip": lambda *_: semtok.SigLIP(tower),
+        "load_semtok": lambda *_: (semtok.SemTok(run.config), {}), "load_sd35": load_sd35,
     }
-    for name, judge in train.JUDGES.items():
-        train.JUDGES[name] = SimpleNamespace(loss=judge.loss, network=lambda run, name=name: make[name]())
+    with (
+        mock.patch.multiple(train, **loaders), mock.patch.object(train.Judge, "network", network),
+        mock.patch.multiple(fid, load_network=lambda make, *_: make(), load_lpips=lpips),
+        mock.patch.object(train.Pretraining, "redraw", lambda *_: None),  # of the preview
+    ):
+        yield
 
 
-def measure(name: str, run: train.Run, batch: int) -> dict:
+def measure(name: str, run: Planned, batch: int) -> tuple:
     """What a stage's last step costs on `batch` pictures, by FakeTensorMode: shapes without values.
 
-    Returns `stage`; `flops` of all passes; `forward`, those of a module's forward passes; bytes kept for the
-    backward pass: `activations`, and `checkpointed`, with the inputs of all blocks and the inside of one."""
+    Returns the stage; FLOPs of all passes, and of each module's forward passes; bytes kept for the backward
+    pass, as it is and checkpointed: the inputs of all blocks and the inside of one."""
     weights, kept, inputs, opened, forward, inside = set(), {}, {}, [], {}, {}
 
     def keep(tensor, among=kept):  # storages, since views of one tensor are kept once
@@ -151,44 +146,42 @@ def measure(name: str, run: train.Run, batch: int) -> dict:
         flops, activations = so_far()
         within = [inside[block] for block in blocks if block in inside] or [0]
         lean = activations + sum(s.nbytes() for s in inputs.values()) - sum(within) + max(within)
-    sizes = {"activations": activations, "checkpointed": lean}
-    return {"stage": stage, "flops": flops, "forward": forward} | sizes
+    return stage, flops, forward, activations, lean
 
 
 def plan(run: Planned, name: str, gpus: int) -> None:
     """Print what a stage takes: parameters, FLOPs, memory, disk, length and missing files."""
-    args, config, recipe, missing = run.args, run.config, run.recipe(name), run.missing(name)
-    paper, (card, peak, room) = run.preset == "paper", CARDS.get(run.preset, CARDS["base"])
-    batch = recipe.batch_size // (gpus * args.accumulate)
-    cost = measure(name, run, batch)
-    stage, forward, flops = cost["stage"], cost["forward"], cost["flops"]
-
-    def sizes(*modules) -> list[int]:  # parameters: trained, frozen
-        parameters = {p for module in modules for p in module.parameters()}
-        return [sum(p.numel() for p in parameters if p.requires_grad == trained) for trained in (True, False)]
-
+    config, recipe, paper = run.config, run.recipe(name), run.preset == "paper"
+    card, peak, room = CARDS.get(run.preset, CARDS["base"])
+    batch = recipe.batch_size // (gpus * run.args.accumulate)
+    stage, flops, forward, activations, checkpointed = measure(name, run, batch)
     print(
         f"stage {name}, {stage.title}, {run.preset} preset: {recipe.steps:,} steps of {recipe.batch_size} "
         f"pictures of {config.image_size} x {config.image_size}, {batch} at once on each of {gpus} GPUs\n"
         f"{config.tokens} tokens of {config.bits} bits: {config.bits_per_pixel:.3f} bits per pixel\n\n"
         f"{'network':20}{'trained, M':>12}{'frozen, M':>12}{'published':>12}{'forward, TFLOP a picture':>28}"
     )
+
+    def count(*modules: nn.Module) -> list[int]:  # parameters: trained ones, frozen ones
+        parameters = {p for module in modules for p in module.parameters()}
+        return [sum(p.numel() for p in parameters if p.requires_grad == trained) for trained in (True, False)]
+
     found = dict(stage.named_modules()) | stage.frozen
-    rows = {part: (sizes(found[part]), forward.get(found[part], 0)) for part in PARTS if part in found}
-    rows["all"] = sizes(stage, *stage.frozen.values()), sum(work for _, work in rows.values())
-    for part, ((trained, frozen), work) in rows.items():
-        published = PAPER_AR[run.settings["ar_size"] or "L"] if part == "ar" else PARTS.get(part, "-")
-        published = published if paper else "-"
+    rows = {part: (*count(found[part]), forward.get(found[part], 0)) for part in PARTS if part in found}
+    trained, frozen = count(stage, *stage.frozen.values())
+    rows["all"] = trained, frozen, sum(work for *_, work in rows.values())
+    told = (PARTS | {"ar": PAPER_AR[run.settings["ar_size"] or "L"]}) if paper else {}
+    for part, (ours, theirs, work) in rows.items():
         tera = f"{work / batch / 1e12:.4g}" if work else "-"
-        print(f"{part:20}{trained / 1e6:12.2f}{frozen / 1e6:12.2f}{published:>12}{tera:>28}")
+        print(f"{part:20}{ours / 1e6:12.2f}{theirs / 1e6:12.2f}{told.get(part, '-'):>12}{tera:>28}")
     print(f"with the backward passes: {flops / batch / 1e12:.4g} TFLOP a picture")
     if paper and name != "ar":
         pooled = (2048 + 1 + config.decoder_width + 1) * config.decoder_width
-        before = (sum(sizes(stage.semtok.decoder)) + pooled) / 1e6
+        before = (sum(count(stage.semtok.decoder)) + pooled) / 1e6
         print(f"the decoder has {before:.0f}M before SD3.5's pooled-text embedder becomes a bias")
 
     print("\nGiB on a GPU, what is trained sharded; context and fragments come on top, a few GiB")
-    blocks = {block: sum(sizes(block)) for block in train.blocks_of(stage) if sizes(block)[0]}
+    blocks = {block: sum(count(block)) for block in train.blocks_of(stage) if count(block)[0]}
     own = 4 * trained / gpus
     memory = {
         "trained weights, float32": own, "frozen weights, float32": 4 * frozen, "gradients, float32": own,
@@ -197,7 +190,7 @@ def plan(run: Planned, name: str, gpus: int) -> None:
         "bfloat16 copies": 2 * trained if gpus == 1 else 8 * max(blocks.values(), default=0),
     }
     fixed = sum(memory.values())
-    for note, kept in (("", cost["activations"]), (", checkpointed", cost["checkpointed"])):
+    for note, kept in (("", activations), (", checkpointed", checkpointed)):
         memory |= {f"activations{note}": kept, f"total{note}": fixed + kept}
     for label, amount in memory.items():
         over = f"  more than the {room / 2**30:.0f} of {card}" * ("total" in label and amount > room)
@@ -208,27 +201,36 @@ def plan(run: Planned, name: str, gpus: int) -> None:
     for note, work in (("", flops), (", checkpointed", flops + sum(forward[block] for block in blocks))):
         hours = recipe.steps * recipe.batch_size * work / batch / (peak * UTILISATION) / 3600
         print(f"length{note}: {hours:.4g} GPU-hours, {hours / gpus:.3g} hours on {gpus} GPUs")
-    print(f"\nmissing: {len(missing) or 'nothing'}", *missing, sep="\n- ", end="\n\n")
+    # the whole of SD3.5 has its VAE too
+    lacks = [said for n, said in run.missing.items() if not any({*other} < {*n} for other in run.missing)]
+    print(f"\nmissing: {len(lacks) or 'nothing'}", *lacks, sep="\n- ", end="\n\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command of this file."""
+    """The command of this file. Raises UserError."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--gpus", type=int, help="how many share the batch (paper: 8; else 1)")
     options, rest = parser.parse_known_args(arguments)
     args = train.parse_arguments(rest)
-    run, stages = train.open_run(args)
-    run = Planned(run.folder, run.settings, args)
-    gpus = options.gpus or (8 if run.preset == "paper" else 1)
+    found, stages = train.open_run(args)
+    gpus = options.gpus or (8 if found.preset == "paper" else 1)
     for stage in stages:
-        if gpus < 1 or (size := run.recipe(stage).batch_size) % (gpus * args.accumulate):
+        run, parts = Planned(found.folder, found.settings, args), gpus * args.accumulate
+        size = run.recipe(stage).batch_size
+        if gpus < 1 or size % parts:
             parts = f"{gpus} GPUs times --accumulate {args.accumulate}"
             raise train.UserError(f"stage {stage}'s batch of {size} does not divide by {parts}")
-    without_files(run)
-    for stage in stages:
-        plan(run, stage, gpus)
+        if not run.tiny and not os.path.isdir(run.settings["data"] or ""):
+            run.missing["data",] = "--data needs a folder, FOLDER/CLASS/picture.jpg: see README"
+        with without_files(run):
+            plan(run, stage, gpus)
+
+
+def command_line(arguments: list[str] | None = None) -> int:
+    """`main` for a shell -> exit code."""
+    return semtok.run_command("plan.py", lambda: main(arguments), (train.UserError,), "it takes 0.6 GB")
 
 
 if __name__ == "__main__":
-    sys.exit(semtok.run_command("plan.py", main, (train.UserError, fid.UserError), "it takes 0.6 GB"))
+    sys.exit(command_line())

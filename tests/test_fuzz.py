@@ -1,5 +1,6 @@
-"""Broken files: readers of weights and pictures succeed or raise UserError, in little time and memory."""
+"""Broken files: their readers succeed or raise UserError, in little time and memory."""
 
+import contextlib
 import io
 import json
 import random
@@ -18,6 +19,7 @@ from safetensors.torch import save
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ar  # noqa: E402
+import fid  # noqa: E402
 import mmdit  # noqa: E402
 import sample  # noqa: E402
 import semtok  # noqa: E402
@@ -58,7 +60,7 @@ def whole():
         if load is load_sd35:
             shapes = {"0.bias": (16,), "2.weight": (16, 16), "2.bias": (16,)}
             tensors |= {f"y_embedder.mlp.{name}": torch.zeros(shape) for name, shape in shapes.items()}
-        yield load, tensors, about | {"classes": '["a", "b"]', "fingerprint": "f", "tokenizer": "t"}
+        yield load, tensors, about | {"classes": '["a", "b"]', "fingerprint": "f", "parent": "t"}
 
 
 def damaged(data, rng):
@@ -102,14 +104,15 @@ def broken_weights(tensors, metadata, rng):
 
 
 def attempt(read, *arguments):
-    """Success or a UserError of one line, in 5 s of work and half a gigabyte."""
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    """Success or a UserError of one line, in 5 s of work and half a gigabyte -> what was read, or None."""
+    before, start, found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time(), None
     try:
-        read(*arguments)
-    except mmdit.UserError as error:
+        found = read(*arguments)
+    except (mmdit.UserError, fid.UserError) as error:
         assert "\n" not in str(error)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert time.process_time() - start < 5 and grown < 5e5
+    return found
 
 
 @ROUNDS
@@ -136,77 +139,79 @@ def test_broken_pictures(tmp_path, rounds):
     noise, files, path = Image.effect_noise((70, 50), 90), {}, tmp_path / "picture.png"
     for form in sorted(Image.SAVE):
         for mode in ("RGB", "L", "P", "RGBA", "1", "CMYK", "I;16", "F"):
-            try:
+            with contextlib.suppress(Exception):  # formats that do not have this mode
                 noise.convert(mode).save(file := io.BytesIO(), form)
                 files[form, mode] = file.getvalue()
-            except Exception:  # this format does not have this mode
-                continue
     assert {"PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "DDS"} <= {form for form, _ in files}
     for (form, mode), data in files.items():
         for seed in range(rounds // 8):
             print(form, mode, seed)
             rng = random.Random(seed)
             path.write_bytes(damaged(data, rng) if seed and data else data)
-            attempt(semtok.read_picture, str(path), rng.choice([None, 32]))
-
-
-STATE = {"weights/a": torch.arange(12.0).view(3, 4), "adam/exp_avg/a": torch.ones(3, 4), "skipped": torch.tensor(2)}
-SETTINGS = {"seed": 0, "steps": 9, "lr": 0.1, "pictures": "none"}
+            attempt(fid.read_picture, str(path), rng.choice([None, 32]))
 
 
 @ROUNDS
 @pytest.mark.filterwarnings("ignore")
 def test_broken_states(tmp_path, rounds):
-    """Damage in a shard or in state.json, also by someone who mends the checksum: the state before is taken, or it is a
-    sentence. Never are other shapes written into the tensors."""
-    folder = tmp_path / "state"
+    """Damage in a shard or in state.json, or a state of other tensors: the one before, or a sentence."""
+    state = {"weights/a": torch.ones(3, 4), "ema/a": torch.ones(3, 4), "buffers/b": torch.ones(1)}
     for step in (1, 2):
-        train.save_state(str(folder), step, STATE, SETTINGS)
-    path = folder / "step-0000002"
-    shard, table = next(path.glob("*.safetensors")), path / "state.json"
+        train.save_state(str(tmp_path), step, state, {"parent": "", "skipped": 2})
+    shard, table = (next(tmp_path.glob(f"step-0000002/*.{end}")) for end in ("safetensors", "json"))
     good, about = shard.read_bytes(), json.loads(table.read_text())
-    names = sorted(STATE)
     for seed in range(rounds):
-        rng, tensors = random.Random(seed), {name: torch.zeros_like(tensor) for name, tensor in STATE.items()}
-        kind = seed % 4
-        other = [torch.zeros(300, 300), torch.zeros(2), torch.zeros(3, 4, dtype=torch.int8)][seed // 4 % 3]
-        edit = {name: tensor for name, tensor in STATE.items() if kind != 3 or name != names[seed // 4 % 3]}
-        edit |= {names[seed // 4 % 3]: other} if kind == 2 else {}
-        shard.write_bytes([damaged(good, rng), good, save(edit), save(edit)][kind])
-        sums = train.checksums(str(path)) if kind > 1 or rng.random() < 0.5 else about["sha256"]
-        told = about | {"sha256": sums}
-        table.write_text(json.dumps(edited(told, rng) if kind == 1 else told))
-        try:
-            assert train.load_state(str(folder), tensors, SETTINGS) in (1, 2) or kind == 1
-        except mmdit.UserError:
-            continue
-        assert all(tensors[name].shape == tensor.shape for name, tensor in STATE.items())
+        rng, tensors = random.Random(seed), {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+        kind, name = seed % 4, rng.choice(sorted(state))
+        others = state | {name: rng.choice([torch.zeros(300, 300), torch.zeros(2), state[name].char()])}
+        others = {n: tensor for n, tensor in others.items() if kind == 2 or n != name}
+        shard.write_bytes([damaged(good, rng), good, save(others), save(others)][kind])
+        told = edited(about, rng) if kind == 1 else about | {"bytes": {shard.name: shard.stat().st_size}}
+        table.write_text(json.dumps(told if kind else about))
+        facts = attempt(train.load_state, str(tmp_path), tensors)
+        assert facts is None or facts["step"] in (1, 2)
+        assert all(tensors[name].shape == tensor.shape for name, tensor in state.items())
+
+
+@ROUNDS
+def test_broken_settings(tmp_path, rounds):
+    """settings.json, damaged or with an absurd entry, of a run whose first stage has begun."""
+    (tmp_path / "stage1.safetensors").touch()
+    changes = {"set": {"1": {"lr": "0.1"}, "ar": {"flip": "0"}, "sizes": {"bits": "16"}}}
+    for seed in range(4 * rounds):
+        rng = random.Random(seed)
+        table = train.NEW_RUN | changes | rng.choice([{}, {"preset": "paper", "ar_size": "L", "data": "x"}])
+        text = json.dumps(edited(table, rng) if seed % 4 else table).encode()
+        (tmp_path / "settings.json").write_bytes(text if seed % 4 else damaged(text, rng))
+        words = ["--stage", rng.choice(["1", "2", "ar", "all"]), "--out", str(tmp_path), "--lr", "1"]
+        attempt(train.open_run, train.parse_arguments(words))
 
 
 @ROUNDS
 def test_words_thrown_together_on_a_command_line(tmp_path, rounds, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("in the way")
-    values = ["", "0", "-1", "1e400", "nan", "2**64", "9" * 400, "x\ny", "\udcff", "file", "none", "hpu", "cuda:9", "1"]
-    values += [f"{name}={value}" for name in train.setting_names("ar") for value in ("", "0", "-1", "nan", "9" * 12)]
+    Path("file").write_text("in the way")
+    values = ["", "0", "-1", "1e400", "nan", "2**64", "9" * 400, "x\ny", "\udcff", "file", "none", "cuda:9"]
+    for name in train.setting_names("ar"):
+        values += [f"{name}={value}" for value in ("", "0", "-1", "nan", "9" * 12)]
+    both = "steps batch-size seed device compile "
     flags = {
-        train: ["--set", "--steps", "--batch-size", "--lr", "--seed", "--device", "--workers", "--accumulate", "--gpus",
-                "--data", "--vae", "--resume", "--overwrite", "--preset", "--ar-size"],
-        sample: ["--n", "--steps", "--cfg", "--top-p", "--seed", "--batch-size", "--device", "--order", "--npz", "--image",
-                 "--class", "--labels", "--reconstruct", "--out", "--clusters", "--siglip", "--progress"],
+        train: both + "data stage set lr workers accumulate weights overwrite preset ar-size",
+        sample: both + "run n cfg cfg-schedule top-p order npz image class labels reconstruct progress out",
     }
     for seed in range(4 * rounds):
         rng, (command, options) = random.Random(seed), list(flags.items())[seed % 2]
-        words = ["--stage", rng.choice(list(train.STAGES)), "--data", "none"] if command is train else ["--run", "none"]
+        stage = rng.choice([*train.STAGES, "all"])
+        words = ["--run=none"] if command is sample else ["--data=none", f"--stage={stage}"]
         for _ in range(rng.randrange(1, 4)):
-            words += [rng.choice(options), rng.choice(values)][: rng.choice([1, 2, 2, 2])]
+            words += ["--" + rng.choice(options.split()), rng.choice(values)][: rng.choice([1, 2, 2, 2])]
         start = time.process_time()
         try:
             code = command.command_line(words)
         except SystemExit as stop:
             code = stop.code
-        said = capfd.readouterr().err
-        assert code == 2 and said.count("\n") == 1 and said.startswith(f"{command.__name__}.py: "), (words, said)
+        said, name = capfd.readouterr().err, command.__name__
+        assert code == 2 and said.count("\n") == 1 and said.startswith(f"{name}.py: "), (words, said)
         assert time.process_time() - start < 20
     assert {path.name for path in tmp_path.iterdir()} <= {"file", "runs", "none"}
-    assert (tmp_path / "file").read_text() == "in the way"
+    assert Path("file").read_text() == "in the way"
