@@ -79,6 +79,8 @@ def write_file(path: str, write) -> None:
         raise UserError(f"{path} is no ordinary file and will not be replaced: choose another path")
     temporary, folder = f"{path}.{os.getpid()}.part", os.path.dirname(path)
     for left in glob.glob(f"{glob.escape(path)}.*.part"):
+        if not re.fullmatch(r"\.\d{1,9}\.part", left.removeprefix(path)):
+            continue  # a stranger's
         try:
             os.kill(int(left.split(".")[-2]), 0)  # asks whether the process lives
         except ProcessLookupError:

@@ -499,7 +499,9 @@ def read_settings(path: str) -> dict:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         texts = [text for part in found["set"].values() for text in part.values()]
-        if found.keys() != NEW_RUN.keys() or found["preset"] not in RECIPES or {*map(type, texts)} - {str}:
+        texts += [text for name in ("data", "pictures", "weights") if (text := found[name]) is not None]
+        fits = found["preset"] in RECIPES and found["ar_size"] in (None, *AR_PRESETS)
+        if not fits or type(found["seed"]) is not int or not {*map(type, texts)} <= {str}:
             raise ValueError("its entries are not those of a run")
         return found
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -533,7 +535,8 @@ def open_run(args: argparse.Namespace) -> tuple[Run, list[str]]:
     run, before = Run(args.out, settings, args), Run(args.out, old, args)
     run.kept = tuple(s for s in begun if not args.overwrite or order.index(s) < order.index(stages[0]))
     for stage in run.kept if os.path.exists(path) else ():
-        now, states = run.described(stage), saved_states(run.path(f"state-{stage}"))
+        now = run.described(stage) if run.preset == before.preset else {"preset": run.preset}
+        states = saved_states(run.path(f"state-{stage}")) if len(now) > 1 else []
         if states and (step := int(states[-1].rpartition("-")[2])) > now["steps"]:
             found = f"stage {stage} stands at step {step} of {now['steps']}"
             raise UserError(f"{found}: ask for more steps, or start again with --overwrite")
@@ -929,7 +932,10 @@ def save_state(folder: str, step: int, tensors: dict[str, torch.Tensor], facts: 
     path, (rank, world) = os.path.join(folder, f"step-{step:07d}"), ranks()
     part = path + ".part"
     writer = dcp.HuggingFaceStorageWriter(part, save_distributed=True)
-    dcp.save(tensors, storage_writer=writer, no_dist=world == 1)
+    try:
+        dcp.save(tensors, storage_writer=writer, no_dist=world == 1)
+    except dcp.api.CheckpointException as error:
+        raise OSError(str(error).strip().splitlines()[-1]) from None
     if rank == 0:
         for name in shard_sizes(part):
             flush(os.path.join(part, name))
@@ -1035,10 +1041,10 @@ class Training:
             run.check_parent(name, folder, facts["parent"])
             self.step, self.skipped = facts["step"], facts["skipped"]
         if ranks()[0] == 0:
-            for part in Path(folder).glob("step-*.part"):  # of a run that was killed
-                shutil.rmtree(part)
-            if name not in run.kept:
-                shutil.rmtree(folder, ignore_errors=True)
+            again, parts = name not in run.kept, Path(folder).glob("step-*.part")  # of a run that was killed
+            for old in (*parts, *(saved_states(folder) if again else ())):
+                shutil.rmtree(old)
+            if again:
                 Path(run.path(stage.result)).unlink(missing_ok=True)
 
 
@@ -1319,7 +1325,7 @@ def lock(folder: str) -> Iterator[None]:
 
 def command_line(arguments: list[str] | None = None) -> int:
     """`main` for a shell -> exit code."""
-    faults = UserError, fid.UserError, SafetensorError, dcp.api.CheckpointException
+    faults = UserError, fid.UserError, SafetensorError
     advice = "try --checkpoint-activations, --accumulate or more GPUs"
     code = run_command("train.py", lambda: main(arguments), faults, advice)
     if code and ranks()[0] > 0:

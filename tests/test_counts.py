@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ar  # noqa: E402
 import mmdit  # noqa: E402
@@ -64,10 +63,9 @@ def test_decoder_is_the_mmdit_x_of_sd35_medium(paper):
     assert paper.decoder.x_embedder.proj.weight.shape == (1536, 16, 2, 2)
 
 
-AR = [("L", 317.9, 318), ("XL", 746.0, 746), ("XXL", 1269.0, 1200)]
-
-
-@pytest.mark.parametrize("size, expected, paper_says", AR)
+@pytest.mark.parametrize("size, expected, paper_says", [
+    ("L", 317.9, 318), ("XL", 746.0, 746), ("XXL", 1269.0, 1200),
+])
 def test_ar_has_318m_746m_and_1269m(size, expected, paper_says):
     with torch.device("meta"):
         model = ar.MaskedAR(ar.AR_PRESETS[size])
@@ -78,15 +76,12 @@ def test_ar_has_318m_746m_and_1269m(size, expected, paper_says):
     assert shared == pytest.approx(6 * model.config.width**2 / 1e6, rel=0.001)  # one AdaLN for all blocks
 
 
-def test_vae_has_34_3m_and_49_5m(paper):
+def test_vae_has_34_3m_and_49_5m_and_siglip_85_8m(paper):
     vae = paper.vae
     assert millions(vae.encoder) == pytest.approx(34.3, abs=0.05)
     assert millions(vae.decoder) == pytest.approx(49.5, abs=0.05)
     assert millions(vae) == pytest.approx(83.8, abs=0.05)
     assert not any(parameter.requires_grad for parameter in vae.parameters())
-
-
-def test_siglip_base_is_twelve_layers_of_768():
     with torch.device("meta"):
         tower = semtok.SigLIP(semtok.SigLIPConfig())
     assert millions(tower) == pytest.approx(85.8, abs=0.1)  # without the pooling head
@@ -99,11 +94,7 @@ def test_choices_that_do_not_exist_are_errors():
         train.changed(semtok.SemTokConfig(), {"quantizer": "BSQ"})
     with pytest.raises(KeyError, match="cosine"):
         ar.guidance(3.0, 0.5, "cosine")
-
-
-@pytest.mark.parametrize("bits, expected", [(18, 0.070), (32, 0.125)])
-def test_bits_per_pixel(bits, expected):
-    assert round(semtok.SemTokConfig(bits=bits).bits_per_pixel, 3) == expected
+    assert [round(semtok.SemTokConfig(bits=bits).bits_per_pixel, 3) for bits in (18, 32)] == [0.070, 0.125]
 
 
 def test_recipes_of_the_paper():
@@ -117,7 +108,9 @@ def test_recipes_of_the_paper():
     assert (recipes["2"].gan_start, recipes["2"].discriminator_lr) == (20_000, 1e-4)
     assert all((recipes[stage].lambda_q, recipes[stage].lambda_s) == (0.0025, 0.05) for stage in "12")
     assert (recipes["2"].lambda_p, recipes["2"].lambda_gan, recipes["2"].lambda_lecam) == (0.1, 0.1, 0.001)
-    assert (recipes["ar"].least_masked, recipes["ar"].class_dropout, recipes["ar"].smoothing) == (0.7, 0.1, 0.01)
+    generating = recipes["ar"]
+    assert (generating.least_masked, generating.class_dropout, generating.smoothing) == (0.7, 0.1, 0.01)
+    assert all(r.patience == 1 and r.flip for r in recipes.values())
 
 
 @pytest.mark.parametrize("build", ["cast to bfloat16", "built in bfloat16"])

@@ -245,7 +245,7 @@ def test_killed_it_ends_in_the_same_bits(base, stage, times):
 
 @pytest.mark.parametrize("asked, stage, moment, end, following", [
     ("all", "2", "prepare", "1", "ar"), ("all", "2", "look", "", "ar"), ("all", "2", "save_state", "", "ar"),
-    ("all", "2", "export", "", "ar"), ("1", "0", "prepare", "1", "1"),
+    ("all", "2", "export", "", "ar"), ("all", "0", "prepare", "1", "1"),
 ])
 def test_a_signal_near_the_end_stops_before_the_next_stage(base, asked, stage, moment, end, following):
     """The stage may have its result by then. The same command goes on with the next."""
@@ -347,8 +347,8 @@ def test_what_is_fixed_and_what_may_change(base):
 def test_a_later_command_knows_the_folder(base, tmp_path, monkeypatch):
     few = ("--steps", 1, "--batch-size", 4)
     monkeypatch.chdir(base)
-    first = ("train.py", "--stage", "1", "--data", "data", "--out", tmp_path / "run", "--set", "flip=0", *few)
-    assert call(*first).returncode == 0
+    run = ("--data", "data", "--out", tmp_path / "run", "--set", "flip=0", *few)
+    assert call("train.py", "--stage", "0", *run).returncode == call("train.py", "--stage", "1", *run).returncode == 0
     monkeypatch.chdir(tmp_path)
     assert call("train.py", "--stage", "2", "--out", "run", *few).returncode == 0
     classes = semtok.TensorFiles("run/stage2.safetensors").metadata["classes"]
@@ -392,7 +392,7 @@ def test_steps_one_by_one(base, monkeypatch):
     numbers = ("batch_size=4", "steps=12", "warmup=5", "gan_start=5", "lr=0.01", "discriminator_lr=0.002")
     run, _ = opened("2", fresh(base, "steps", "2"), "--set", *numbers)
     run.train, run.val = (train.Pictures(str(base / "data"), split, 0, 32) for split in train.DRAWN)
-    training, recipe = train.set_up("2", run), run.recipe("2")
+    training, recipe = train.Training("2", run), run.recipe("2")
     weights = {"d": "weights/discriminator.conv_in.weight", "g": "weights/semtok.w_x.weight"}
     places = train.batches_from(0, len(run.train), recipe, 0)
     for step, batch in enumerate(torch.utils.data.DataLoader(run.train, batch_sampler=places)):

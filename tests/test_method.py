@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -12,32 +13,38 @@ from PIL import Image
 from test_pipeline import call, make_pictures
 
 import ar
+import fid
+import mmdit
 import semtok
 import train
 
-STEPS = ("--steps", 2, "--batch-size", 8, "--workers", 0)
+STEPS = ("--steps", 2, "--batch-size", 8)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder of pictures, a run's folder with the stand-ins and stage 1 of two steps, and the pictures as read."""
+    """A folder of pictures, a run's folder with the stand-ins and stage 1 of two steps, and the pictures."""
     folder = make_pictures(tmp_path_factory.mktemp("method") / "data", 10)
     out = folder.with_name("run")
-    result = call("train.py", "--stage", "1", "--data", folder, "--out", out, *STEPS)
-    assert result.returncode == 0, result.stderr[-2000:]
+    for stage in "01":
+        result = call("train.py", "--stage", stage, "--data", folder, "--out", out, *STEPS)
+        assert result.returncode == 0, result.stderr[-2000:]
     return folder, out, train.Pictures(str(folder), "train", 0, 32)
 
 
-def make_job(world, stage, *settings, out=None):
-    """What a stage gets, by the command line's own way."""
-    arguments = ["--stage", stage, "--data", world[0], "--out", out or world[1], *STEPS]
-    args = train.parse_arguments([*map(str, arguments), *(["--set", *settings] if settings else [])])
-    return train.Job(args, torch.device("cpu"), world[2], world[2])
+def make_run(world, stage, *settings, preset="tiny"):
+    """What a stage gets, by the command line's own way, in a folder that holds the stand-ins and stage 1."""
+    arguments = ["--stage", stage, "--preset", preset, *(["--set", *settings] if settings else [])]
+    args = train.parse_arguments(arguments)
+    args.out = str(world[1].with_name("new"))  # where nothing has begun
+    run, _ = train.open_run(args)
+    run.folder, run.train, run.val = str(world[1]), world[2], world[2]
+    return run
 
 
 def make_stage(world, stage, *settings):
     torch.manual_seed(0)
-    return train.STAGES[stage](make_job(world, stage, *settings))
+    return train.STAGES[stage](make_run(world, stage, *settings))
 
 
 def one_step(stage, pictures):
@@ -48,68 +55,70 @@ def one_step(stage, pictures):
     return out, {name: p.grad for name, p in stage.named_parameters() if p.grad is not None}
 
 
-def copy_run(world, target, *names):
-    """A new run's folder with some of the old one's results."""
-    target.mkdir()
+def refined(world, out, settings, *names):
+    """The tokenizer of a new run's stage 2, of two steps, with some of the old run's results."""
+    out.mkdir()
     for name in names:
-        os.symlink(world[1] / name, target / name)
-    return target
+        os.symlink(world[1] / name, out / name)
+    result = call("train.py", "--stage", "2", "--data", world[0], "--out", out, *STEPS, "--set", *settings)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return semtok.load_semtok(str(out / "stage2.safetensors"))[0]
 
 
 # ------------------------------------------------------------------------------------ Tables 4, 6, 10, 11, 12
 
 
-@pytest.mark.parametrize("stage", ["1", "2"])
-@pytest.mark.parametrize("term, heads", [("distill", ["w_x.weight"]), ("contrast", ["w_z.weight", "log_t"])])
-def test_terms_of_the_alignment_can_be_left_out(world, stage, term, heads):
+LEFT_OUT = [  # a term, its weight in the loss, what learns from it alone
+    ("distill=0", "distill_loss", "lambda_s", ["w_x.weight"]),
+    ("contrast=0", "contrast_loss", "lambda_s", ["w_z.weight", "log_t"]),
+    ("perceptual=lpips", "resnet_loss", "lambda_p", []), ("perceptual=resnet", "lpips_loss", "lambda_p", []),
+]
+
+
+@pytest.mark.parametrize("stage, left_out", [("1", LEFT_OUT[0]), ("1", LEFT_OUT[1]), *product("2", LEFT_OUT)])
+def test_terms_can_be_left_out(world, stage, left_out):
+    (setting, term, weight, heads), made = left_out, make_stage(world, stage, left_out[0])
     whole, gradients = one_step(make_stage(world, stage), world[2])
-    without, left = one_step(make_stage(world, stage, f"{term}=0"), world[2])
-    assert whole.keys() == without.keys()
-    assert {name for name in whole if not torch.equal(whole[name], without[name])} == {"loss"}
-    missing = train.RECIPES["tiny"][stage].lambda_s * whole[f"{term}_loss"].item()
+    without, left = one_step(made, world[2])
+    gone = {term} if weight == "lambda_p" else set()  # a judge is not asked, nor is its file
+    assert whole.keys() - without.keys() == gone and f"{term.removesuffix('_loss')}" not in made.frozen
+    assert {name for name in without if not torch.equal(whole[name], without[name])} == {"loss"}
+    missing = getattr(train.RECIPES["tiny"][stage], weight) * whole[term].item()
     assert (whole["loss"] - without["loss"]).item() == pytest.approx(missing, abs=1e-5)
-    for name in heads:  # what learns from the term alone
+    for name in heads:
         assert gradients[f"semtok.{name}"].any() and not left[f"semtok.{name}"].any()
+
+
+@pytest.mark.parametrize("judge, files", [
+    ("lpips", ["vgg16-397923af", "lpips_vgg"]), ("resnet", ["resnet50-0676ba61"]),
+])
+def test_judges_read_published_files_but_in_tiny(world, judge, files, monkeypatch):
+    asked, x = [], torch.rand(2, 3, 32, 32)
+    one, same = (make_stage(world, "2").frozen[judge] for _ in range(2))  # in tiny, random twins
+    assert train.JUDGES[judge].loss(one, x, x.flip(0)) == train.JUDGES[judge].loss(same, x, x.flip(0)) > 0
+    monkeypatch.setattr(train.Run, "weights", lambda _, name: asked.append(name) or "none")
+    with pytest.raises(fid.UserError):
+        train.JUDGES[judge].load(make_run(world, "2", preset="base"))
+    assert asked == files
 
 
 def test_quantizer(world):
     bsq, lfq = (make_stage(world, "1", f"quantizer={kind}") for kind in ("bsq", "lfq"))
-    assert replace(lfq.semtok.config, quantizer="bsq") == bsq.semtok.config == make_stage(world, "1").semtok.config
+    config = make_stage(world, "1").semtok.config
+    assert replace(lfq.semtok.config, quantizer="bsq") == bsq.semtok.config == config
     for (name, a), b in zip(bsq.state_dict().items(), lfq.state_dict().values()):
         assert torch.equal(a, b * 24**0.5 if "token_embedder.weight" in name else b), name
     z = torch.randn(2, 16, 24)
     (on_sphere, _), (corner, u) = bsq.semtok.quantizer(z), lfq.semtok.quantizer(z)
     assert torch.equal(corner, z.sign()) and torch.equal(u, z)
     assert torch.allclose(on_sphere, z.sign() / 24**0.5)
-    sizes = [stage.job.ar_config(stage.semtok.config) for stage in (lfq, bsq)]
+    sizes = [stage.run.ar_config(stage.semtok.config) for stage in (lfq, bsq)]
     assert sizes[0] == replace(sizes[1], spherical=False)
 
 
-@pytest.mark.parametrize("choice, terms", [
-    ("lpips", {"lpips"}), ("resnet", {"resnet"}), ("both", {"lpips", "resnet"}),
-])
-def test_perceptual_terms_and_their_files(world, choice, terms, tmp_path, monkeypatch):
-    stage = make_stage(world, "2", f"perceptual={choice}")
-    assert stage.frozen.keys() == terms | {"siglip"}
-    (out, _), (whole, _) = one_step(stage, world[2]), one_step(make_stage(world, "2"), world[2])
-    dropped = {f"{name}_loss" for name in {"lpips", "resnet"} - terms}
-    assert whole.keys() - out.keys() == dropped and out.keys() <= whole.keys()
-    assert all(torch.equal(out[name], whole[name]) for name in out if name != "loss")
-    missing = sum(train.RECIPES["tiny"]["2"].lambda_p * whole[name].item() for name in dropped)
-    assert (whole["loss"] - out["loss"]).item() == pytest.approx(missing, abs=1e-5)
-    monkeypatch.chdir(tmp_path)  # where there is no folder weights
-    args = train.parse_arguments(["--stage", "2", "--preset", "paper", "--set", f"perceptual={choice}"])
-    asked = " ".join(train.Job(args, torch.device("cpu")).missing("2"))
-    needed = terms | {"siglip"} | ({"vgg"} if "lpips" in terms else set())
-    assert {name for name, (file, _, _) in train.WEIGHTS.items() if os.path.join("weights", file) in asked} == needed
-
-
 def test_stage_2_from_scratch(world, tmp_path):
-    out = copy_run(world, tmp_path / "run", "standins")
-    settings = ("--set", "init=scratch", "bits=12")
-    result = call("train.py", "--stage", "2", "--data", world[0], "--out", out, *STEPS, *settings)
-    assert result.returncode == 0 and not (out / "stage1.safetensors").exists(), result.stderr[-2000:]
-    assert semtok.load_semtok(str(out / "stage2.safetensors"))[0].config.bits == 12
+    assert refined(world, tmp_path / "run", ["init=scratch", "bits=12"], "standins").config.bits == 12
+    assert not (tmp_path / "run" / "stage1.safetensors").exists()
     # it begins where stage 1 would, but for the mask tokens, which stage 1 does not use
     scratch, first = make_stage(world, "2", "init=scratch").semtok, make_stage(world, "1").semtok
     differ = {n for n, p in first.state_dict().items() if not torch.equal(p, scratch.state_dict()[n])}
@@ -117,77 +126,67 @@ def test_stage_2_from_scratch(world, tmp_path):
 
 
 def test_freeze_encoder(world, tmp_path):
-    first = semtok.load_semtok(str(world[1] / "stage1.safetensors"))[0].state_dict()
-    moved = []
+    first, moved = semtok.load_semtok(str(world[1] / "stage1.safetensors"))[0].state_dict(), []
     for frozen in (0, 1):
-        out = copy_run(world, tmp_path / f"run{frozen}", "standins", "stage1.safetensors")
-        settings = ("--set", f"freeze_encoder={frozen}")
-        result = call("train.py", "--stage", "2", "--data", world[0], "--out", out, *STEPS, *settings)
-        assert result.returncode == 0, result.stderr[-2000:]
-        last = semtok.load_semtok(str(out / "stage2.safetensors"))[0].state_dict()
+        settings = [f"freeze_encoder={frozen}"]
+        last = refined(world, tmp_path / f"{frozen}", settings, "standins", "stage1.safetensors").state_dict()
         moved.append({name.split(".")[0] for name in first if not torch.equal(first[name], last[name])})
     assert "decoder" in moved[1] and moved[0] - moved[1] == {"encoder"} and not moved[1] - moved[0]
 
 
-def test_the_temperature_is_clamped_in_place_and_keeps_its_gradient(world):
+def test_the_temperature_is_clamped_after_the_step_and_keeps_its_gradient(world):
     stage = make_stage(world, "1")
-    with torch.no_grad():
-        stage.semtok.log_t.fill_(10.0)
-    _, gradients = one_step(stage, world[2])
-    assert stage.semtok.log_t.item() == pytest.approx(math.log(100)) and gradients["semtok.log_t"].any()
+    stage.semtok.log_t.data.fill_(10.0)
+    out, gradients = one_step(stage, world[2])
+    assert gradients["semtok.log_t"].any() and stage.semtok.log_t.item() == 10
+    stage.after_step(out)
+    assert stage.semtok.log_t.item() == pytest.approx(math.log(100))
+
+
+def test_patience_multiplies_what_is_counted_in_steps_and_steps_alone_nothing(world):
+    plain, patient, longer = (make_run(world, "2", *changes).recipe("2")
+                              for changes in (["steps=90"], ["steps=90", "patience=2"], ["steps=5000"]))
+    assert patient == replace(plain, steps=180, warmup=100, gan_start=1800, patience=2)
+    assert longer == replace(plain, steps=5000)
+    later = make_run(world, "1", "patience=2", "flip=0", "lr=1").recipe("ar")  # these two hold from here on
+    assert later == replace(train.RECIPES["tiny"]["ar"], steps=4200, warmup=400, patience=2, flip=False)
 
 
 def test_weights_of_layers_decay_alone(world):
     stage = make_stage(world, "2")
     names = {id(p): name for name, p in stage.named_parameters() if p.requires_grad}
     for recipe in (stage.recipe, replace(stage.recipe, weight_decay=0.0)):
-        groups = train.make_optimizer(stage, recipe).param_groups
-        found = {names[id(p)]: (g["base_lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+        groups, found = train.make_optimizer(stage, recipe).param_groups, {}
+        for g in groups:
+            found |= {names[id(p)]: (g["peak"], g["start"], g["weight_decay"]) for p in g["params"]}
         assert found.keys() == set(names.values())
-        assert found["semtok.w_x.weight"] == (recipe.lr, recipe.weight_decay)
+        assert found["semtok.w_x.weight"] == (recipe.lr, 0, recipe.weight_decay)
         for name in ("w_x.bias", "log_t", "encoder.mask_tokens", "encoder.norm_out.weight"):
-            assert found[f"semtok.{name}"] == (recipe.lr, 0)
-        assert found["discriminator.mix.weight"] == (recipe.discriminator_lr, recipe.weight_decay)
-        assert found["discriminator.norms.0.weight"] == (recipe.discriminator_lr, 0)
+            assert found[f"semtok.{name}"] == (recipe.lr, 0, 0)
+        joining = recipe.discriminator_lr, recipe.gan_start
+        assert found["discriminator.mix.weight"] == (*joining, recipe.weight_decay)
+        assert found["discriminator.norms.0.weight"] == (*joining, 0)
 
 
 # ------------------------------------------------------------------------------------------- Tables 5, 13, 14
 
 
-def test_group_bits_size_the_head_alone():
+def test_group_bits_divide_the_bits_and_size_the_head_alone():
+    """And an untrained head of any grouping loses one bit a bit."""
     bitwise, joint = ar.AR_PRESETS["L"], replace(ar.AR_PRESETS["L"], group_bits=9)
     with torch.device("meta"):
         shapes = [{n: p.shape for n, p in ar.MaskedAR(c).named_parameters()} for c in (bitwise, joint)]
     assert {n for n in shapes[0] if shapes[0][n] != shapes[1][n]} == {"head.weight", "head.bias"}
     assert shapes[0]["head.weight"] == (36, 1024) and shapes[1]["head.weight"] == (2 * 2**9, 1024)
-
-
-@pytest.mark.parametrize("group_bits", [1, 3, 12])
-def test_untrained_heads_of_any_grouping_lose_one_bit_a_bit(group_bits):
-    model = ar.MaskedAR(replace(ar.AR_PRESETS["tiny"], group_bits=group_bits))
-    labels, masked = torch.zeros(4, dtype=torch.long), torch.ones(4, 16, dtype=torch.bool)
-    out = model.loss(torch.rand(4, 16, 24) > 0.5, labels, masked, torch.tensor(16.0))
-    assert out["nll"].item() == pytest.approx(math.log(2), rel=1e-5)
-
-
-@pytest.mark.parametrize("bits, allowed", [(18, {1, 2, 3, 6, 9}), (24, {1, 2, 3, 4, 6, 8, 12}), (7, {1, 7})])
-def test_group_bits_divide_the_bits_into_softmaxes_that_fit(bits, allowed):
-    for group_bits in set(range(bits + 2)) - allowed:
-        with pytest.raises(ValueError, match=f"group_bits {group_bits}"):
-            replace(ar.AR_PRESETS["tiny"], bits=bits, group_bits=group_bits)
-    assert all(replace(ar.AR_PRESETS["tiny"], bits=bits, group_bits=g).group_bits == g for g in allowed)
-
-
-def test_micro_batches_average_to_the_whole():
-    torch.manual_seed(0)
-    model, bits = ar.MaskedAR(ar.AR_PRESETS["tiny"]), torch.rand(8, 16, 24) > 0.5
-    torch.nn.init.normal_(model.head.weight, std=0.3)
-    rng = torch.Generator().manual_seed(0)
-    rows, shared = model.prepare(bits, torch.arange(8), rng, least_masked=0.0)
-    whole = model.loss(**rows, **shared)
-    parts = [model.loss(**{n: t.chunk(4)[i] for n, t in rows.items()}, **shared) for i in range(4)]
-    for name, value in whole.items():
-        assert sum(part[name].item() for part in parts) / 4 == pytest.approx(value.item(), rel=1e-5)
+    labels, masked, tiny = torch.zeros(4).long(), torch.ones(4, 16).bool(), ar.AR_PRESETS["tiny"]
+    for bits, allowed in ((18, {1, 2, 3, 6, 9}), (24, {1, 2, 3, 4, 6, 8, 12}), (7, {1, 7})):
+        for group_bits in set(range(bits + 2)) - allowed:
+            with pytest.raises(ValueError, match=f"group_bits {group_bits}"):
+                replace(tiny, bits=bits, group_bits=group_bits)
+        for group_bits in allowed:
+            model = ar.MaskedAR(replace(tiny, bits=bits, group_bits=group_bits, depth=1))
+            out = model.loss(torch.rand(4, 16, bits) > 0.5, labels, masked, torch.tensor(16.0))
+            assert out["nll"].item() == pytest.approx(math.log(2), rel=1e-5)
 
 
 @pytest.mark.parametrize("causal", [0, 1])
@@ -251,63 +250,72 @@ def test_next_token_sampling_goes_from_left_to_right():
 # --------------------------------------------------------------------------------------------------- pictures
 
 
-def read_back(picture, path, **options):
-    picture.save(path, **options)
-    return semtok.read_picture(str(path)).permute(1, 2, 0).numpy()
+def read_back(folder, picture, form="png", size=None, **options):
+    picture.save(folder / f"a.{form}", **options)
+    return fid.read_picture(str(folder / f"a.{form}"), size)
+
+
+def noise(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
 def test_pictures_of_every_mode(tmp_path):
-    rng = np.random.default_rng(0)
-    grey, colour = rng.integers(0, 256, (20, 30), dtype=np.uint8), rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    assert np.array_equal(read_back(Image.fromarray(grey), tmp_path / "l.png"), np.stack([grey] * 3, -1))
+    grey, colour = noise(20, 30), noise(20, 30, 3)
+    assert np.array_equal(read_back(tmp_path, Image.fromarray(grey)), np.stack([grey] * 3, -1))
     palette = Image.fromarray(colour // 64 * 64).convert("P", palette=Image.Palette.ADAPTIVE)
-    assert np.array_equal(read_back(palette, tmp_path / "p.png"), np.asarray(palette.convert("RGB")))
+    assert np.array_equal(read_back(tmp_path, palette), np.asarray(palette.convert("RGB")))
     share, alpha = grey[..., None] / 255, np.concatenate([colour, grey[..., None]], -1)
-    shown = read_back(Image.fromarray(alpha), tmp_path / "rgba.png")  # transparency is laid on white
+    shown = read_back(tmp_path, Image.fromarray(alpha))  # transparency is laid on white
     assert np.abs(shown - (colour * share + 255 * (1 - share))).max() <= 1
     hole = Image.fromarray(colour[..., 0] // 2).convert("P")  # one colour of a palette is see-through
-    assert (read_back(hole, tmp_path / "hole.png", transparency=7)[np.asarray(hole) == 7] == 255).all()
-
-
-@pytest.mark.parametrize("kind, brightest", [("png", 65535), ("png", 200), ("tif", 65535), ("tif", 200)])
-def test_sixteen_bits_become_eight_however_dark(tmp_path, kind, brightest):
-    values = np.linspace(0, brightest, 600).astype(np.uint16).reshape(20, 30)
-    shown = read_back(Image.fromarray(values), tmp_path / f"deep.{kind}")
-    assert np.array_equal(shown[..., 0], (values / 257).round().astype(np.uint8))
-
-
-@pytest.mark.parametrize("orientation, undo", [
-    (2, lambda p: p[:, ::-1]), (3, lambda p: p[::-1, ::-1]), (5, lambda p: p.transpose(1, 0, 2)),
-    (6, lambda p: np.rot90(p, -1)), (8, lambda p: np.rot90(p)),
-])
-def test_exif_rotation(tmp_path, orientation, undo):
-    pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    assert np.array_equal(read_back(Image.fromarray(pixels), tmp_path / "turned.png", exif=exif), undo(pixels))
+    assert (read_back(tmp_path, hole, transparency=7)[np.asarray(hole) == 7] == 255).all()
+    for form, brightest in product(("png", "tif"), (65535, 200)):  # 16 bits become 8, however dark
+        values = np.linspace(0, brightest, 600).astype(np.uint16).reshape(20, 30)
+        shown = read_back(tmp_path, Image.fromarray(values), form)
+        assert np.array_equal(shown[..., 0], (values / 257).round().astype(np.uint8)), (form, brightest)
+    for orientation, undo in (  # EXIF turns it
+        (2, lambda p: p[:, ::-1]), (3, lambda p: p[::-1, ::-1]), (5, lambda p: p.transpose(1, 0, 2)),
+        (6, lambda p: np.rot90(p, -1)), (8, lambda p: np.rot90(p)),
+    ):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        shown = read_back(tmp_path, Image.fromarray(colour), exif=exif)
+        assert np.array_equal(shown, undo(colour)), orientation
 
 
 @pytest.mark.parametrize("height, width", [(32, 32), (64, 64), (128, 192), (20, 50)])
 def test_shorter_side_by_boxes_then_bicubic_then_the_centre(tmp_path, height, width):
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
+    pixels = noise(height, width, 3)
     want = pixels.astype(float)
     while min(want.shape[:2]) >= 64:
         want = want.reshape(want.shape[0] // 2, 2, want.shape[1] // 2, 2, 3).mean((1, 3)).round()
     sides = [round(side * 32 / min(want.shape[:2])) for side in want.shape[:2]]
-    shown = np.asarray(Image.fromarray(want.astype(np.uint8)).resize(sides[::-1], Image.Resampling.BICUBIC), int)
+    shown = Image.fromarray(want.astype(np.uint8)).resize(sides[::-1], Image.Resampling.BICUBIC)
     top, left = (sides[0] - 32) // 2, (sides[1] - 32) // 2
-    found = semtok.read_picture(str(tmp_path / "a.png"), 32).permute(1, 2, 0).numpy()
-    assert found.shape == (32, 32, 3) and np.abs(found - shown[top : top + 32, left : left + 32]).max() <= 2
+    found = read_back(tmp_path, Image.fromarray(pixels), size=32)
+    assert np.abs(found - np.asarray(shown, int)[top : top + 32, left : left + 32]).max() <= 2
 
 
-# ------------------------------------------------------------------------------------------- schedule, tokens
+# -------------------------------------------------------------------------------- classes, batches, tokens
+
+
+def test_classes_are_listed_without_hidden_folders_and_through_links(tmp_path, capsys):
+    folder = make_pictures(tmp_path / "data", 2)
+    for path in (".hidden/a.png", "bird/.hidden/b.png", "hollow/notes.txt"):
+        (folder / path).parent.mkdir()
+        (folder / path).write_bytes(b"none")
+    (folder / "linked").symlink_to(make_pictures(tmp_path / "elsewhere", 2) / "fish")
+    classes, paths, labels, fingerprint = train.find_pictures(str(folder), "train")
+    assert classes == ["bird", "fish", "house", "linked"] and "hollow" in capsys.readouterr().err
+    assert paths == [f"{folder}/{name}/001.png" for name in classes] and labels == [0, 1, 2, 3]
+    assert fingerprint.startswith("4 files, ")
+    assert train.find_pictures(str(folder), "val")[1] == [path.replace("001", "000") for path in paths]
 
 
 def test_ranks_share_every_epoch_and_resume_in_its_middle(monkeypatch):
-    def seen(first, rank, world, flip=True):
+    def seen(step, rank, world, flip=True):
         monkeypatch.setattr(train, "ranks", lambda: (rank, world))
-        return list(train.schedule(50, train.Recipe(25, 8, 1e-3, flip=flip), 7, first))
+        return list(train.batches_from(step, 50, train.Recipe(25, 8, 1e-3, flip=flip), 7))
 
     alone = seen(0, 0, 1)  # four epochs
     shared = [seen(0, rank, 4) for rank in range(4)]
@@ -321,37 +329,30 @@ def test_ranks_share_every_epoch_and_resume_in_its_middle(monkeypatch):
         assert [seen(stop, rank, 2) for rank in range(2)] == [seen(0, rank, 2)[stop:] for rank in range(2)]
 
 
-def test_interrupted_tokens_go_on_and_those_of_another_tokenizer_are_made_again(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.Tokens, "PART", 10)  # of the 27 training pictures: three parts
-    job, write, notes = make_job(world, "ar", out=tmp_path), train.write_text, []
-    tokenizers = [make_stage(world, "1").semtok, semtok.load_semtok(str(world[1] / "stage1.safetensors"))[0]]
-
-    def make(name, number=0, flip=True):
-        return train.Tokens(str(tmp_path / name), tokenizers[number], f"print {number}", job, flip)
-
-    def interrupted(path, text):
-        notes.append(text)
-        if len(notes) == 2:
-            raise KeyboardInterrupt
-        write(path, text)
-
-    whole = make("whole.npy")
-    monkeypatch.setattr(train, "write_text", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        make("broken.npy")
-    resumed = make("broken.npy")
-    assert len(notes) == 4 and np.array_equal(resumed.table, whole.table)  # parts 1, 2, again 2, 3
-    make("broken.npy")
-    assert len(notes) == 4  # whole: nothing is made
+def test_tokens_are_made_once_by_all_ranks_and_again_for_another_tokenizer(world, tmp_path, monkeypatch):
+    run, fill, filled = make_run(world, "1"), train.Tokens.fill, []
+    run.folder = str(tmp_path)
+    first, second = make_stage(world, "1").semtok, semtok.load_semtok(str(world[1] / "stage1.safetensors"))[0]
+    monkeypatch.setattr(train.Tokens, "fill", lambda *args: filled.append(args[1]) or fill(*args))
+    tokens, again = (train.Tokens(run, first, "one", True) for _ in range(2))
+    assert len(filled) == 1 and np.array_equal(tokens.table, again.table)
     pictures, wrong = semtok.to_signed(world[2].memory), 0
     for flip, shown in ((False, pictures), (True, pictures.flip(-1))):
-        bits = torch.stack([resumed[index, flip][0] for index in range(27)])
-        wrong += (bits != (tokenizers[0].encode(shown) > 0)).sum().item()
-    # sums in another order
-    assert wrong <= 2 and [resumed[index, True][1] for index in range(27)] == world[2].labels
-    assert not np.array_equal(make("broken.npy", 1).table, whole.table) and len(notes) == 7
-    assert make("broken.npy", 1, flip=False).table.shape == (27, 1) and len(notes) == 10
-    notes[:], kept = notes[:1], np.array(whole.table)
-    with pytest.raises(KeyboardInterrupt):  # before the first part of another table is noted
-        make("whole.npy", 1)
-    assert np.array_equal(make("whole.npy").table, kept)
+        bits = torch.stack([tokens[index, flip][0] for index in range(27)])
+        wrong += (bits != (first.encode(shown) > 0)).sum().item()
+    assert wrong <= 2 and [tokens[index, True][1] for index in range(27)] == world[2].labels  # sums' order
+    other, single = (train.Tokens(run, second, "two", flip) for flip in (True, False))
+    assert len(filled) == 3 and not np.array_equal(other.table, tokens.table)
+    assert single.table.shape == (27, 1) and np.array_equal(single.table[:, 0], other.table[:, 0])
+    part = str(tmp_path / "shared")  # into which two ranks, here one after the other, write their shares
+    with monkeypatch.context() as ranks:
+        ranks.setattr(train, "wait_for_all", lambda: None)
+        for rank in (0, 1):
+            ranks.setattr(train, "ranks", lambda rank=rank: (rank, 2))
+            fill(tokens, part, run, first, True)
+    shared = np.load(part)
+    assert np.array_equal(shared["label"], tokens.table["label"])
+    assert np.unpackbits(shared["bits"] ^ tokens.table["bits"]).sum() <= 2
+    os.truncate(tokens.table.filename, 500)
+    with pytest.raises(mmdit.UserError, match="tokens-.* is damaged .*: delete it"):
+        train.Tokens(run, first, "one", True)

@@ -115,7 +115,7 @@ def pictures(count, height, width=None, seed=2):
 
 def refusal(call, *arguments, needles=()):
     """The UserError of a call: one sentence for a person that says each of the needles."""
-    with pytest.raises(UserError) as error:
+    with pytest.raises((UserError, fid.UserError)) as error:
         call(*map(str, arguments))
     text = str(error.value)
     assert "\n" not in text and not text.endswith(".")
@@ -131,7 +131,7 @@ def test_only_raster_files_are_opened(tmp_path):
     (tmp_path / "postscript.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
     os.mkfifo(tmp_path / "pipe.png")  # would wait for a writer for ever
     for name in ("postscript.png", "pipe.png", "absent.png", "."):
-        refusal(semtok.read_picture, tmp_path / name, needles=[tmp_path / name, "give"])
+        refusal(fid.read_picture, tmp_path / name, needles=[tmp_path / name, "a picture"])
 
 
 @pytest.mark.parametrize("height, width", [(2, 30_000), (20_000_000, 1), (33, 900)])
@@ -142,8 +142,8 @@ def test_thin_pictures_are_cut_before_they_are_enlarged(tmp_path, height, width,
     Image.fromarray(pixels).save(tmp_path / "thin.png")
     resize, sizes = Image.Image.resize, []
     monkeypatch.setattr(Image.Image, "resize", lambda p, size, *a: sizes.append(size) or resize(p, size, *a))
-    found = semtok.read_picture(str(tmp_path / "thin.png"), 64)
-    assert found.shape == (3, 64, 64) and found.float().mean() > 195
+    found = fid.read_picture(str(tmp_path / "thin.png"), 64)
+    assert found.shape == (64, 64, 3) and found.mean() > 195
     assert max(map(math.prod, sizes)) <= 16 * 64 * 64
 
 
@@ -455,36 +455,10 @@ def test_a_tokenizer_in_half_precision_is_the_same_function():
     assert model.encode(x).shape == codes.shape and model.decode(half[0]).dtype == torch.bfloat16
 
 
-# ------------------------------------------------------------------ perceptual networks against torchvision
-
-
-def test_lpips_with_random_weights_equals_the_package(tmp_path):
-    vgg = import_torchvision().models.vgg
-    package = pytest.importorskip("lpips")
-    features = scramble(vgg.make_layers(vgg.cfgs["D"], batch_norm=False))
-    for layer in features:
-        if isinstance(layer, torch.nn.Conv2d):
-            layer.weight.mul_(2**0.5)  # what a ReLU halves
-    weights = features.state_dict()
-    published = {f"features.{name}": tensor for name, tensor in weights.items()}
-    torch.save(published | {"classifier.0.weight": torch.zeros(4, 4)}, tmp_path / "vgg16.pth")
-    reference = package.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).eval()
-    names = reference.net.state_dict()  # slice1.0.weight for 0.weight, and so on
-    reference.net.load_state_dict({name: weights[name.split(".", 1)[1]] for name in names})
-    heads = {}
-    for i in range(5):
-        linear = getattr(reference, f"lin{i}").model[1].weight
-        linear.copy_(random(*linear.shape, seed=i).abs())
-        heads[f"lin{i}.model.1.weight"] = linear.clone()
-    torch.save(heads, tmp_path / "vgg.pth")
-    a, b = pictures(3, 64, 48), pictures(3, 64, 48, seed=5)
-    ours = fid.load_lpips(str(tmp_path / "vgg16.pth"), str(tmp_path / "vgg.pth"))
-    agree(ours(a, b), reference(a, b).flatten(), SUMS, "LPIPS")
+# ------------------------------------------------- ResNet-50 against torchvision (LPIPS: see test_fid.py)
 
 
 def test_resnet50_logits_equal_torchvision(tmp_path):
-    import train
-
     torchvision = import_torchvision()
     reference, transforms = scramble(torchvision.models.resnet50(weights=None)), torchvision.transforms
     weights = reference.state_dict()
@@ -494,21 +468,20 @@ def test_resnet50_logits_equal_torchvision(tmp_path):
     torch.save(older, tmp_path / "older.pth")
     normalise = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     for file, side in (("resnet50.pth", 224), ("older.pth", 224), ("resnet50.safetensors", 256)):
-        ours, x = train.load_resnet(str(tmp_path / file)), pictures(2, side)
+        ours, x = fid.load_network(semtok.ResNet, tmp_path / file, "ResNet-50"), pictures(2, side)
         small = transforms.functional.resize((x + 1) / 2, [224, 224], antialias=True)  # bilinear
         agree(ours(x), reference(normalise(small)), SUMS if side == 224 else SAME, "ResNet-50 logits")
+        assert not ours.training and not any(p.requires_grad for p in ours.parameters())
     torch.save(weights | {"conv1.weight": torch.tensor(0.0)}, tmp_path / "scalar.pth")
-    with pytest.raises(train.fid.UserError, match="conv1.weight"):
-        train.load_resnet(str(tmp_path / "scalar.pth"))
+    refusal(lambda path: fid.load_network(semtok.ResNet, path, "a ResNet"), tmp_path / "scalar.pth",
+            needles=["is not a ResNet", "conv1.weight"])
 
 
 # ---------------------------------------------------------------------------------- formulations of our own
 
 
-def test_discriminator_equals_loops():
-    import train
-
-    ours = scramble(train.Discriminator(base=128, stages=2, map_size=4))
+def test_discriminator_equals_loops_and_has_the_widths_of_the_paper():
+    ours = scramble(semtok.Discriminator(base=128, stages=2, map_size=4))
     weights = ours.state_dict()
 
     def convolve(y, name, padding):
@@ -528,13 +501,8 @@ def test_discriminator_equals_loops():
     y = torch.stack([y[:, :, a:b, c:d].amax((2, 3)) for a, b in bounds for c, d in bounds], -1)
     theirs = convolve(F.leaky_relu(convolve(y.unflatten(-1, (4, 4)), "mix", 0), 0.1), "conv_out", 2)
     agree(ours(x), theirs, SUMS, "discriminator")
-
-
-def test_discriminator_has_the_widths_of_the_paper():
-    import train
-
     with torch.device("meta"):
-        ours = train.Discriminator()
+        ours = semtok.Discriminator()
     shapes = [tuple(conv.weight.shape[:2]) for conv in (ours.conv_in, *ours.convs, ours.mix, ours.conv_out)]
     assert shapes == [(128, 3), (128, 128), (256, 128), (512, 256), (1024, 512), (1024, 1024), (1, 1024)]
     assert [norm.num_groups for norm in ours.norms] == [32] * 4 and ours.map_size == 16
@@ -774,7 +742,7 @@ CARDS = {  # file -> (packages its card allows, files that stand beside it)
     "bsq.py": ({"torch"}, ()),
     "mmdit.py": ({"torch", "safetensors"}, ()),
     "fid.py": ({"torch", "numpy", "PIL", "safetensors", "scipy", "tqdm"}, ()),
-    "semtok.py": ({"torch", "numpy", "PIL", "safetensors"}, ("bsq.py", "mmdit.py")),
+    "semtok.py": ({"torch", "PIL", "safetensors"}, ("bsq.py", "mmdit.py")),
     "ar.py": ({"torch"}, ("bsq.py", "mmdit.py")),
 }
 CHECKS = {  # what the example's own comments promise
@@ -810,11 +778,9 @@ def test_a_copied_file_runs_its_example_in_an_empty_folder(name, tmp_path):
     docstring = ast.get_docstring(ast.parse((tmp_path / name).read_text(encoding="utf-8")))
     blocks = [block for block in re.findall(r"(?:^    .*\n?)+", docstring, re.M) if "import torch" in block]
     assert len(blocks) == 1, "the module's docstring shows one example"
-    example = textwrap.dedent(blocks[0])
-    beside = {Path(file).stem for file in (name, *CARDS[name][1])}
-    ours = sorted({path.stem for path in ROOT.glob("*.py")} - beside)
-    script = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n{example}\n{CHECKS[name]}\n"
-    run(script + f"assert not set(sys.modules) & set({ours!r})\n", folder=tmp_path)
+    ours = {path.stem for path in ROOT.glob("*.py")} - {path.stem for path in tmp_path.glob("*.py")}
+    script = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n{textwrap.dedent(blocks[0])}\n{CHECKS[name]}"
+    run(script + f"\nassert not set(sys.modules) & {ours!r}\n", folder=tmp_path)
 
 
 # ------------------------------------------------------------------------------------------- the real sizes
@@ -838,11 +804,12 @@ def stream_file(path, shapes):
 FULL = """
 import sys
 sys.path.insert(0, {root!r})
-import torch, ar, bsq, mmdit, semtok
+import torch, ar, bsq, fid, mmdit, semtok
 
 torch.manual_seed(0)
 path, photo = sys.argv[1:]
-pictures = semtok.to_signed(semtok.read_picture(photo, 256))[None].to(torch.bfloat16)
+pictures = torch.from_numpy(fid.read_picture(photo, 256)).permute(2, 0, 1)[None]
+pictures = semtok.to_signed(pictures).to(torch.bfloat16)
 config = semtok.PRESETS["paper"]
 with torch.device("meta"):
     decoder = semtok.Decoder(config).to(torch.bfloat16)
