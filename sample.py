@@ -39,8 +39,8 @@ from ar import load_ar
 from bsq import bits_to_codes, index_to_bits
 from mmdit import UserError
 from semtok import (
-    choose_device, key_generator, launched, load_semtok, number, picture_grid, run_command, to_uint8,
-    write_file, write_picture, write_text,
+    choose_device, key_generator, launched, load_semtok, number, picture_grid, run_command, target_of,
+    to_uint8, write_file, write_picture, write_text,
 )
 
 def load(run: str, name: str, device: torch.device) -> tuple[nn.Module, dict[str, str]]:
@@ -340,6 +340,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """The command. Raises UserError for what the person at the keyboard can mend."""
     args = parse_arguments(arguments)
+    if args.out and args.job != "reconstruct":
+        target_of(args.out)  # refused before any work
     path = JOBS[args.job](args, choose_device(args.device))
     if launched()[0] == 0:
         print(path)

@@ -71,12 +71,18 @@ def picture_grid(rows: dict[str, torch.Tensor], side: int = 96) -> Image.Image:
 # --------------------------------------------------- atomic writes, seeded generators, the command line
 
 
-def write_file(path: str, write) -> None:
-    """Call write(temporary path), flush to disk, then rename to path. A link stays one: its target changes.
-    Raises OSError, and UserError for a path that is a folder, a device or a pipe."""
+def target_of(path: str) -> str:
+    """The file that a path, or a link, stands for. UserError for a folder, a device or a pipe."""
     path = os.path.realpath(path)
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path} is no ordinary file and will not be replaced: choose another path")
+    return path
+
+
+def write_file(path: str, write) -> None:
+    """Call write(temporary path), flush to disk, then rename to path. A link stays one: its target changes.
+    Raises OSError, and UserError as `target_of` does."""
+    path = target_of(path)
     temporary, folder = f"{path}.{os.getpid()}.part", os.path.dirname(path)
     for left in glob.glob(f"{glob.escape(path)}.*.part"):
         if not re.fullmatch(r"\.\d{1,9}\.part", left.removeprefix(path)):

@@ -321,7 +321,7 @@ def find_pictures(folder: str, split: str) -> tuple[list[str], list[str], list[i
         for file in (file for file in files if (file in held_out) == (split == "val")):
             paths.append(os.path.join(folder, file))
             labels.append(label)  # name and size stand for a picture
-            digest.update(os.fsencode(f"{file} {os.path.getsize(paths[-1])}\n"))
+            digest.update(os.fsencode(f"{file} {os.lstat(paths[-1]).st_size}\n"))
     if not paths:
         found = f"{folder} has no {split} pictures in {len(names)} subfolders"
         raise UserError(f"{found}: it must be {layout}, with two pictures or more of some class")
@@ -472,7 +472,8 @@ class Run:
         for name in names:
             with contextlib.suppress(fid.UserError):
                 return fid.find_weights(folder, name, "")
-        return fid.find_weights(folder, names[0], f"{PUBLISHED[names[0]]}: {how}")
+        name = names[-1 if self.preset == "paper" else 0]
+        return fid.find_weights(folder, name, f"{PUBLISHED[name]}: {how}")
 
     def parent(self, stage: str) -> str:
         """The fingerprint of the result that a stage is made from, or "". UserError if it is missing."""
@@ -501,6 +502,8 @@ def read_settings(path: str) -> dict:
         texts = [text for part in found["set"].values() for text in part.values()]
         texts += [text for name in ("data", "pictures", "weights") if (text := found[name]) is not None]
         fits = found["preset"] in RECIPES and found["ar_size"] in (None, *AR_PRESETS)
+        for part, values in found["set"].items():
+            fits &= values.keys() <= {*(TOKENIZER_SIZES + AR_SIZES if part == "sizes" else setting_names(part))}
         if not fits or type(found["seed"]) is not int or not {*map(type, texts)} <= {str}:
             raise ValueError("its entries are not those of a run")
         return found
@@ -543,7 +546,7 @@ def open_run(args: argparse.Namespace) -> tuple[Run, list[str]]:
         for name, value in before.described(stage).items():
             if now[name] != value and name not in MAY_CHANGE:
                 found = f"{args.out} has {name} {value}, and this command asks for {now[name]}"
-                raise UserError(f"{found}: take another --out, or start again with --overwrite")
+                raise UserError(f"{found}: take another --out, or start stage {stage} again with --overwrite")
     if missing := set(stages) - RECIPES[run.preset].keys():
         raise UserError(f"stage {missing.pop()} makes tiny's stand-ins; {run.preset} reads published weights")
     if tiny and args.weights:

@@ -272,11 +272,11 @@ def stages(_):
         entries = [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
         run, _ = train.open_run(train.parse_arguments(["--stage", "all", "--out", folder]))
         run = plan.Planned(run.folder, run.settings, run.args)
-    plan.without_files(run)
     rate = product_rate(torch.bfloat16 if CUDA else torch.float32, 3 * ((8192,) if CUDA else (768,)))
     for entry in entries:
         if entry["step"] == 60 and "loss" in entry:
-            work = plan.measure(entry["stage"], run, 8)["flops"] / 8  # of a picture
+            with plan.without_files(run):
+                work = plan.measure(entry["stage"], run, 8)[1] / 8  # FLOPs of a picture
             share, speed = entry["images_per_s"] * work / rate, f"{entry['images_per_s']:8.1f} images/s"
             print(f"  stage {entry['stage']:3s} {speed}, {share:.1%} of the rate of matrix products")
 

@@ -32,7 +32,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["train", "torch._dynamo"])  # which FSDP2 imports late
 LONG = ("--steps", "12", "--batch-size", "4", "--set", "log_every=1", "save_every=8")
 SHORT = ("--steps", "9", "--batch-size", "4", "--set", "log_every=2", "save_every=3")
-ALSO = {"0": ("batch_size=6",), "2": ("gan_start=4",)}  # the VAE learns from every third picture of a share
+ALSO = {"0": ("batch_size=6",), "2": ("gan_start=2",)}  # the VAE learns from every third picture of a share
 
 
 def in_float64():
@@ -179,7 +179,7 @@ def alone(base, stage, *changes):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_are_one(base, stage):
-    """Two gloo processes take the steps that one takes, with FSDP2; the discriminator joins at step 4.
+    """Two gloo processes take the steps that one takes, with FSDP2; the discriminator joins at step 2.
 
     In float64: in float32 Adam makes a step of the rate of rounding where a gradient is nearly zero."""
     out, changes = fresh(base, f"two-{stage}", stage), ALSO.get(stage, ())
@@ -187,7 +187,7 @@ def test_two_processes_are_one(base, stage):
     assert "on 2 x cpu" in said and "Warning" not in said, said
     assert_same_run(alone(base, stage, *changes), out, stage)
     played = [entry["step"] for entry in log(out, stage) if entry.get("discriminator_loss", 0) > 0]
-    assert played == ([*range(5, 13)] if stage == "2" else [])
+    assert played == ([*range(3, 13)] if stage == "2" else [])
 
 
 @pytest.mark.parametrize("stage, ranks, changes", [("1", 1, ("lambda_q=0",)), ("ar", 2, ())])
@@ -219,13 +219,13 @@ def test_stopped_it_goes_on_with_another_number_of_processes(base, number, ranks
 @pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.full)])
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_it_ends_in_the_same_bits(base, stage, times):
-    """SIGKILL at random moments, every third in the middle of writing a state; the same command goes on."""
+    """SIGKILL at random moments, every third in writing the second state; the same command goes on."""
     whole, out = (fresh(base, f"{name}-{stage}-{times}", stage) for name in ("whole", "killed"))
     began, flags = time.monotonic(), (*SHORT, *ALSO.get(stage, ()))
     finish(stage, whole, *flags)
     length, rng, kills = time.monotonic() - began, random.Random(f"{stage} {times}"), 0
     while kills < times:
-        writing = [partial(signalled, signal.SIGKILL, stage, "shard_sizes", ".part")] * (kills % 3 == 2)
+        writing = [partial(signalled, signal.SIGKILL, stage, "shard_sizes", "6.part")] * (kills % 3 == 2)
         (process, output), = start(stage, out, *flags, hooks=writing)
         process.join(300 if writing else rng.uniform(0.1, 0.6) * length)
         process.kill()
@@ -348,13 +348,15 @@ def test_a_later_command_knows_the_folder(base, tmp_path, monkeypatch):
     few = ("--steps", 1, "--batch-size", 4)
     monkeypatch.chdir(base)
     run = ("--data", "data", "--out", tmp_path / "run", "--set", "flip=0", *few)
-    assert call("train.py", "--stage", "0", *run).returncode == call("train.py", "--stage", "1", *run).returncode == 0
+    assert all(call("train.py", "--stage", stage, *run).returncode == 0 for stage in "01")
     monkeypatch.chdir(tmp_path)
     assert call("train.py", "--stage", "2", "--out", "run", *few).returncode == 0
     classes = semtok.TensorFiles("run/stage2.safetensors").metadata["classes"]
     assert json.loads(classes) == sorted(os.listdir(base / "data"))
     run, stages = opened("ar", "run")
     assert stages == ["ar"] and not any(run.recipe(s).flip for s in STAGES) and run.recipe("ar").steps == 2100
+    (tmp_path / "begun" / "state-0" / "step-0000001").mkdir(parents=True)  # stage 0 was stopped half-way
+    assert opened("1", "begun")[1] == ["0", "1"]
 
 
 def test_another_run_is_refused(base):

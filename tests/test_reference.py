@@ -779,7 +779,8 @@ def test_a_copied_file_runs_its_example_in_an_empty_folder(name, tmp_path):
     blocks = [block for block in re.findall(r"(?:^    .*\n?)+", docstring, re.M) if "import torch" in block]
     assert len(blocks) == 1, "the module's docstring shows one example"
     ours = {path.stem for path in ROOT.glob("*.py")} - {path.stem for path in tmp_path.glob("*.py")}
-    script = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n{textwrap.dedent(blocks[0])}\n{CHECKS[name]}"
+    script = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n"
+    script += f"{textwrap.dedent(blocks[0])}\n{CHECKS[name]}"
     run(script + f"\nassert not set(sys.modules) & {ours!r}\n", folder=tmp_path)
 
 
