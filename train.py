@@ -503,7 +503,7 @@ def read_settings(path: str) -> dict:
         texts += [text for name in ("data", "pictures", "weights") if (text := found[name]) is not None]
         fits = found["preset"] in RECIPES and found["ar_size"] in (None, *AR_PRESETS)
         for part, values in found["set"].items():
-            fits &= values.keys() <= {*(TOKENIZER_SIZES + AR_SIZES if part == "sizes" else setting_names(part))}
+            fits &= {*values} <= {*(TOKENIZER_SIZES + AR_SIZES if part == "sizes" else setting_names(part))}
         if not fits or type(found["seed"]) is not int or not {*map(type, texts)} <= {str}:
             raise ValueError("its entries are not those of a run")
         return found
