@@ -159,7 +159,7 @@ def run_command(name: str, main, faults: tuple, memory_advice: str) -> int:
         main()
         return 0
     except KeyboardInterrupt:
-        text, code = "interrupted; what has been saved is whole, and the same command goes on", 130
+        text, code = "interrupted; saved work is whole: the same command (no --overwrite) goes on", 130
     except faults as error:  # from a loader's worker it carries a traceback: its last line is the message
         text, code = (str(error).strip() or "a damaged file").splitlines()[-1], 2
         text = re.sub(r"^\w+\.UserError: ", "", text)

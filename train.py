@@ -525,7 +525,8 @@ def open_run(args: argparse.Namespace) -> tuple[Run, list[str]]:
     tiny, several = settings["preset"] == "tiny", args.stage == "all"
     scratch = args.changes.get("init", settings["set"]["2"].get("init")) == "scratch"
     stages = order[1 + scratch :] if several else [args.stage]
-    if tiny and (several or "0" not in begun and (stages[0] == "1" or scratch and stages[0] == "2")):
+    first = stages[0] == "1" or scratch and stages[0] == "2"  # what reads tiny's stand-ins
+    if tiny and (several or first and not os.path.exists(os.path.join(args.out, StandIns.result))):
         stages = ["0", *stages]
     asked = stages if several else [args.stage]  # a stage 0 that comes along has its own recipe
     for name, text in args.changes.items():
@@ -961,7 +962,7 @@ def load_state(folder: str, tensors: dict[str, torch.Tensor]) -> dict:
             facts = json.loads(Path(path, "state.json").read_text(encoding="utf-8"))
             if facts["bytes"] != shard_sizes(path) or int(facts["step"]) != int(path.rpartition("-")[2]):
                 raise ValueError("a shard is cut, or its step is another")
-            chosen = [(path, facts | {"skipped": int(facts["skipped"])})]
+            chosen = [(path, facts | {"skipped": int(facts["skipped"]), "parent": str(facts["parent"])})]
             break
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             print(f"falling back to the state before: {path} is not whole ({error})", file=sys.stderr)
@@ -1167,7 +1168,7 @@ def train_stage(name: str, run: Run) -> None:
             if training.bad_in_a_row == BAD_STEPS:
                 broken = ", ".join(n for n, value in losses.items() if not value.isfinite())
                 found = f"step {step}: {broken} not finite, and the {BAD_STEPS} last steps were skipped"
-                raise UserError(f"{found}: the same command goes on, best with a lower --lr")
+                raise UserError(f"{found}: the same command (no --overwrite) goes on, best with a lower --lr")
             if step % recipe.log_every == 0 or last:
                 entry = {n: value.item() for n, value in losses.items()}
                 entry |= {group["rate"]: group["lr"] for group in training.optimizer.param_groups}
@@ -1183,8 +1184,7 @@ def train_stage(name: str, run: Run) -> None:
                 facts = {"parent": stage.parent, "skipped": training.skipped}
                 save_state(states, step, training.state, facts)
             if ends:
-                same = "the same command" + " without --overwrite" * run.args.overwrite
-                raise UserError(f"stopped at step {step}, saved: {same} goes on")
+                raise UserError(f"stopped at step {step}, saved: the same command (no --overwrite) goes on")
 
         # ---- the result
         figures = look()
@@ -1206,7 +1206,7 @@ def train_stage(name: str, run: Run) -> None:
         f"  next: {run.command({'0': '1', '1': '2', '2': 'ar', 'ar': 'sample'}[name])}"
     )
     if ends:
-        raise UserError(f"stopped after stage {name}, which is finished: the same command goes on")
+        raise UserError(f"stopped after stage {name}, finished: the same command (no --overwrite) goes on")
 
 
 def draw_curves(log: str, stage: str) -> Image.Image:

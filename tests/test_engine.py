@@ -207,7 +207,7 @@ def test_stopped_it_goes_on_with_another_number_of_processes(base, number, ranks
     out = fresh(base, f"stopped-{number}-{ranks}", "ar")
     hooks, flags = [in_float64, partial(signalled, number, "ar", "prepare", "9")], (*LONG, "--overwrite")
     said = finish("ar", out, *flags, hooks=hooks, ranks=ranks, code=2)
-    assert "stopped at step 10, saved: the same command without --overwrite goes on" in said
+    assert "stopped at step 10, saved: the same command (no --overwrite) goes on" in said
     assert states(out, "ar") == [8, 10] and not (out / "ar.safetensors").exists()
     finish("ar", out, *LONG, hooks=[in_float64], ranks=others)
     assert_same_run(alone(base, "ar"), out, "ar")
