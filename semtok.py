@@ -17,6 +17,7 @@ Section 3.1 and 3.2, Eq. 1 to 7, appendix A.1. It needs bsq.py and mmdit.py. Opt
 """
 
 import argparse
+import contextlib
 import glob
 import hashlib
 import json
@@ -25,6 +26,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -797,8 +799,8 @@ class SemTok(nn.Module):
             targets = F.interpolate(targets, (grid, grid), mode="bilinear", antialias=True)
         distill_loss = F.mse_loss(self.w_x(x).float(), targets.flatten(2).transpose(1, 2))
 
-        v = F.normalize(self.w_z(codes.flatten(1).to(self.w_z.weight.dtype)).float(), dim=-1)
-        with torch.autocast(v.device.type, enabled=False):  # bfloat16 would move these logits by up to 0.2
+        with torch.autocast(codes.device.type, enabled=False):  # bfloat16 moves these logits by up to 0.2
+            v = F.normalize(self.w_z(codes.flatten(1).to(self.w_z.weight.dtype)).float(), dim=-1)
             similarity = self.log_t.float().exp() * v @ candidates.T  # (B, ranks * B)
         # Eq. 2 is printed without its minus sign. To maximise the log ratio is to minimise this (InfoNCE).
         return {"distill_loss": distill_loss, "contrast_loss": F.cross_entropy(similarity, positive)}
@@ -820,8 +822,8 @@ class SemTok(nn.Module):
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] -> codes (B, K, d): +-1/sqrt(d) (LFQ: +-1).
-        Without autocast: in bfloat16 some bits would differ, and depend on the rest of the batch."""
-        with torch.autocast(pictures.device.type, enabled=False):
+        In float32 alone: by bfloat16 or TF32 some bits would differ, and depend on the rest of the batch."""
+        with torch.autocast(pictures.device.type, enabled=False), without_tf32():
             return self.quantise(self.vae.encode(pictures))[1]
 
     @torch.no_grad()
@@ -845,6 +847,17 @@ class SemTok(nn.Module):
         codes = self.encode(to_signed(pictures))
         latents = self.refine(codes) if generator is None else self.sample(codes, steps, generator=generator)
         return to_uint8(self.decode(latents))
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Inside, CUDA's products and convolutions of float32 keep all digits."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.set_float32_matmul_precision(products)
+    torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def euler(velocity, x: torch.Tensor, steps: int) -> torch.Tensor:
