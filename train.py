@@ -780,7 +780,7 @@ class StandIns(nn.Module):
         side, top, left = pictures.shape[-1], 0, 0
         if step < 0.8 * self.recipe.steps:
             side //= 2
-            top, left = np.random.default_rng([self.run.settings["seed"], step]).integers(0, side + 1, 2)
+            top, left = np.random.default_rng(step).integers(0, side + 1, 2)
         windows, place = pictures[::3, :, top : top + side, left : left + side], side // config.factor
         shape = world * len(windows), config.latent_channels, place, place
         noise = torch.randn(shape, generator=rng, device=pictures.device).chunk(world)[rank]
@@ -1256,7 +1256,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         about = {"metavar": "N", "help": f"short for --set {name}=N", "type": f"{name}={{}}".format}
         remembered("--" + name.replace("_", "-"), dest="set", action="append", **about)
     remembered("--ar-size", choices=["L", "XL", "XXL"], help="the paper preset's transformer (default: L)")
-    remembered("--seed", type=number(int, 0, 2**53), help="everything random follows from it (default: 0)")
+    remembered("--seed", type=number(int, 0, 2**53), help="of networks, order, noise and masks (default: 0)")
     remembered("--weights", metavar="FOLDER", help="other people's networks (default: weights)")
     add("--overwrite", action="store_true", help="start the stage again, in place of what is there")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
