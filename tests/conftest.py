@@ -19,7 +19,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """Leaves out what is marked full, saying so, unless -m asks for it."""
     if "full" not in config.getoption("-m"):
-        reason = "real sizes or slow: python -m pytest tests -m full -s (9 minutes, 6 GB of memory and disk)"
+        reason = "real sizes or slow: python -m pytest tests -m full -s (minutes, 6 GB of memory and disk)"
         for item in items:
             if "full" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))

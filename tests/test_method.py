@@ -77,7 +77,7 @@ LEFT_OUT = [  # a term, its weight in the loss, what learns from it alone
 
 @pytest.mark.parametrize("stage, left_out", [("1", LEFT_OUT[0]), ("1", LEFT_OUT[1]), *product("2", LEFT_OUT)])
 def test_terms_can_be_left_out(world, stage, left_out):
-    (setting, term, weight, heads), made = left_out, make_stage(world, stage, left_out[0])
+    (_, term, weight, heads), made = left_out, make_stage(world, stage, left_out[0])
     whole, gradients = one_step(make_stage(world, stage), world[2])
     without, left = one_step(made, world[2])
     gone = {term} if weight == "lambda_p" else set()  # a judge is not asked, nor is its file
