@@ -491,6 +491,7 @@ class SemTokConfig:
     quantizer: Literal["bsq", "lfq"] = "bsq"  # LFQ is the sign without the sphere (Table 10)
     entropy_group: int = 1  # see BSQ
     causal: bool = False  # Table 5's "raster": a token sees the picture and the tokens before it
+    form: Literal["1d", "2d"] = "1d"  # 2d: token i belongs to patch i. Table 3's control, not the paper's
     vae: VAEConfig = field(default_factory=VAEConfig)
 
     def __post_init__(self):
@@ -501,6 +502,8 @@ class SemTokConfig:
             raise ValueError(f"image_size {self.image_size} is no multiple of {side}, a patch's pixels")
         if max(self.tokens + self.grid**2, self.bits) > 8192:  # masks are allocated even on the meta device
             raise ValueError("tokens and patches together, and bits, must be at most 8192")
+        if self.form == "2d" and (self.tokens != self.grid**2 or self.causal):
+            raise ValueError(f"form=2d has a token for each patch: set tokens={self.grid**2} and causal=0")
         if self.bits % self.entropy_group:
             raise ValueError(f"entropy_group {self.entropy_group} must divide the {self.bits} bits")
         if self.encoder_width % (4 * self.encoder_heads) or self.decoder_width % (4 * self.decoder_heads):
@@ -559,9 +562,8 @@ class Encoder(MMDiT):
         self.norm_out = nn.LayerNorm(width, eps=1e-6)
         self.to_bits = nn.Linear(width, config.bits)
         self.x_rope = RotaryTable(rope_2d(config.grid, config.grid, head_dim))
-        self.z_rope = RotaryTable(rope_1d(config.tokens, head_dim))
-        mask = causal_mask(config.tokens, config.grid**2) if config.causal else None
-        self.register_buffer("mask", mask, persistent=False)
+        self.z_rope = RotaryTable(token_rope(config, head_dim))
+        self.register_buffer("mask", token_mask(config), persistent=False)
 
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised latents (B, channels, h, w) -> x (B, h w / p^2, width), z (B, K, d)."""
@@ -570,13 +572,26 @@ class Encoder(MMDiT):
         return x, self.to_bits(self.norm_out(z))
 
 
-def causal_mask(tokens: int, patches: int) -> torch.Tensor:
-    """Sequential tokens (SelfTok, Wang et al. 2025; Table 5), before the patches: (tokens + patches)^2 bool.
-    A token sees the image, itself and earlier tokens. Patches see no token, or they would leak later tokens
-    to earlier ones."""
-    mask = torch.ones(tokens + patches, tokens + patches, dtype=torch.bool, device="cpu")
-    mask[:tokens, :tokens] = mask[:tokens, :tokens].tril()
+def token_rope(config: SemTokConfig, head_dim: int) -> torch.Tensor:
+    """The tokens' rotations (2, K, head_dim): of a sequence, or of the patches that they belong to."""
+    two = config.form == "2d"
+    return rope_2d(config.grid, config.grid, head_dim) if two else rope_1d(config.tokens, head_dim)
+
+
+def token_mask(config: SemTokConfig) -> torch.Tensor | None:
+    """What K tokens, then grid^2 patches see in the encoder: (K + grid^2, K + grid^2) bool; None: everything.
+    causal (SelfTok, Wang et al. 2025; Table 5): a token sees the image, itself and earlier tokens.
+    2d: a token sees itself and its own patch. In both, patches see no token, or one token would reach another
+    through them."""
+    tokens, total = config.tokens, config.tokens + config.grid**2
+    if config.form == "1d" and not config.causal:
+        return None
+    mask = torch.ones(total, total, dtype=torch.bool, device="cpu")
     mask[tokens:, :tokens] = False
+    if config.causal:
+        mask[:tokens, :tokens] = mask[:tokens, :tokens].tril()
+    else:
+        mask[:tokens] = torch.eye(tokens, dtype=torch.bool, device="cpu").repeat(1, 2)
     return mask
 
 
@@ -598,7 +613,7 @@ class Decoder(MMDiT):
             self.token_embedder.weight.data *= config.bits**0.5
         self.mask_tokens = nn.Parameter(torch.randn(config.grid**2, width, device="cpu") * 0.02)
         self.x_rope = RotaryTable(rope_2d(*self.grid, head_dim))
-        self.z_rope = RotaryTable(rope_1d(config.tokens, head_dim))
+        self.z_rope = RotaryTable(token_rope(config, head_dim))
 
     def forward(self, codes: torch.Tensor, noisy: torch.Tensor | None = None, t: torch.Tensor | None = None):
         """codes (B, K, d), noisy x_t (B, channels, h, w), t (B,) -> the velocity x_v - eps, like x_t.

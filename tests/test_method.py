@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from test_pipeline import call, make_pictures
 
@@ -189,11 +190,24 @@ def test_group_bits_divide_the_bits_and_size_the_head_alone():
             assert out["nll"].item() == pytest.approx(math.log(2), rel=1e-5)
 
 
-@pytest.mark.parametrize("causal", [0, 1])
-def test_causal_makes_the_token_stream_sequential_and_nothing_else(world, causal):
-    model, plain = (make_stage(world, "1", f"causal={value}").semtok for value in (causal, 0))
-    assert replace(model.config, causal=False) == plain.config
+SEEN = {  # of 16 tokens: which other tokens' codes a token moves
+    "causal=0": torch.ones(16, 16, dtype=torch.bool),
+    "causal=1": torch.ones(16, 16, dtype=torch.bool).triu(),  # what is not before it
+    "form=2d": torch.eye(16, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("setting", SEEN)
+def test_what_tokens_see_is_all_that_the_setting_changes(world, setting):
+    model, plain = (make_stage(world, "1", each).semtok for each in (setting, "causal=0"))
+    assert replace(model.config, causal=False, form="1d") == plain.config
     assert model.state_dict().keys() == plain.state_dict().keys()
+    work = []
+    for each in (model, plain):
+        with FlopCounterMode(display=False) as counter:
+            each.quantise(torch.randn(1, 8, 8, 8))
+        work.append(counter.get_total_flops())
+    assert work[0] == work[1] > 0
     encoder, latents, on_tokens, on_patches = model.encoder, torch.randn(1, 8, 8, 8), [], []
     with torch.no_grad():
         x, z = encoder(latents)
@@ -206,9 +220,25 @@ def test_causal_makes_the_token_stream_sequential_and_nothing_else(world, causal
             on_tokens.append((moved[1] - z)[0].abs().amax(1) > 1e-6)
         latents[:, :, :1] += 1
         assert ((encoder(latents)[1] - z).abs().amax(2) > 1e-6).all()  # every token sees the picture
-    on_tokens, square = torch.stack(on_tokens), torch.ones(16, 16, dtype=torch.bool)
-    assert torch.equal(on_tokens, square.triu() if causal else square)  # token j moves what is not before it
-    assert torch.stack(on_patches).any().item() is not bool(causal)  # nor do the patches pass it on
+    assert torch.equal(torch.stack(on_tokens), SEEN[setting])
+    assert torch.stack(on_patches).any().item() is (setting == "causal=0")  # nor do the patches pass it on
+
+
+def test_a_2d_token_belongs_to_its_patch(world):
+    model = make_stage(world, "1", "form=2d", "encoder_depth=1").semtok  # in one block, patches do not mix
+    latents, moved = torch.randn(1, 8, 8, 8), []
+    for part in (model.encoder, model.decoder):
+        assert torch.equal(part.z_rope.table, part.x_rope.table)
+    with torch.no_grad():
+        z = model.encoder(latents)[1]
+        for row, column in product(range(0, 8, 2), repeat=2):
+            other = latents.clone()
+            other[..., row : row + 2, column : column + 2] += 1
+            moved.append((model.encoder(other)[1] - z)[0].abs().amax(1) > 1e-6)
+    assert torch.equal(torch.stack(moved), torch.eye(16, dtype=torch.bool))
+    for impossible in (("tokens=8",), ("causal=1",)):
+        with pytest.raises(mmdit.UserError, match="form=2d has a token for each patch: set tokens=16"):
+            make_run(world, "1", "form=2d", *impossible)
 
 
 def next_token_model():
