@@ -24,6 +24,7 @@ import signal
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -39,7 +40,7 @@ from ar import load_ar
 from bsq import bits_to_codes, index_to_bits
 from mmdit import UserError
 from semtok import (
-    choose_device, key_generator, launched, load_semtok, number, picture_grid, run_command, target_of,
+    SemTok, choose_device, key_generator, launched, load_semtok, number, picture_grid, run_command, target_of,
     to_uint8, write_file, write_picture, write_text,
 )
 
@@ -191,6 +192,20 @@ def photo(args: argparse.Namespace, device: torch.device) -> str:
     out = args.out or os.path.join(args.run, f"image-{Path(args.image[0]).stem}.png")
     write_picture(out, picture_grid(rows, side=256))
     return out
+
+
+def influence(tokenizer: SemTok, codes: torch.Tensor, instead: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What does one token do? For each of codes (N, K, d) in turn: how far the refiner's pictures move when
+    this token is taken from `instead` (N, K, d), (N, H, W), mean over colours, 0..255."""
+    def pictures(codes):
+        made = [to_uint8(tokenizer.decode(tokenizer.refine(part))) for part in codes.split(64)]
+        return torch.cat(made).float()
+
+    whole = pictures(codes)
+    for token in range(codes.shape[1]):
+        edited = codes.clone()
+        edited[:, token] = instead[:, token]
+        yield (pictures(edited) - whole).abs().mean(1)
 
 
 def claim(folder: str, settings: dict) -> None:

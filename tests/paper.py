@@ -1,20 +1,23 @@
-"""The paper's ablations in the small world, by hand: what does each ingredient do?
+"""The paper's comparisons in the small world, by hand: what does each ingredient do?
 
-    python tests/paper.py                                     # every entry of ENTRIES; resumable
-    python tests/paper.py table4 figure9 --seeds 0 1 2        # some of them
+    python tests/paper.py --seeds 0 1 2                       # every entry of ENTRIES; resumable
+    python tests/paper.py table3 figure4 figure5              # some of them
     python tests/paper.py figure6 FOLDER --run runs/tiny      # do FOLDER/CLASS/picture form clusters?
 
 An entry trains what it needs with train.py, at one thread a run, as many runs at once as there are cores.
-Runs share stages: all take stage 0 of seed 0, as the paper takes one VAE and one SigLIP, and what differs
-only later starts from the default run. RESULTS.md and the figures' PNGs lie in --out.
+The runs of a seed share its stage 0, as the paper has one VAE and one SigLIP, and what differs only later
+starts from the default run of that seed. RESULTS.md and the pictures lie in --out, or with --publish in the
+repository.
 
 Scores are of pictures that no training saw: PSNR and SSIM of reconstructions, the share of samples that an
 independent classifier recognises, and in the classifier's features Frechet distance (rFD of reconstructions,
-gFD of samples), precision and recall; kNN is neighbour_accuracy in the encoder's tokens. Every number is
-the mean of the seeds, with half their range behind it.
+gFD of samples), precision and recall; kNN is neighbour_accuracy in the encoder's tokens; nats is the
+transformer's loss a bit. For the last three columns of locality see its function. Every number is the mean
+of the seeds, with half their range behind it.
 """
 
 import argparse
+import datetime
 import json
 import math
 import os
@@ -22,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,12 +46,12 @@ import recognise  # noqa: E402
 import sample  # noqa: E402
 from mmdit import TensorFiles, UserError  # noqa: E402
 from semtok import (  # noqa: E402
-    SemTok, SigLIP, key_generator, load_semtok, load_siglip, run_command, to_signed, write_picture,
-    write_tensors, write_text,
+    SemTok, SigLIP, key_generator, load_semtok, load_siglip, picture_grid, run_command, to_signed,
+    write_picture, write_tensors, write_text,
 )
 from train import in_batches, read_settings, setting_names  # noqa: E402
 
-COST = {"0": 40, "1": 60, "2": 100, "ar": 150, "score": 25}  # for the bar: about the seconds of each
+COST = {"0": 40, "1": 60, "2": 90, "ar": 100, "score": 15}  # for the bar: about the seconds of each
 
 
 @dataclass(frozen=True)
@@ -61,18 +65,23 @@ class Run:
 RUNS = {
     "default": Run(),
     "neither": Run("distill=0 contrast=0"), "distill": Run("contrast=0"), "contrast": Run("distill=0"),
-    "raster": Run("causal=1"),
+    "grid": Run("form=2d"), "raster": Run("causal=1"),
+    "4 tokens": Run("tokens=4 bits=96"), "8 tokens": Run("tokens=8 bits=48"),
+    "32 tokens": Run("tokens=32 bits=12"),
     "bits": Run("bits=40", ("1", "2")),
     "lfq": Run("quantizer=lfq", ("1", "2")),
     "lpips": Run("perceptual=lpips", ("2",)), "resnet": Run("perceptual=resnet", ("2",)),
     "scratch": Run("init=scratch", ("2",)),
+    # as many steps as both stages have, and as many of them with the discriminator
+    "long scratch": Run("init=scratch steps=2500 gan_start=2100", ("2",)),
     "groups": Run("group_bits=12", ("ar",)),
 }
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows: name -> (run, scores, the paper's figures in the columns' order). The last is SemTok's choice."""
+    """Rows: name -> (run, scores, the paper's figures in the columns' order). The last is SemTok's choice.
+    NONE stands for a figure that the paper does not have."""
 
     title: str
     columns: str
@@ -82,12 +91,23 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """Scores of the default run's samples while one option of sample.py runs through values."""
+    """Scores of a run's samples while one option of sample.py runs through values."""
 
     title: str
     option: str
     values: tuple
     fixed: str = ""
+    run: str = "default"
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A picture of the first seed's runs, caption -> run, drawn by a function of caption -> folder."""
+
+    title: str
+    runs: dict[str, str]
+    score: str  # what they are trained for
+    draw: Callable[[dict[str, Path]], Image.Image]
 
 
 def drawn(**options) -> str:
@@ -95,14 +115,114 @@ def drawn(**options) -> str:
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
 
 
-SAMPLES, REFINED, DIFFUSED = drawn(), "stage2", "stage1"
+SAMPLES, REFINED, DIFFUSED, NONE = drawn(), "stage2", "stage1", math.nan
 SCALES = (1, 2, 3, 5, 7, 9, 12, 16)
 RECONSTRUCTION = "rFD PSNR SSIM", "rFID PSNR SSIM"
 GENERATION = "gFD recognised precision recall", "gFID IS precision recall"
 BOTH = "rFD PSNR gFD recognised", "rFID PSNR gFID IS"
 # Figure 6 shows clusters and gives no number. The number of semantic losses stands for their order.
 ALIGNED = "rFD PSNR gFD recognised kNN", "rFID PSNR gFID IS losses-in-Figure-6"
+FORMS = "rFD PSNR gFD recognised precision recall nats", "- - gFID IS precision recall -"
+LOCALITY, BUDGET = "zeroed swapped each all-swapped", "PSNR gFD recognised nats zeroed swapped"
+SHOWN = ("ring", "star", "heart", "crescent", "arrow")  # classes of the sheets
+
+
+def sampler_of(folder: Path, *options: str) -> sample.Sampler:
+    """What draws the samples of a run, by sample.py's options."""
+    return sample.Sampler(sample.parse_arguments(["--npz", "1", "--run", str(folder), *options]),
+                          torch.device("cpu"))
+
+
+def side_by_side(rows: dict[str, list[torch.Tensor]]) -> Image.Image:
+    """Captioned rows of several parts, each (N, 3, H, W) uint8, with a white picture between two parts."""
+    white = torch.full((1, *next(iter(rows.values()))[0].shape[1:]), 255, dtype=torch.uint8)
+    parts = {name: [each for part in row for each in (white, part)][1:] for name, row in rows.items()}
+    return picture_grid({name: torch.cat(part) for name, part in parts.items()}, side=64)
+
+
+def draw_samples(folders: dict[str, Path]) -> Image.Image:
+    """Figure 4: six samples of a class and a seed, of one run beside the other."""
+    samplers = {caption: sampler_of(folder) for caption, folder in folders.items()}
+    rows = {}
+    for name in SHOWN:
+        made = [s.draw([s.label(name)] * 6, key_generator("cpu", 0, name)) for s in samplers.values()]
+        rows[f"{name}: {' | '.join(samplers)}"] = made
+    return side_by_side(rows)
+
+
+def draw_progress(folders: dict[str, Path]) -> Image.Image:
+    """Figure 5: one sample of a class, from left to right, of one run beside the other."""
+    samplers = {caption: sampler_of(folder, "--steps", "16") for caption, folder in folders.items()}
+    rows = {}
+    for name in SHOWN:
+        parts = []
+        for each in samplers.values():
+            pictures, known = each.draw_steps([each.label(name)], key_generator("cpu", 0, name), "raster")
+            parts.append(pictures[0])
+        counts = ", ".join(map(str, known.values()))
+        rows[f"{name}, raster order, {counts} tokens: {' | '.join(samplers)}"] = parts
+    return side_by_side(rows)
+
+
+def draw_influence(folders: dict[str, Path]) -> Image.Image:
+    """Where each token acts: its mean change of 64 pictures when it is zeroed, the brightest place white."""
+    rows = {}
+    for caption, folder in folders.items():
+        tokenizer, _ = load_semtok(str(folder / "stage2.safetensors"))
+        codes = tokenizer.encode(to_signed(recognise.drawn("val", 98, range(64))[0]))
+        changes = sample.influence(tokenizer, codes, torch.zeros_like(codes))
+        maps = torch.stack([change.mean(0) for change in changes])  # (K, H, W)
+        maps = (255 * maps / maps.amax((1, 2), keepdim=True)).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
+        for i, row in enumerate(maps.split(16)):
+            rows[f"{caption}, tokens {16 * i} to {16 * i + len(row) - 1}"] = row
+    return picture_grid(rows, side=64)
+
+
+def locality(tokenizer: SemTok, pictures: torch.Tensor) -> dict[str, float]:
+    """The share of a token's change that lies in its largest 3 x 3 of 8 x 8 patches, mean over tokens.
+
+    An even change has 9/64 = 0.14. `zeroed`: of the mean change of the pictures (N, 3, H, W) uint8 when the
+    token is zeroed. `swapped`: when it becomes another picture's. `each`: zeroed, of each picture's own
+    change. `all-swapped`, the control: when all tokens become another picture's."""
+    codes = tokenizer.encode(to_signed(pictures))
+
+    def share(changes):  # (M, H, W)
+        patches = F.adaptive_avg_pool2d(changes[:, None], 8)
+        largest = 9 * F.avg_pool2d(patches, 3, 1).amax((1, 2, 3))
+        return (largest / patches.sum((1, 2, 3)).clamp_min(1e-9)).mean().item()
+
+    zeroed, swapped = (torch.stack([*sample.influence(tokenizer, codes, instead)])  # (K, N, H, W)
+                       for instead in (torch.zeros_like(codes), codes.roll(1, 0)))
+    whole = (tokenizer.reconstruct(pictures).float() - tokenizer.reconstruct(pictures.roll(1, 0))).abs()
+    return {"zeroed": share(zeroed.mean(1)), "swapped": share(swapped.mean(1)),
+            "each": share(zeroed.flatten(0, 1)), "all-swapped": share(whole.mean((0, 1))[None])}
+
+
+FORM = {"2D": "grid", "1D": "default"}
 ENTRIES = {
+    "table3": Table("Form of the tokens", *FORMS, {
+        "2D (paper: VQGAN)": ("grid", (REFINED, SAMPLES), (NONE, NONE, 4.62, 254.1, 0.84, 0.49, NONE)),
+        "1D, not aligned (FlowMo)":
+            ("neither", (REFINED, SAMPLES), (NONE, NONE, 6.68, 280.4, 0.82, 0.45, NONE)),
+        "1D, aligned (SemTok)":
+            ("default", (REFINED, SAMPLES), (NONE, NONE, 2.77, 293.1, 0.78, 0.60, NONE)),
+    }),
+    "guidance2d": Figure("guidance scale of 2D tokens, linear schedule", "cfg", SCALES, run="grid"),
+    "figure4": Sheet("Samples of both forms", FORM, SAMPLES, draw_samples),
+    "figure5": Sheet("Both forms in raster order", FORM, SAMPLES, draw_progress),
+    "locality": Table("Share of a token's change in its largest 3 x 3 of 64 patches", LOCALITY, LOCALITY, {
+        name: (run, (REFINED,), (NONE,) * 4) for name, run in {
+            "2D": "grid", "1D, not aligned": "neither", "1D, 4 tokens": "4 tokens",
+            "1D, 8 tokens": "8 tokens", "1D, 32 tokens": "32 tokens", "1D": "default",
+        }.items()
+    }),
+    "maps": Sheet("Where each token acts", FORM | {"1D, 8 tokens": "8 tokens"}, REFINED, draw_influence),
+    "budget": Table("The same 384 bits in 4 to 32 tokens", BUDGET, BUDGET, {
+        "4 tokens of 96 bits": ("4 tokens", (REFINED, SAMPLES), (NONE,) * 6),
+        "8 of 48": ("8 tokens", (REFINED, SAMPLES), (NONE,) * 6),
+        "16 of 24": ("default", (REFINED, SAMPLES), (NONE,) * 6),
+        "32 of 12": ("32 tokens", (REFINED, SAMPLES), (NONE,) * 6),
+    }),
     "table4": Table("Semantic alignment", *ALIGNED, {
         "neither": ("neither", (REFINED, SAMPLES), (1.08, 21.74, 3.83, 271.4, 0)),
         "contrast": ("contrast", (REFINED, SAMPLES), (0.97, 21.86, 2.87, 276.8, 1)),
@@ -130,6 +250,8 @@ ENTRIES = {
     }),
     "table12": Table("Generative pre-training", *RECONSTRUCTION, {
         "only stage 2": ("scratch", (REFINED,), (1.80, 20.54, 0.556)),
+        "only stage 2, as many steps as both":
+            ("long scratch", (REFINED,), (1.80, 20.54, 0.556)),
         "stages 1 and 2": ("default", (REFINED,), (0.88, 22.19, 0.639)),
     }),
     "table13": Table("Bitwise classifier", *GENERATION, {
@@ -147,10 +269,12 @@ ENTRIES = {
 }
 
 
-def needs(entry: Table | Figure) -> list[tuple[str, str]]:
+def needs(entry: Table | Figure | Sheet) -> list[tuple[str, str]]:
     """The scores that an entry shows, (run, score); a figure's in the order of its values."""
     if isinstance(entry, Figure):
-        return [("default", f"{entry.fixed} {drawn(**{entry.option: v})}".strip()) for v in entry.values]
+        return [(entry.run, f"{entry.fixed} {drawn(**{entry.option: v})}".strip()) for v in entry.values]
+    if isinstance(entry, Sheet):
+        return [(run, entry.score) for run in entry.runs.values()]
     return [(run, score) for run, scores, _ in entry.rows.values() for score in scores]
 
 
@@ -171,7 +295,7 @@ class Laboratory:
     def train(self, out: Path, seed: int, stage: str, changes: str) -> None:
         """train.py on one stage; a finished one says so. Its words go into train.log."""
         if stage != "0" and not (out / "standins").exists():
-            shutil.copytree(self.out / "stand-ins" / "standins", out / "standins")
+            shutil.copytree(self.out / f"default-{seed}" / "standins", out / "standins")
         fit = [text for text in changes.split() if text.partition("=")[0] in setting_names(stage)]
         command = [sys.executable, ROOT / "train.py", "--stage", stage, "--out", out, "--seed", seed]
         command += ["--set", *fit, f"patience={self.patience}"]
@@ -186,7 +310,9 @@ class Laboratory:
         """Train a run as far as its scores need it; -> its scores by (run, score)."""
         out, own = self.out / f"{name}-{seed}", RUNS[name]
         out.mkdir(exist_ok=True)
-        if own.stages[0] != "1" and own.changes != "init=scratch":
+        if name == "default":
+            self.train(out, seed, "0", "")
+        if own.stages[0] != "1" and "init=scratch" not in own.changes:
             before = f"stage{'2' if own.stages[0] == 'ar' else '1'}.safetensors"
             shutil.copyfile(self.out / f"default-{seed}" / before, out / before)
         for stage in stages_of(name, scores):
@@ -202,7 +328,6 @@ class Laboratory:
         self.judge = recognise.network().requires_grad_(False).eval()
         self.judge.load_state_dict(load_file(path))
         self.pictures, self.labels = recognise.drawn("val", 98, range(self.count))
-        self.siglip = load_siglip(str(self.out / "stand-ins/standins/siglip2-base-patch16-256"))
         self.features, _ = self.look(self.pictures)
 
     def look(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -223,14 +348,15 @@ class Laboratory:
         key = f"{out.name} {what} {self.count} {TensorFiles(str(path)).metadata['fingerprint']}"
         if key not in self.scores:
             if path.stem == "ar":
-                options = sample.parse_arguments(["--npz", str(self.count), "--run", str(out), *what.split()])
-                sampler = sample.Sampler(options, torch.device("cpu"))
+                sampler = sampler_of(out, *what.split())
                 wanted = torch.arange(self.count) % len(sampler.classes)
                 made = sampler.draw(wanted.tolist(), key_generator("cpu", seed))
                 features, seen = self.look(made)
                 right = (seen == wanted).float().mean().item()
                 scores = {"gFD": self.distance(features), "recognised": right}
                 scores |= zip(("precision", "recall"), fid.precision_recall(self.features, features))
+                figures = json.loads(TensorFiles(str(path)).metadata["figures"])
+                scores["nats"] = figures["val_nll_per_bit"]
             else:
                 tokenizer, rng = load_semtok(str(path))[0], torch.Generator().manual_seed(seed)
                 rng = rng if what == DIFFUSED else None
@@ -238,8 +364,9 @@ class Laboratory:
                 scores = {"rFD": self.distance(self.look(made)[0])}
                 for metric in (fid.psnr, fid.ssim):
                     scores[metric.__name__.upper()] = metric(made, self.pictures).mean().item()
-                encoded = in_batches(lambda part: features(tokenizer, self.siglip, part)[0], self.pictures)
+                encoded = in_batches(lambda part: before_bits(tokenizer, part), self.pictures)
                 scores["kNN"] = neighbour_accuracy(encoded.flatten(1), self.labels)
+                scores |= locality(tokenizer, self.pictures[:64]) if what == REFINED else {}
             with self.lock:
                 self.scores[key] = scores
                 write_text(str(self.file), json.dumps(self.scores, indent=1))
@@ -249,6 +376,8 @@ class Laboratory:
 
 def verdict(ours: list[np.ndarray], paper: list[float]) -> str:
     """Does SemTok's row, the last, stand to each other row as in the paper? `ours`: each row's seeds."""
+    if math.isnan(paper[-1]):
+        return "-"
     found = []
     for row, published in zip(ours[:-1], paper[:-1]):
         difference, spread = ours[-1].mean() - row.mean(), (np.ptp(ours[-1]) + np.ptp(row)) / 2
@@ -260,19 +389,21 @@ def verdict(ours: list[np.ndarray], paper: list[float]) -> str:
 def markdown(name: str, table: Table, scores: dict) -> str:
     """A table's Markdown: our figures, the paper's in brackets, and the verdict on each column."""
     columns, published = table.columns.split(), [paper for _, _, paper in table.rows.values()]
+    told = ["" if math.isnan(p) else f" ({name})" for name, p in zip(table.paper.split(), published[-1])]
     values = []  # of each row and column, its seeds
     for run, kinds, _ in table.rows.values():
         by_seed = zip(*(scores[run, kind] for kind in kinds))
         seeds = [{k: v for one in several for k, v in one.items()} for several in by_seed]
         values.append([np.array([seed[column] for seed in seeds]) for column in columns])
-    lines = [f"**{name}: {table.title}**", "", "| | " + " | ".join(
-        f"{ours} ({theirs})" for ours, theirs in zip(columns, table.paper.split())) + " |"]
+    lines = [f"**{name}: {table.title}**", "", "| | " + " | ".join(map("".join, zip(columns, told))) + " |"]
     lines.append("| --- " * (len(columns) + 1) + "|")
     for label, row, paper in zip(table.rows, values, published):
-        cells = [f"{v.mean():.3g} ± {np.ptp(v) / 2:.2g} ({p:g})" for v, p in zip(row, paper)]
+        cells = [f"{v.mean():.3g} ± {np.ptp(v) / 2:.2g}{'' if math.isnan(p) else f' ({p:g})'}"
+                 for v, p in zip(row, paper)]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     judged = [verdict([row[i] for row in values], [p[i] for p in published]) for i in range(len(columns))]
-    return "\n".join([*lines, f"| last row against each | {' | '.join(judged)} |", ""])
+    last = [f"| last row against each | {' | '.join(judged)} |"] * (set(judged) != {"-"})
+    return "\n".join([*lines, *last, ""])
 
 
 def chart(figure: Figure, scores: dict) -> Image.Image:
@@ -307,11 +438,17 @@ def chart(figure: Figure, scores: dict) -> Image.Image:
 def features(tokenizer: SemTok, siglip: SigLIP, pictures: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What Figure 6 compares, of uint8 (B, 3, H, W): the encoder's tokens (B, K, width) just before their
     compression to bits; SigLIP's mean (B, C), which Eq. 2 aligns to; pixels (B, 3, 32, 32)."""
-    signed, before = to_signed(pictures), []
+    signed = to_signed(pictures)
+    return before_bits(tokenizer, pictures), siglip(signed).mean((2, 3)), F.adaptive_avg_pool2d(signed, 32)
+
+
+def before_bits(tokenizer: SemTok, pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, 3, H, W) -> the encoder's tokens (B, K, width) just before their compression to bits."""
+    before = []
     hook = tokenizer.encoder.to_bits.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
-    tokenizer.encode(signed)
+    tokenizer.encode(to_signed(pictures))
     hook.remove()
-    return before[0], siglip(signed).mean((2, 3)), F.adaptive_avg_pool2d(signed, 32)
+    return before[0]
 
 
 def neighbour_accuracy(features: torch.Tensor, labels: torch.Tensor, k: int = 5) -> float:
@@ -403,6 +540,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--n", type=int, default=1000, help="pictures and samples of each score")
     parser.add_argument("--patience", type=float, default=1.0, help="so many times the default run's steps")
+    parser.add_argument("--publish", action="store_true", help="write tests/RESULTS.md and .github/ENTRY.png")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each")
     args = parser.parse_args()
     if args.entries[:1] == ["figure6"]:
@@ -417,33 +555,47 @@ def main() -> None:
     groups = {run: [score for of, score in wanted if of == run] for run in RUNS}  # default comes first
     groups = {run: scores for run, scores in groups.items() if scores or run == "default"}
 
-    (args.out / "stand-ins").mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     seconds = [sum(map(COST.get, stages_of(run, of))) + COST["score"] * len(of) for run, of in groups.items()]
-    total = COST["0"] + sum(seconds) * len(args.seeds)
+    total = (COST["0"] + sum(seconds)) * len(args.seeds)
     with tqdm(total=total, unit="s", desc="about") as bar, ThreadPoolExecutor(args.jobs) as pool:
         laboratory = Laboratory(args.out, args.n, args.patience, bar)
-        laboratory.train(args.out / "stand-ins", 0, "0", "")
         laboratory.prepare_judge()
         torch.set_num_threads(1)  # from here on the runs are the parallelism
+        jobs = {}
+
+        def job(run, seed):
+            if run != "default":
+                jobs["default", seed].result()  # others start from its stages
+            return laboratory.run(run, seed, groups[run])
+
+        # The default runs are the first in the queue. The longest of the others start early.
+        others = sorted(groups.keys() - {"default"}, key=lambda run: (-len(RUNS[run].stages), run))
+        for run in ("default", *others):
+            jobs |= {(run, seed): pool.submit(job, run, seed) for seed in args.seeds}
         scores = {}
-        # The default runs end first: others start from their stages. The longest of the others start early.
-        others = sorted(groups.keys() - {"default"}, key=lambda run: -len(RUNS[run].stages))
-        for wave in (["default"], others):
-            jobs = [(run, seed, groups[run]) for run in wave for seed in args.seeds]
-            for found in pool.map(lambda job: laboratory.run(*job), jobs):
-                for key, values in found.items():
-                    scores.setdefault(key, []).append(values)  # in the order of the seeds
-    parts = []
+        for done in jobs.values():
+            for key, values in done.result().items():
+                scores.setdefault(key, []).append(values)  # in the order of the seeds
+
+    folder, pictures = (ROOT / "tests", ROOT / ".github") if args.publish else (args.out, args.out)
+    seeds, parts = " ".join(map(str, args.seeds)), []
     for name in names:
-        if isinstance(entry := ENTRIES[name], Figure):
-            write_picture(str(args.out / f"{name}.png"), chart(entry, scores))
-            parts.append(f"**{name}: {entry.title}**\n\n![{entry.title}]({name}.png)\n")
-        else:
+        if isinstance(entry := ENTRIES[name], Table):
             parts.append(markdown(name, entry, scores))
-    seeds = ", ".join(map(str, args.seeds))
-    head = f"{args.n} pictures, seeds {seeds}, {args.patience:g} times the default steps"
-    write_text(str(args.out / "RESULTS.md"), "\n".join([head, "", *parts]))
-    print(args.out / "RESULTS.md")
+            continue
+        folders = {caption: args.out / f"{run}-{args.seeds[0]}" for caption, run in
+                   (entry.runs.items() if isinstance(entry, Sheet) else ())}
+        drawing = entry.draw(folders) if isinstance(entry, Sheet) else chart(entry, scores)
+        write_picture(str(pictures / f"{name}.png"), drawing)
+        link = os.path.relpath(pictures / f"{name}.png", folder)
+        parts.append(f"**{name}: {entry.title}**\n\n![{entry.title}]({link})\n")
+    command = f"python tests/paper.py {' '.join(args.entries)} --seeds {seeds}".replace("  ", " ")
+    command += f" --patience {args.patience:g}" * (args.patience != 1)
+    head = (f"Written by `{command}`, {datetime.date.today()}.\n\n{args.n} held-out pictures or samples "
+            f"each; mean of the seeds {seeds} ± half their range; in brackets the paper's figures.\n")
+    write_text(str(folder / "RESULTS.md"), "\n".join(["# The small world's results\n", head, *parts]))
+    print(folder / "RESULTS.md")
 
 
 if __name__ == "__main__":
