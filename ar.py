@@ -211,37 +211,43 @@ class MaskedAR(nn.Module):
     def generate_steps(
         self, labels: torch.Tensor, steps: int | None = None, cfg: float = 1.0, cfg_schedule: str = "linear",
         top_p: float = 0.75, order: str = "random", generator: torch.Generator | None = None,
+        known: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Eq. 8: fill K masked tokens in steps; after each, yields bits (B, K, d), masked (B, K), both bool.
         labels (B,) int64. cfg, cfg_schedule: see `guidance`. top_p: see `sample_groups`. order: "random";
         "raster" (Figure 5), from left to right; or "confidence" (Table 14): the tokens whose drawn bits are
-        surest. A causal model always fills one token a step from left to right. Raises ValueError for another
-        order, and for steps or an order that a causal model lacks.
+        surest. A causal model always fills one token a step from left to right. known: bits and masked to
+        start from, as many masked in each row (inpainting). Raises ValueError for another order, and for
+        steps, an order or known tokens that a causal model cannot take.
         """
         config, device, confident = self.config, labels.device, order == "confidence"
         steps = config.steps if steps is None else steps
         if order not in ("random", "raster", "confidence"):
             raise ValueError(f"order {order!r} is none of random, raster and confidence")
-        if config.causal and (steps != config.tokens or confident):
-            raise ValueError(f"a next-token model takes {config.tokens} steps, not {steps}, {order}")
+        if config.causal and (steps != config.tokens or confident or known):
+            raise ValueError(f"a next-token model draws all {config.tokens} tokens, one a step, in order")
         bits = torch.zeros(len(labels), config.tokens, config.bits, dtype=torch.bool, device=device)
-        masked = torch.ones_like(bits[..., 0])
+        masked, before = torch.ones_like(bits[..., 0]), 0
+        if known:
+            (bits, masked), before = known, config.tokens - int(known[1][0].sum())
         everywhere = torch.arange(config.tokens, device=device).expand_as(masked)
-        sequence = everywhere
+        keys = everywhere / config.tokens
         if not config.causal and order != "raster":
-            sequence = torch.rand(masked.shape, generator=generator, device=device).argsort(-1)
-        counts = [1] * config.tokens if config.causal else fill_counts(config.tokens, steps)
+            keys = torch.rand(masked.shape, generator=generator, device=device)
+        sequence = (keys + ~masked).argsort(-1)  # known tokens come last and are never reached
+        left = config.tokens - before
+        counts = [1] * left if config.causal else fill_counts(left, steps)
 
         passes = 1 if cfg == 1 else 2  # with the class; guided, also without
         conditions = torch.cat([labels, torch.full_like(labels, config.classes)][:passes])
         rows, filled = torch.arange(len(labels), device=device)[:, None], 0
         for count in counts:
             filled += count
-            known = bits[:, :filled] if config.causal else bits  # a causal model ignores later tokens
-            hidden = self.hidden(known.repeat(passes, 1, 1), conditions, masked.repeat(passes, 1))
+            seen = bits[:, :filled] if config.causal else bits  # a causal model ignores later tokens
+            hidden = self.hidden(seen.repeat(passes, 1, 1), conditions, masked.repeat(passes, 1))
             places = everywhere if confident else sequence[:, filled - count : filled]
             logits = [self.logits(part[rows, places]) for part in hidden.chunk(passes)]
-            scale = guidance(cfg, filled / config.tokens, cfg_schedule)
+            scale = guidance(cfg, (before + filled) / config.tokens, cfg_schedule)
             logits = logits[-1] + scale * (logits[0] - logits[-1])  # (B, places, d / g, 2^g)
             drawn, confidence = sample_groups(logits, top_p, generator)  # (B, places, d / g), (B, places)
             drawn = index_to_bits(drawn, config.group_bits).flatten(-2)

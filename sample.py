@@ -4,6 +4,8 @@
     python sample.py --labels 0 star 7      # several classes
     python sample.py --class 4 --progress   # decoded after 1, 2, 4, ... steps, in random and raster order
     python sample.py --image A.jpg B.jpg    # original | stage-1 sample | stage-2 refiner, a row each
+    python sample.py --image A.jpg --tokens # where each token acts
+    python sample.py --image A.jpg --keep 8 --class star    # 8 tokens of a picture, the rest drawn anew
     python sample.py --npz 50000            # class-balanced pictures in ADM's format, for fid.py
     python sample.py --reconstruct FOLDER   # every picture of a folder through the tokens, for fid.py --pairs
 
@@ -17,7 +19,9 @@ Section 3.3 and appendix A.2, "Inference". The checkpoints hold sizes and class 
 
 import argparse
 import json
+import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -37,11 +41,11 @@ from tqdm import tqdm
 
 import fid
 from ar import load_ar
-from bsq import bits_to_codes, index_to_bits
+from bsq import bits_to_codes, codes_to_bits, index_to_bits
 from mmdit import UserError
 from semtok import (
     SemTok, choose_device, key_generator, launched, load_semtok, number, picture_grid, run_command, target_of,
-    to_uint8, write_file, write_picture, write_text,
+    write_file, write_picture, write_text,
 )
 
 def load(run: str, name: str, device: torch.device) -> tuple[nn.Module, dict[str, str]]:
@@ -120,7 +124,7 @@ class Sampler:
             for bits, _ in tqdm(steps, "sampling", total, unit="step", disable=not progress, leave=False):
                 pass
             codes = bits_to_codes(bits, self.ar.config.spherical)
-            pictures.append(to_uint8(self.tokenizer.decode(self.tokenizer.refine(codes))).cpu())
+            pictures.append(self.tokenizer.to_pictures(codes).cpu())
         return torch.cat(pictures)
 
     @torch.no_grad()
@@ -141,7 +145,7 @@ class Sampler:
                     mean = (self.ar(bits, batch, masked).softmax(-1) @ group).flatten(-2)  # of +-1, (B, K, d)
                     mean *= 0 if config.causal else codes.abs().amax()
                     codes = torch.where(masked[..., None], mean.to(codes.dtype), codes)
-                    shown.append(to_uint8(self.tokenizer.decode(self.tokenizer.refine(codes))).cpu())
+                    shown.append(self.tokenizer.to_pictures(codes).cpu())
             pictures.append(torch.stack(shown, 1))
         return torch.cat(pictures), known
 
@@ -167,7 +171,8 @@ def class_grid(args: argparse.Namespace, device: torch.device) -> str:
             for i, row in enumerate(block if args.progress else block.split(8)):
                 # captions are dict keys, so blank ones differ in length
                 rows[" " * len(rows) if i else f"{label}: {sampler.classes[label]}{told}"] = row
-    name = f"class-{'-'.join(map(str, labels))}{'-progress' * args.progress}-seed-{args.seed}.png"
+    asked = re.sub(r"[^\w-]+", "_", "-".join(args.labels or [vars(args)["class"]]))
+    name = f"class-{asked}{'-progress' * args.progress}-seed-{args.seed}.png"
     path = args.out or os.path.join(args.run, name)
     write_picture(path, picture_grid(rows))
     return path
@@ -184,28 +189,79 @@ def photo(args: argparse.Namespace, device: torch.device) -> str:
     if two["parent"] != one["fingerprint"]:
         raise UserError(stale(args.run, "2", "stage2", "stage1"))
     rows, steps = {}, args.steps or 25
+    if " drawn," in two.get("pictures", ""):
+        print("this tokenizer has seen the shapes alone that train.py draws: a photo keeps little more than "
+              "its colours", file=sys.stderr)
     for path in args.image:
         picture = read(path, first.config.image_size)[None].to(device)
         sampled = first.reconstruct(picture, key_generator(device, args.seed), steps)
-        caption = f"{path}: original | stage 1, {steps} steps | stage 2, refiner"
+        caption = f"{len(rows) + 1}. {Path(path).name}: original | stage 1, {steps} steps | stage 2, refiner"
         rows[caption] = torch.cat([picture, sampled, second.reconstruct(picture)])
-    out = args.out or os.path.join(args.run, f"image-{Path(args.image[0]).stem}.png")
+    return write_sheet(args, rows)
+
+
+def write_sheet(args: argparse.Namespace, rows: dict[str, torch.Tensor], what: str = "") -> str:
+    """Write the sheet that --image asks for, named by its first photo and its folder; returns the path."""
+    name = "-".join(Path(args.image[0]).absolute().with_suffix("").parts[-2:])
+    out = args.out or os.path.join(args.run, f"image-{name}{what}.png")
     write_picture(out, picture_grid(rows, side=256))
     return out
+
+
+def complete(args: argparse.Namespace, device: torch.device) -> str:
+    """`--image --keep N --class C`: each photo | N of its tokens | four completions; returns the path."""
+    sampler, rows = Sampler(args, device), {}
+    tokenizer, config = sampler.tokenizer, sampler.ar.config
+    if config.causal or args.keep >= config.tokens:
+        raise UserError(f"--keep {args.keep} leaves nothing to draw: a masked transformer is needed, and "
+                        f"fewer than {config.tokens} tokens")
+    label = torch.tensor([sampler.label(vars(args)["class"])] * 4, device=device)
+    for path in args.image:
+        random = key_generator(device, args.seed, len(rows))
+        picture = read(path, tokenizer.config.image_size)[None].to(device)
+        codes = tokenizer.encode(picture)  # (1, K, d)
+        masked = torch.rand(codes.shape[:2], generator=random, device=device).argsort(-1) >= args.keep
+        start = codes_to_bits(codes).expand(4, -1, -1), masked.expand(4, -1)
+        bits = sampler.ar.generate(label, generator=random, known=start, **sampler.options)
+        alone = codes.masked_fill(masked[..., None], 0)
+        every = torch.cat([codes, alone, bits_to_codes(bits, config.spherical)])
+        told = f"all tokens | {args.keep} of them | the others drawn as {sampler.classes[int(label[0])]}"
+        made = torch.cat([picture, tokenizer.to_pictures(every)])
+        rows[f"{len(rows) + 1}. {Path(path).name}: original | {told}"] = made
+    return write_sheet(args, rows, f"-keep-{args.keep}")
+
+
+def show_tokens(args: argparse.Namespace, device: torch.device) -> str:
+    """`--image --tokens`: a map for each token of where it acts on these photos; returns the path."""
+    tokenizer, _ = load(args.run, "stage2", device)
+    pictures = torch.stack([read(path, tokenizer.config.image_size) for path in args.image])
+    maps = token_maps(tokenizer, pictures.to(device))
+    side = math.ceil(len(maps) ** 0.5)
+    told = f"where each of {len(maps)} tokens acts, mean of {len(pictures)} pictures, brightest place white"
+    rows = {told * (i == 0) or " " * i: row for i, row in enumerate(maps.split(side))}
+    return write_sheet(args, rows, "-tokens")
 
 
 def influence(tokenizer: SemTok, codes: torch.Tensor, instead: torch.Tensor) -> Iterator[torch.Tensor]:
     """What does one token do? For each of codes (N, K, d) in turn: how far the refiner's pictures move when
     this token is taken from `instead` (N, K, d), (N, H, W), mean over colours, 0..255."""
     def pictures(codes):
-        made = [to_uint8(tokenizer.decode(tokenizer.refine(part))) for part in codes.split(64)]
-        return torch.cat(made).float()
+        return torch.cat([tokenizer.to_pictures(part) for part in codes.split(64)]).float()
 
     whole = pictures(codes)
     for token in range(codes.shape[1]):
         edited = codes.clone()
         edited[:, token] = instead[:, token]
         yield (pictures(edited) - whole).abs().mean(1)
+
+
+def token_maps(tokenizer: SemTok, pictures: torch.Tensor) -> torch.Tensor:
+    """Where each token acts: the mean change of pictures (N, 3, H, W) when it is zeroed, its brightest place
+    white: (K, 3, H, W) uint8."""
+    codes = tokenizer.encode(pictures)
+    maps = torch.stack([change.mean(0) for change in influence(tokenizer, codes, torch.zeros_like(codes))])
+    maps = 255 * maps / maps.amax((1, 2), keepdim=True).clamp_min(1e-9)
+    return maps.to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
 
 
 def claim(folder: str, settings: dict) -> None:
@@ -300,9 +356,11 @@ def reconstruct(args: argparse.Namespace, device: torch.device) -> str:
 # ------------------------------------------------------------------------------------------------ the command
 
 JOBS = {
+    "keep": complete, "tokens": show_tokens,  # with others
     "class": class_grid, "labels": class_grid, "image": photo, "npz": npz, "reconstruct": reconstruct,
 }
-DRAWING = ("class", "labels", "npz")
+WITH = {"keep": {"keep", "image", "class"}, "tokens": {"tokens", "image"}}
+DRAWING = ("class", "labels", "npz", "keep")
 USED_BY = {  # the jobs in which an option changes something; the others refuse it
     "n": ("class", "labels"), "progress": ("class", "labels"),
     "steps": (*DRAWING, "image"), "seed": (*DRAWING, "image"),
@@ -319,12 +377,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     said = "sample.py: {}; --help explains every option\n"  # in one line, whatever was typed
     parser.error = lambda message: parser.exit(2, said.format(" ".join(message.split())))
-    what, count = parser.add_mutually_exclusive_group(required=True), number(int, 1, 10**9)
+    what, count = parser.add_argument_group("one of these"), number(int, 1, 10**9)
     what.add_argument("--class", metavar="CLASS", help="a grid of pictures of one class, by number or name")
     what.add_argument("--labels", nargs="+", metavar="CLASS", help="the same for several classes")
     what.add_argument("--image", nargs="+", metavar="FILE", help="original | stage 1 | stage 2, a row each")
     what.add_argument("--npz", type=count, metavar="N", help="N class-balanced pictures in ADM's .npz format")
     what.add_argument("--reconstruct", metavar="FOLDER", help="each picture below it through the tokens")
+    extra = parser.add_argument_group("with --image").add_argument
+    extra("--tokens", action="store_const", const=True, help="a map of each token: where it acts")
+    extra("--keep", type=count, metavar="N", help="and --class: keep N tokens, draw the others in this class")
     add, flag, runs = parser.add_argument, argparse.BooleanOptionalAction, os.path.join("runs", "tiny")
     add("--run", default=runs, metavar="FOLDER", help="train.py's --out (default: runs/tiny)")
     add("--out", metavar="PATH", help="the file, or with --reconstruct the folder, to write")
@@ -344,7 +405,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action=flag, help="a slow start, then fast steps (default: with --npz on CUDA)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     args = parser.parse_args(arguments)
-    args.job = next(name for name in JOBS if vars(args)[name] is not None)
+    given = [name for name in JOBS if vars(args)[name] is not None]
+    if not given or {*given} != WITH.get(given[0], {given[0]}):
+        jobs = "--class, --labels, --image, --npz, --reconstruct, --image --tokens, --image --keep --class"
+        parser.error(f"give one of {jobs}")
+    args.job = given[0]
     for name, jobs in USED_BY.items():
         if vars(args)[name] != parser.get_default(name) and args.job not in jobs:
             flag, fits = name.replace("_", "-"), ", ".join(f"--{job}" for job in jobs)

@@ -26,6 +26,7 @@ import os
 import re
 import signal
 import sys
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
-from bsq import BSQ, gather, mean_over_ranks, ranks
+from bsq import (
+    BSQ, bits_to_codes, bits_to_index, codes_to_bits, gather, index_to_bits, mean_over_ranks, ranks,
+)
 from mmdit import (
     FinalLayer, MMDiT, PatchEmbed, RotaryTable, TensorFiles, TimestepEmbedder, UserError, attend,
     feed_forward, from_keys, load_checkpoint, load_tensors, named, renamed, rope_1d, rope_2d,
@@ -46,7 +49,12 @@ from mmdit import (
 # ------------------------------------------------------------------------------------------------- pictures
 
 def to_signed(pictures: torch.Tensor) -> torch.Tensor:
-    """uint8 0..255 -> float32 in [-1, 1], the range of every network here."""
+    """uint8 0..255 -> float32 in [-1, 1], the range of every network here. Floats are in [-1, 1] already.
+    ValueError for another type."""
+    if pictures.is_floating_point():
+        return pictures
+    if pictures.dtype != torch.uint8:
+        raise ValueError(f"pictures are uint8 in 0..255 or float in [-1, 1], not {pictures.dtype}")
     return pictures.float() / 127.5 - 1
 
 
@@ -56,15 +64,18 @@ def to_uint8(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def picture_grid(rows: dict[str, torch.Tensor], side: int = 96) -> Image.Image:
-    """Captioned rows of pictures (N, 3, H, W) uint8 as one image, enlarged to about `side` pixels each."""
-    factor = max(1, round(side / next(iter(rows.values())).shape[-1]))  # whole, without smoothing
+    """Captioned rows of pictures (N, 3, H, W) uint8 as one image, enlarged to about `side` pixels each.
+    A row whose caption is blank goes on with the one before."""
+    factor, letters = max(1, round(side / next(iter(rows.values())).shape[-1])), max(11, side // 16)
     strips = [row.cpu().permute(2, 0, 3, 1).flatten(1, 2).numpy() for row in rows.values()]  # (H, N W, 3)
-    strips = [strip.repeat(factor, 0).repeat(factor, 1) for strip in strips]
-    margin = 18 if any(rows) else 0
-    size = max(strip.shape[1] for strip in strips), sum(strip.shape[0] + margin for strip in strips)
-    sheet, top = Image.new("RGB", size, "white"), 0
-    for caption, strip in zip(rows, strips):
-        ImageDraw.Draw(sheet).text((4, top + 3), caption, fill="black")
+    strips = [strip.repeat(factor, 0).repeat(factor, 1) for strip in strips]  # without smoothing
+    margins = [(letters + 7) * bool(caption.strip()) for caption in rows]
+    height = sum(margins) + sum(strip.shape[0] for strip in strips)
+    sheet, top = Image.new("RGB", (max(strip.shape[1] for strip in strips), height), "white"), 0
+    for caption, margin, strip in zip(rows, margins, strips):
+        caption = unicodedata.normalize("NFKD", caption)  # Pillow's font has no umlauts
+        caption = "".join(letter for letter in caption if not unicodedata.combining(letter))
+        ImageDraw.Draw(sheet).text((4, top + 3), caption, "black", font_size=letters)
         sheet.paste(Image.fromarray(strip), (0, top + margin))
         top += strip.shape[0] + margin
     return sheet
@@ -741,7 +752,7 @@ class SemTok(nn.Module):
         self.vae = (vae or VAE(config.vae)).requires_grad_(False).eval()
         self.encoder = Encoder(config)
         self.quantizer = BSQ(config.bits, config.entropy_group, spherical=config.quantizer == "bsq")
-        self.decoder = decoder or Decoder(config)
+        self.decoder, self.refines = decoder or Decoder(config), True
         self.w_x = nn.Linear(config.encoder_width, config.semantic_width)
         # w_z reads all tokens, flattened: their mean would leave only d numbers.
         self.w_z = nn.Linear(config.tokens * config.bits, config.semantic_width)
@@ -830,14 +841,18 @@ class SemTok(nn.Module):
     def start_refiner(self) -> None:
         """Stage II's mask tokens start as the embedding of nearly zero noise: at t = 1 the decoder then
         predicts about the mean of stage I's pictures."""
-        embedder = self.decoder.x_embedder
+        self.refines, embedder = True, self.decoder.x_embedder
         noise = 0.1 * torch.randn(1, *self.latent_shape)  # not zero: the places must differ
         self.decoder.mask_tokens.copy_(embedder(noise.to(embedder.proj.weight))[0])
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> codes (B, K, d): +-1/sqrt(d) (LFQ: +-1).
-        In float32 alone: by bfloat16 or TF32 some bits would differ, and depend on the rest of the batch."""
+        """Pictures (B, 3, H, W), uint8 or in [-1, 1] -> codes (B, K, d): +-1/sqrt(d) (LFQ: +-1).
+        In float32 alone: by bfloat16 or TF32 some bits would differ, and depend on the rest of the batch.
+        Raises ValueError for another shape or type."""
+        pictures, side = to_signed(pictures), self.config.image_size
+        if pictures.shape[1:] != (3, side, side):
+            raise ValueError(f"pictures (B, 3, {side}, {side}) are needed, not {tuple(pictures.shape)}")
         with torch.autocast(pictures.device.type, enabled=False), without_tf32():
             return self.quantise(self.vae.encode(pictures))[1]
 
@@ -848,8 +863,24 @@ class SemTok(nn.Module):
 
     @torch.no_grad()
     def refine(self, codes: torch.Tensor) -> torch.Tensor:
-        """Eq. 7, stage II: codes (B, K, d) -> latents in one step, the same every time."""
+        """Eq. 7, stage II: codes (B, K, d) -> latents in one step, the same every time. ValueError after
+        stage I alone, whose mask tokens are not trained."""
+        if not self.refines:
+            raise ValueError("this tokenizer is of stage 1 and cannot refine: take sample(codes), or stage 2")
         return self.decoder(codes)
+
+    def to_pictures(self, codes: torch.Tensor) -> torch.Tensor:
+        """Stage II: codes (B, K, d) -> pictures (B, 3, H, W) uint8."""
+        return to_uint8(self.decode(self.refine(codes)))
+
+    def tokenize(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Pictures as `encode` takes them -> token numbers (B, K) int64, Eq. 3. ValueError above 63 bits."""
+        return bits_to_index(codes_to_bits(self.encode(pictures)))
+
+    def detokenize(self, index: torch.Tensor) -> torch.Tensor:
+        """Stage II: token numbers (B, K) int64 -> pictures (B, 3, H, W) uint8."""
+        bits = index_to_bits(index, self.config.bits)
+        return self.to_pictures(bits_to_codes(bits, self.quantizer.spherical))
 
     @torch.no_grad()
     def sample(self, codes: torch.Tensor, steps: int = 25, generator=None) -> torch.Tensor:
@@ -858,10 +889,11 @@ class SemTok(nn.Module):
         return euler(lambda x, t: self.decoder(codes, x, t.expand(len(x))), noise, steps)
 
     def reconstruct(self, pictures: torch.Tensor, generator=None, steps: int = 25) -> torch.Tensor:
-        """uint8 (B, 3, H, W) -> uint8, through the tokens: stage I with a generator, else the refiner."""
-        codes = self.encode(to_signed(pictures))
-        latents = self.refine(codes) if generator is None else self.sample(codes, steps, generator=generator)
-        return to_uint8(self.decode(latents))
+        """Pictures as `encode` takes them -> uint8, by stage I with a generator, else by stage II."""
+        codes = self.encode(pictures)
+        if generator is None:
+            return self.to_pictures(codes)
+        return to_uint8(self.decode(self.sample(codes, steps, generator)))
 
 
 @contextlib.contextmanager
@@ -884,5 +916,11 @@ def euler(velocity, x: torch.Tensor, steps: int) -> torch.Tensor:
 
 
 def load_semtok(path: str, device: str | torch.device = "cpu") -> tuple[SemTok, dict[str, str]]:
-    """A tokenizer of train.py's stage 1 or 2, and its metadata. Raises UserError."""
-    return load_checkpoint(path, "semtok-tokenizer", SemTokConfig, SemTok, device)
+    """A tokenizer of train.py, the file or its run's folder (stage 2 if it is there), and its metadata.
+    Raises UserError."""
+    if os.path.isdir(path):
+        files = [os.path.join(path, f"stage{stage}.safetensors") for stage in (2, 1)]
+        path = next(filter(os.path.isfile, files), files[0])
+    model, metadata = load_checkpoint(path, "semtok-tokenizer", SemTokConfig, SemTok, device)
+    model.refines = metadata.get("stage") != "1"
+    return model, metadata

@@ -738,8 +738,8 @@ class Generating(nn.Module):
         tokenizer, config, device = self.frozen["tokenizer"], self.ar.config, self.run.device
         classes = torch.arange(min(20, config.classes), device=device)
         drawn = self.ar.generate(classes, cfg=config.guidance, generator=key_generator(device, "look"))
-        latents = tokenizer.refine(bits_to_codes(drawn, config.spherical))
-        sheet = picture_grid({"one sample of each class": to_uint8(tokenizer.decode(latents))})
+        pictures = tokenizer.to_pictures(bits_to_codes(drawn, config.spherical))
+        sheet = picture_grid({"one sample of each class": pictures})
         pictures, labels = (tensor.to(device) for tensor in self.run.val.spread(500))
         bits = codes_to_bits(in_batches(tokenizer.encode, to_signed(pictures)))
         masked = self.ar.draw_masks(len(bits), self.recipe.least_masked, key_generator(device, "masks"))
@@ -1190,6 +1190,7 @@ def train_stage(name: str, run: Run) -> None:
         figures = look()
         about = {"stage": name, "preset": run.preset, "classes": json.dumps(run.train.classes)}
         about |= {"parent": stage.parent, "steps": str(recipe.steps), "figures": json.dumps(figures)}
+        about["pictures"] = run.train.fingerprint
         with averaged(stage, training.average):
             stage.export(about)
         if rank == 0:

@@ -169,10 +169,7 @@ def draw_influence(folders: dict[str, Path]) -> Image.Image:
     rows = {}
     for caption, folder in folders.items():
         tokenizer, _ = load_semtok(str(folder / "stage2.safetensors"))
-        codes = tokenizer.encode(to_signed(recognise.drawn("val", 98, range(64))[0]))
-        changes = sample.influence(tokenizer, codes, torch.zeros_like(codes))
-        maps = torch.stack([change.mean(0) for change in changes])  # (K, H, W)
-        maps = (255 * maps / maps.amax((1, 2), keepdim=True)).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
+        maps = sample.token_maps(tokenizer, recognise.drawn("val", 98, range(64))[0])
         for i, row in enumerate(maps.split(16)):
             rows[f"{caption}, tokens {16 * i} to {16 * i + len(row) - 1}"] = row
     return picture_grid(rows, side=64)

@@ -350,6 +350,20 @@ def test_generation_fills_each_token_once_and_keeps_it(order):
     assert in_order == (order == "raster")  # from left to right
 
 
+@pytest.mark.parametrize("order", ["random", "raster", "confidence"])
+def test_known_tokens_stay_and_the_others_are_drawn_as_if_by_then(order, monkeypatch):
+    model, labels, scales, guidance = small_ar(), torch.tensor([0, 3]), [], ar.guidance
+    monkeypatch.setattr(ar, "guidance", lambda *given: scales.append(given[1]) or guidance(*given))
+    start = torch.rand(2, 9, 6, generator=seeded(5)) > 0.5
+    masked = torch.tensor([[0, 1, 1, 0, 1, 0, 0, 1, 0], [1, 1, 1, 1, 0, 0, 0, 0, 0]]).bool()  # four each
+    options = {"steps": 2, "cfg": 2.0, "order": order, "generator": seeded(0)}
+    steps = [*model.generate_steps(labels, known=(start, masked), **options)]
+    assert [int(still[0].sum()) for _, still in steps] == [2, 0]
+    assert scales == [7 / 9, 1.0]  # the shares that are known then
+    bits = steps[-1][0]
+    assert torch.equal(bits[~masked], start[~masked]) and not torch.equal(bits, start)
+
+
 def test_guided_logits_are_u_plus_g_times_c_minus_u(monkeypatch):
     model, seen, draw = small_ar(), [], ar.sample_groups
     monkeypatch.setattr(ar, "sample_groups", lambda logits, *rest: seen.append(logits) or draw(logits, *rest))

@@ -272,8 +272,8 @@ def test_next_token_sampling_goes_from_left_to_right():
     greedy = ar.index_to_bits(logits.argmax(-1), 2).flatten(-2)
     assert n == 6 and torch.equal(bits, greedy)  # it is what one pass over the finished sequence says
     assert torch.equal(model.generate(labels, cfg=3.0, top_p=1e-6, order="raster"), bits)
-    for options in ({"steps": 3}, {"order": "confidence"}):
-        with pytest.raises(ValueError, match="7 steps"):
+    for options in ({"steps": 3}, {"order": "confidence"}, {"known": (bits, masked)}):
+        with pytest.raises(ValueError, match="one a step"):
             model.generate(labels, **options)
 
 

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import ar  # noqa: E402
+import bsq  # noqa: E402
 import mmdit  # noqa: E402
 import paper  # noqa: E402
 import sample  # noqa: E402
@@ -103,7 +104,7 @@ def test_a_whole_run_writes_what_it_promises_and_its_results_describe_themselves
     assert settings["preset"] == "tiny" and settings["pictures"].startswith("27 files")  # 3 are held out
     assert settings["set"]["ar"] == {"steps": "6", "batch_size": "8"}
     assert settings["set"]["2"] == settings["set"]["1"] | {"gan_start": "3"}
-    keys = "format config fingerprint classes stage preset parent steps figures"
+    keys = "format config fingerprint classes pictures stage preset parent steps figures"
     prints = [mmdit.TensorFiles(str(out / "standins" / "sd3.5_vae.safetensors")).metadata["fingerprint"]]
     for name in ("stage1", "stage2", "ar"):
         about = mmdit.TensorFiles(str(out / f"{name}.safetensors")).metadata
@@ -131,6 +132,26 @@ def test_log_has_every_term(finished):
         assert {*terms.split(), "loss", "lr", "skipped", "images_per_s"} <= step.keys(), stage
         assert look.keys() == {*figures.split(), "stage", "step"} and step["step"] == look["step"] == 6
         assert all(np.isfinite(value) for entry in (step, look) for value in entry.values() if value != stage)
+
+
+def test_pictures_to_numbers_and_back(finished):
+    model, pictures = semtok.load_semtok(str(finished[0]))[0], torch.randint(256, (3, 3, 32, 32)).byte()
+    codes, index = model.encode(pictures), model.tokenize(pictures)
+    assert torch.equal(model.encode(semtok.to_signed(pictures)), codes) and index.dtype == torch.int64
+    assert torch.equal(index, bsq.bits_to_index(codes > 0)) and index.shape == (3, 16)
+    assert torch.equal(model.detokenize(index), model.reconstruct(pictures))
+    changes = [*sample.influence(model, codes, codes.roll(1, 0))]
+    assert len(changes) == 16 and {change.shape for change in changes} == {(3, 32, 32)}
+    assert max(change.max() for change in changes) > 0
+    assert not any(change.any() for change in sample.influence(model, codes, codes.clone()))
+    for wrong in (pictures.int(), pictures[:, :1], pictures.permute(0, 2, 3, 1), pictures[..., :16]):
+        with pytest.raises(ValueError, match="pictures"):
+            model.encode(wrong)
+    first = semtok.load_semtok(str(finished[0] / "stage1.safetensors"))[0]
+    with pytest.raises(ValueError, match="stage 1 and cannot refine"):
+        first.reconstruct(pictures)
+    first.start_refiner()
+    assert first.reconstruct(pictures).shape == pictures.shape
 
 
 @pytest.mark.parametrize("name, load", [("stage2", semtok.load_semtok), ("ar", ar.load_ar)])
@@ -207,6 +228,12 @@ def test_each_job_of_sampling(finished, pictures, tmp_path):
     assert drawn[0] == drawn[1] != drawn[2] and Image.open(tmp_path / "0.png").width >= 4 * 32
     panels = Image.open(draw("photo.png", "--image", pictures / "fish" / "003.png", "--steps", 2))
     assert panels.width == 3 * 256  # the original, the sampler, the refiner
+    photos = ("--image", pictures / "fish" / "003.png", pictures / "fish" / "004.png")
+    assert Image.open(draw("maps.png", *photos, "--tokens")).size == (4 * 256, 4 * 256 + 23)
+    kept = Image.open(draw("kept.png", *photos, "--keep", 5, "--class", "fish"))
+    assert kept.size == (7 * 256, 2 * (256 + 23))  # original, reconstruction, five tokens, four completions
+    sentence(call("sample.py", *photos, "--class", 0, "--run", finished[0]), "give one of --class")
+    sentence(call("sample.py", *photos, "--keep", 16, "--class", 0, "--run", finished[0]), "fewer than 16")
     arrays = [np.load(draw(f"{i}.npz", "--npz", 7, "--steps", 2))["arr_0"] for i in range(2)]
     assert arrays[0].shape == (7, 32, 32, 3) and arrays[0].dtype == np.uint8 and np.array_equal(*arrays)
     times = []
@@ -220,11 +247,11 @@ def test_each_job_of_sampling(finished, pictures, tmp_path):
 def test_progress(finished, tmp_path):
     """Figure 5: a column for each of the steps 1, 2, 4 and 6, a row for each picture and order."""
     draw = ("sample.py", "--class", "fish", "--progress", "--steps", 6, "--run", finished[0])
-    result, path = call(*draw), finished[0] / "class-1-progress-seed-0.png"
+    result, path = call(*draw), finished[0] / "class-fish-progress-seed-0.png"
     assert result.returncode == 0 and result.stdout.strip() == str(path), result.stderr
-    assert Image.open(path).size == (4 * 96, 2 * 2 * (96 + 18))
+    assert Image.open(path).size == (4 * 96, 2 * (2 * 96 + 18))
     assert call(*draw, "--order", "raster", "--n", 3, "--out", tmp_path / "a.png").returncode == 0
-    assert Image.open(tmp_path / "a.png").size == (4 * 96, 3 * (96 + 18))
+    assert Image.open(tmp_path / "a.png").size == (4 * 96, 3 * 96 + 18)
     sentence(call("sample.py", "--npz", 9, "--progress"),
              "--progress changes nothing with --npz: it belongs to --class, --labels")
     sampler = sample.Sampler(sample.parse_arguments([*map(str, draw[1:])]), torch.device("cpu"))
