@@ -115,8 +115,8 @@ class Block(nn.Module):
 
 class MaskedAR(nn.Module):
     """theta of Eq. 8: known tokens and a mask -> the distribution of every bit of every token.
-    With config.causal it is Table 5's next-token transformer: position 0, the class, predicts token 0, and
-    position i predicts token i. It reads no mask."""
+    With config.causal it is Table 5's next-token transformer: its input is the class, then tokens 0 to K - 2,
+    and position i predicts token i. It ignores the mask."""
 
     def __init__(self, config: ARConfig):
         super().__init__()
@@ -216,9 +216,9 @@ class MaskedAR(nn.Module):
         """Eq. 8: fill K masked tokens in steps; after each, yields bits (B, K, d), masked (B, K), both bool.
         labels (B,) int64. cfg, cfg_schedule: see `guidance`. top_p: see `sample_groups`. order: "random";
         "raster" (Figure 5), from left to right; or "confidence" (Table 14): the tokens whose drawn bits are
-        surest. A causal model always fills one token a step from left to right. known: bits and masked to
-        start from, as many masked in each row (inpainting). Raises ValueError for another order, and for
-        steps, an order or known tokens that a causal model cannot take.
+        surest. A causal model always fills one token a step from left to right. known: (bits, masked) to
+        start from, for inpainting, with as many masked tokens in each row. ValueError for another order. A
+        causal model takes K steps, no "confidence" and nothing known, else ValueError.
         """
         config, device, confident = self.config, labels.device, order == "confidence"
         steps = config.steps if steps is None else steps
@@ -231,10 +231,10 @@ class MaskedAR(nn.Module):
         if known:
             (bits, masked), before = known, config.tokens - int(known[1][0].sum())
         everywhere = torch.arange(config.tokens, device=device).expand_as(masked)
-        keys = everywhere / config.tokens
+        keys = everywhere / config.tokens  # below 1
         if not config.causal and order != "raster":
             keys = torch.rand(masked.shape, generator=generator, device=device)
-        sequence = (keys + ~masked).argsort(-1)  # known tokens come last and are never reached
+        sequence = (keys + ~masked).argsort(-1)  # known tokens come last and are not reached
         left = config.tokens - before
         counts = [1] * left if config.causal else fill_counts(left, steps)
 
@@ -246,9 +246,10 @@ class MaskedAR(nn.Module):
             seen = bits[:, :filled] if config.causal else bits  # a causal model ignores later tokens
             hidden = self.hidden(seen.repeat(passes, 1, 1), conditions, masked.repeat(passes, 1))
             places = everywhere if confident else sequence[:, filled - count : filled]
-            logits = [self.logits(part[rows, places]) for part in hidden.chunk(passes)]
+            with_class, *rest = (self.logits(part[rows, places]) for part in hidden.chunk(passes))
+            without = rest[0] if rest else with_class
             scale = guidance(cfg, (before + filled) / config.tokens, cfg_schedule)
-            logits = logits[-1] + scale * (logits[0] - logits[-1])  # (B, places, d / g, 2^g)
+            logits = without + scale * (with_class - without)  # (B, places, d / g, 2^g)
             drawn, confidence = sample_groups(logits, top_p, generator)  # (B, places, d / g), (B, places)
             drawn = index_to_bits(drawn, config.group_bits).flatten(-2)
             if confident:
@@ -285,9 +286,10 @@ def guidance(scale: float, share: float, schedule: str) -> float:
 
 
 def sample_groups(logits: torch.Tensor, top_p: float, generator: torch.Generator | None = None):
-    """Draw a value per group of bits from logits (..., groups, V), each from its smallest set of values whose
-    probability reaches top_p. For one bit: the likelier value, if its probability reaches top_p; else either
-    at its own odds. Returns values (..., groups) int64 and their log probability (...) before this filter."""
+    """Nucleus sampling for each group of bits, logits (..., groups, V): the likeliest values are kept until
+    their probability reaches top_p, and one of them is drawn. Of one bit the likelier value is taken if its
+    probability reaches top_p; else 0 or 1 by their probabilities. Returns values (..., groups) int64 and
+    their log probability without this filter, summed over groups (...)."""
     probabilities, values = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = probabilities.cumsum(-1) - probabilities  # the mass of all likelier values
     kept = torch.where(before < top_p, probabilities, 0.0)

@@ -66,8 +66,8 @@ def ranks() -> tuple[int, int]:
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The mean of equal shapes over all ranks, each of which must call this.
-    Backward: gradient 1 to this rank's own value. FSDP averages gradients, so this is exact where every rank
-    computes the same loss from the mean, as in Eq. 4."""
+    Backward: the derivative by this rank's value is 1, not 1/ranks: FSDP divides by the number of ranks when
+    it averages gradients. So this is exact where every rank computes the same loss from the mean (Eq. 4)."""
     if ranks()[1] == 1:
         return value
     mean = value.detach().clone(memory_format=torch.contiguous_format)
@@ -86,8 +86,9 @@ def gather(rows: torch.Tensor) -> torch.Tensor:
 
 class BSQ(nn.Module):
     """The quantiser of Eq. 3 and its entropy loss, Eq. 4. It has no parameters.
-    bits: d. group_size: bits whose joint distribution the second entropy tracks, 2^group_size numbers (BSQ
-    at 18 bits: 1; FlowMo: 9). spherical: False is LFQ, here without its commitment loss."""
+    bits: d. group_size: how many bits share one joint distribution, a table of 2^group_size numbers, in the
+    second entropy (BSQ at 18 bits: 1; FlowMo: 9). spherical: False is LFQ, here without its commitment loss.
+    """
 
     def __init__(self, bits: int, group_size: int = 1, spherical: bool = True):
         super().__init__()
@@ -106,10 +107,11 @@ class BSQ(nn.Module):
 
     def entropy_loss(self, u: torch.Tensor) -> dict[str, torch.Tensor]:
         """Eq. 4 on u (..., d), in nats: `entropy_loss` = `token_entropy` - `code_entropy`.
-        The soft assignment q(c|u) ~ exp(2 tau c.u), with tau = 1, is a product over bits, with probabilities
-        p_i = sigmoid(4 m u_i), m the magnitude of a channel: the first term is an exact sum. The second, the
-        entropy of the average q, is bounded by the sum over groups of bits. The loss is never positive; near
-        0, codes collapse."""
+        A token picks corner c with probability q(c|u) ~ exp(-tau |u - c|^2), that is exp(2 tau c.u), with
+        tau = 1. It factorises: bit i is 1 with probability p_i = sigmoid(4 m u_i), m the magnitude of a
+        channel. So the first term, the mean entropy of q, is exactly the sum of its bits'. The second, the
+        entropy of the mean q, is not: the sum over groups of bits stands for it, an upper bound. The mean of
+        all ranks' losses is never positive; near 0, codes collapse."""
         logits = (4 * self.magnitude) * u.float().reshape(-1, self.bits)  # (N, d)
         p = logits.sigmoid()
         token_entropy = (p * F.softplus(-logits) + (1 - p) * F.softplus(logits)).sum(-1).mean()

@@ -37,20 +37,27 @@ from torch.utils.checkpoint import checkpoint
 # ----------------------------------------------------------------------------------------- rotary positions
 
 
-def rope_1d(length: int, head_dim: int) -> torch.Tensor:
-    """Rotations of positions 0..length-1 (RoFormer, Su et al. 2021): cos and sin, (2, length, head_dim)."""
+def _angles(length: int, pairs: int) -> torch.Tensor:  # (length, pairs)
     # On the CPU in float32, whatever the defaults: the meta device keeps no values, bfloat16 rounds them
-    positions, pairs = (torch.arange(n, dtype=torch.float32, device="cpu") for n in (length, head_dim // 2))
-    angles = positions[:, None] * 10000.0 ** (-pairs / len(pairs))
-    cos, sin = angles.cos(), angles.sin()  # (length, head_dim/2)
+    positions, i = (torch.arange(n, dtype=torch.float32, device="cpu") for n in (length, pairs))
+    return positions[:, None] * 10000.0 ** (-i / pairs)
+
+
+def _rotations(angles: torch.Tensor) -> torch.Tensor:  # of pairs (L, head_dim/2): (2, L, head_dim)
+    cos, sin = angles.cos(), angles.sin()
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
 
 
+def rope_1d(length: int, head_dim: int) -> torch.Tensor:
+    """Rotations of positions 0..length-1 (RoFormer, Su et al. 2021): cos and sin, (2, length, head_dim)."""
+    return _rotations(_angles(length, head_dim // 2))
+
+
 def rope_2d(height: int, width: int, head_dim: int) -> torch.Tensor:
-    """Rotations on a grid, half of each head by row and half by column: (2, height * width, head_dim)."""
-    rows, columns = (rope_1d(side, head_dim // 2).unflatten(-1, (2, -1)) for side in (height, width))
-    both = torch.broadcast_tensors(rows[:, :, None], columns[:, None])  # (2, height, width, 2, head_dim/4)
-    return torch.cat(both, -1).flatten(3).flatten(1, 2)
+    """Rotations on a grid: the first half of the pairs turns by row, the second by column.
+    Returns (2, height * width, head_dim)."""
+    rows, columns = _angles(height, head_dim // 4), _angles(width, head_dim // 4)
+    return _rotations(torch.cat([rows.repeat_interleave(width, 0), columns.repeat(height, 1)], -1))
 
 
 def apply_rope(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
@@ -76,12 +83,12 @@ class RotaryTable(nn.Module):
 
 def normed_rotated(qkv: torch.Tensor, heads: int, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm, rope: torch.Tensor):
     """qkv (B, L, 3 width) -> q, k, v (B, heads, L, head_dim), q and k RMS-normalised per head and rotated."""
-    # q and k as one tensor (2, B, heads, L, head_dim): small models are bound by kernel launches
-    qk, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).split([2, 1])
+    qkv = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, heads, L, head_dim)
+    qk, (v,) = qkv.split([2, 1])  # q and k as one tensor: small models are bound by kernel launches
     weight = torch.stack([q_norm.weight, k_norm.weight])[:, None, None, None]
     qk = F.rms_norm(qk.float(), qk.shape[-1:], eps=q_norm.eps) * weight
     q, k = apply_rope(qk, rope).to(v.dtype)
-    return q, k, v[0]
+    return q, k, v
 
 
 def attend(q, k, v, mask: torch.Tensor | None = None, causal: bool = False) -> torch.Tensor:
@@ -143,8 +150,8 @@ class StreamBlock(nn.Module):
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.chunks * width))
 
     def modulations(self, conditioning: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        """(B, width) -> shift, scale, gate of the attention, of the MLP and of attn2: nine of (B, 1, width).
-        None stands for those that the block lacks, and without conditioning for all."""
+        """(B, width) -> nine of (B, 1, width): shift, scale, gate of the attention, of the MLP, of attn2.
+        What the block lacks is None; without conditioning all nine are."""
         if conditioning is None:
             return (None,) * 9
         chunks = self.adaLN_modulation(conditioning)[:, None].chunk(self.chunks, -1)

@@ -130,8 +130,8 @@ class Sampler:
     @torch.no_grad()
     def draw_steps(self, labels: list[int], random: torch.Generator, order: str) -> tuple[torch.Tensor, dict]:
         """Figure 5: a picture for each label after 1, 2, 4, ... steps and the last: (B, S, 3, H, W) uint8.
-        Also how many tokens each of these S steps knows. A token still masked is decoded as the mean of its
-        code under the transformer; as zero in next-token prediction, which looks one token ahead only."""
+        Also each of these steps' number of known tokens. A token that is still masked is decoded as the mean
+        of its code under the transformer. A next-token model looks one token ahead only: there it is zero."""
         pictures, known, config = [], {}, self.ar.config
         group = torch.arange(2**config.group_bits, device=self.device)
         group = bits_to_codes(index_to_bits(group, config.group_bits), spherical=False)  # (2^g, g) of +-1
@@ -142,9 +142,11 @@ class Sampler:
                 if step & (step - 1) == 0 or not masked.any():  # a power of two, or the last
                     known[step] = int((~masked[0]).sum())
                     codes = bits_to_codes(bits, config.spherical)
-                    mean = (self.ar(bits, batch, masked).softmax(-1) @ group).flatten(-2)  # of +-1, (B, K, d)
-                    mean *= 0 if config.causal else codes.abs().amax()
-                    codes = torch.where(masked[..., None], mean.to(codes.dtype), codes)
+                    mean = torch.zeros_like(codes)
+                    if not config.causal:
+                        odds = self.ar(bits, batch, masked).softmax(-1)  # (B, K, d / g, 2^g)
+                        mean = ((odds @ group).flatten(-2) * codes.abs().amax()).to(codes.dtype)
+                    codes = torch.where(masked[..., None], mean, codes)
                     shown.append(self.tokenizer.to_pictures(codes).cpu())
             pictures.append(torch.stack(shown, 1))
         return torch.cat(pictures), known
@@ -243,8 +245,8 @@ def show_tokens(args: argparse.Namespace, device: torch.device) -> str:
 
 
 def influence(tokenizer: SemTok, codes: torch.Tensor, instead: torch.Tensor) -> Iterator[torch.Tensor]:
-    """What does one token do? For each of codes (N, K, d) in turn: how far the refiner's pictures move when
-    this token is taken from `instead` (N, K, d), (N, H, W), mean over colours, 0..255."""
+    """What does one token do? For each token k in turn, codes[:, k] becomes instead[:, k], both (N, K, d).
+    Yields how far each pixel of the refiner's pictures moves: (N, H, W), mean over colours, 0..255."""
     def pictures(codes):
         return torch.cat([tokenizer.to_pictures(part) for part in codes.split(64)]).float()
 
@@ -265,7 +267,7 @@ def token_maps(tokenizer: SemTok, pictures: torch.Tensor) -> torch.Tensor:
 
 
 def claim(folder: str, settings: dict) -> None:
-    """Note in a folder's settings.json what its files are made by: only the same command goes on in it.
+    """Write the settings of a command into a folder's settings.json. Only the same command goes on in it.
 
     Raises UserError when it holds files of other settings, or of unknown ones."""
     path, text = Path(folder, "settings.json"), json.dumps(settings, sort_keys=True)

@@ -502,7 +502,7 @@ class SemTokConfig:
     quantizer: Literal["bsq", "lfq"] = "bsq"  # LFQ is the sign without the sphere (Table 10)
     entropy_group: int = 1  # see BSQ
     causal: bool = False  # Table 5's "raster": a token sees the picture and the tokens before it
-    form: Literal["1d", "2d"] = "1d"  # 2d: token i belongs to patch i. Table 3's control, not the paper's
+    form: Literal["1d", "2d"] = "1d"  # 2d, our control for Table 3: token i sees itself and patch i alone
     vae: VAEConfig = field(default_factory=VAEConfig)
 
     def __post_init__(self):
@@ -618,7 +618,7 @@ class Decoder(MMDiT):
         self.x_embedder = PatchEmbed(config.vae.latent_channels, config.patch, width)
         self.t_embedder = TimestepEmbedder(width)
         self.final_layer = FinalLayer(width, config.patch, config.vae.latent_channels)
-        # SD3.5 has none of these two. They are made on the CPU even when the rest is on the meta device.
+        # SD3.5 has neither of the next two, so no file fills them: made on the CPU even if the rest is not
         self.token_embedder = nn.Linear(config.bits, width, device="cpu")
         if config.quantizer == "bsq":  # its channels are +-1/sqrt(d): start with unit variance all the same
             self.token_embedder.weight.data *= config.bits**0.5
@@ -715,8 +715,8 @@ class Discriminator(nn.Module):
 
     def losses(self, output: torch.Tensor, real: torch.Tensor, lambda_lecam: float) -> dict:
         """Hinge losses of both players on pictures (B, 3, H, W) in [-1, 1], and the mean logits.
-        gan_loss sees detached weights, the hinge loss a detached output: one backward pass gives each network
-        only its own gradient."""
+        One backward pass serves both: gan_loss has this network's weights detached and reaches the decoder
+        alone; the hinge loss has the output detached and reaches this network alone."""
         detached = {name: p.detach() for name, p in self.named_parameters()}
         gan_loss = -torch.func.functional_call(self, detached, (output,)).float().mean()
         on_real, on_fake = self(real).float(), self(output.detach()).float()  # (B, 1, map, map)
@@ -752,11 +752,13 @@ class SemTok(nn.Module):
         self.vae = (vae or VAE(config.vae)).requires_grad_(False).eval()
         self.encoder = Encoder(config)
         self.quantizer = BSQ(config.bits, config.entropy_group, spherical=config.quantizer == "bsq")
-        self.decoder, self.refines = decoder or Decoder(config), True
+        self.decoder = decoder or Decoder(config)
+        self.refines = True  # False: a file of stage 1, whose decoder's mask tokens are not trained
         self.w_x = nn.Linear(config.encoder_width, config.semantic_width)
         # w_z reads all tokens, flattened: their mean would leave only d numbers.
         self.w_z = nn.Linear(config.tokens * config.bits, config.semantic_width)
-        self.log_t = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))  # Eq. 2's t; not (): FSDP shards no ()
+        # Eq. 2's temperature t, which multiplies. Its shape is (1,): FSDP cannot shard a scalar
+        self.log_t = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
 
     def quantise(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Latents (B, channels, h, w) -> x (B, grid^2, encoder width), codes (B, K, d), u (B, K, d)."""
@@ -766,10 +768,10 @@ class SemTok(nn.Module):
     @torch.no_grad()
     def frozen_pass(self, pictures: torch.Tensor, siglip: SigLIP, rng=None) -> tuple[dict, dict]:
         """Computes everything that needs no gradient, of this rank's pictures (B, 3, H, W) in [-1, 1].
-        Returns a row for each picture: `latents` (B, channels, h, w), `features` (B, C, g, g), `positive`
-        (B,), the row of `candidates` that is its own picture; with rng also Eq. 5's `noise`, like the
-        latents, and times `t` (B,), uniform in [0, 1]. All rows share `candidates` (ranks * B, C), the pooled
-        features."""
+        Returns rows, one for each picture: `latents` (B, channels, h, w), `features` (B, C, g, g), `positive`
+        (B,), the place of its own features in `candidates`; with rng also Eq. 5's `noise`, like the latents,
+        and times `t` (B,), uniform in [0, 1]. And what they share: `candidates` (ranks * B, C), the pooled
+        features of all ranks."""
         (rank, world), latents, features = ranks(), self.vae.encode(pictures), siglip(pictures)
         pooled = F.normalize(features.float().mean((2, 3)), dim=-1)  # (B, C); P of Eq. 2 is the mean
         positive = torch.arange(len(pictures), device=pictures.device) + rank * len(pictures)
@@ -833,16 +835,17 @@ class SemTok(nn.Module):
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
-        """Keep Eq. 2's t at 100 or below, as CLIP does, after each step of the optimiser. A clamp in the
-        forward pass would give no gradient above the limit."""
+        """Keep Eq. 2's temperature exp(log_t) at 100 or below, as CLIP does, after a step of the optimiser.
+        A clamp in the forward pass would give no gradient above the limit."""
         self.log_t.clamp_(max=math.log(100))
 
     @torch.no_grad()
     def start_refiner(self) -> None:
-        """Stage II's mask tokens start as the embedding of nearly zero noise: at t = 1 the decoder then
-        predicts about the mean of stage I's pictures."""
-        self.refines, embedder = True, self.decoder.x_embedder
-        noise = 0.1 * torch.randn(1, *self.latent_shape)  # not zero: the places must differ
+        """Stage II's mask tokens start as the embedding of nearly zero noise. At t = 1 stage I's decoder
+        predicts x_v - eps from eps: with eps near 0, about the mean latent for these tokens."""
+        self.refines = True
+        embedder = self.decoder.x_embedder
+        noise = 0.1 * torch.randn(1, *self.latent_shape)  # not zero: mask tokens must differ by place
         self.decoder.mask_tokens.copy_(embedder(noise.to(embedder.proj.weight))[0])
 
     @torch.no_grad()

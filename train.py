@@ -18,10 +18,10 @@ feeds and drives it, top to bottom:
     command
 
 A stage is a module. `prepare(pictures, labels, rng, step) -> rows, shared` computes everything that needs no
-gradient, of uint8 pictures (B, 3, H, W) or of tokens' bits (B, K, d). `rows` has a row for each picture (in
-stage 0 also windows of every third), so a micro-batch is a slice of it. `forward(rows, shared) -> losses` is
-the rest. `after_step(losses)` follows a good step. `look() -> picture, figures` is of held-out pictures.
-`export(metadata)` writes the result.
+gradient, of uint8 pictures (B, 3, H, W) or of tokens' bits (B, K, d). `rows` has a row for each picture: a
+micro-batch is a slice of it. (Stage 0, which also has windows of every third picture, is not divided.)
+`shared` is what all micro-batches use. `forward(rows, shared) -> losses` is the rest. `after_step(losses)`
+follows a good step. `look() -> picture, figures` shows held-out pictures. `export(metadata)` writes a result.
 """
 
 import argparse
@@ -96,7 +96,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class TokenizerRecipe(LossWeights, Recipe):  # dataclass fields follow the reversed order: Recipe's are first
+class TokenizerRecipe(LossWeights, Recipe):  # fields of the last base come first: steps, batch_size, lr
     """Stage I: a recipe with the weights of Eq. 6."""
 
 
@@ -605,7 +605,7 @@ JUDGES = {
 # ------------------------------------------------ the stages: what each one is fed, its losses, what it shows
 
 def compared(run: Run, redraw, rows: dict, caption: str) -> tuple[Image.Image, dict[str, float]]:
-    """Ten held-out pictures over what `redraw` makes of them; PSNR and SSIM of 200."""
+    """Ten held-out pictures and, below them, what `redraw` makes of them; PSNR and SSIM of 200."""
     shown, measured = (run.val.spread(count)[0] for count in (10, 200))
     made = redraw(torch.cat([shown, measured]).to(run.device)).cpu()
     sheet, made = picture_grid({"original": shown} | rows | {caption: made[: len(shown)]}), made[len(shown) :]
@@ -776,7 +776,7 @@ class StandIns(nn.Module):
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
         pictures, (rank, world), config = to_signed(pictures), ranks(), self.config.vae
-        # The VAE is convolutional. It learns from windows of every third picture, then from whole ones.
+        # The VAE takes any size. It learns from every third picture: from quarters, in the end from all of it
         side, top, left = pictures.shape[-1], 0, 0
         if step < 0.8 * self.recipe.steps:
             side //= 2
@@ -817,14 +817,15 @@ class StandIns(nn.Module):
         vae, siglip = VAE(self.config.vae), SigLIP(TINY_SIGLIP)
         for copy, trained in ((vae, self.vae), (siglip, self.siglip)):
             copy.load_state_dict({name: full(tensor) for name, tensor in trained.state_dict().items()})
-        # SD3.5's published shift and scale must whiten these latents too: both ends of the VAE are scaled.
+        # With SD3.5's published scale these latents must have variance 1 too: the encoder's last layer is
+        # divided by their deviation, the decoder's first multiplied.
         signed = to_signed(self.run.val.spread(200)[0])
         std = vae.encoder(signed).chunk(2, 1)[0].std((0, 2, 3)) * VAE.SCALE  # (channels,)
         for tensor in (vae.encoder.conv_out.weight, vae.encoder.conv_out.bias):
             tensor[: len(std)] /= std.view(-1, *[1] * (tensor.ndim - 1))
         vae.decoder.conv_in.weight *= std.view(1, -1, 1, 1)
         for tensor in (siglip.post_layernorm.weight, siglip.post_layernorm.bias):
-            tensor *= 0.25  # features of this size leave room for the pixels beside lambda_s
+            tensor *= 0.25  # larger features would outweigh the pixels in stage I
         if ranks()[0] == 0:
             digest = hashlib.sha256()
             for tensor in (*vae.state_dict().values(), *siglip.state_dict().values()):
@@ -988,8 +989,8 @@ BAD_STEPS = 5  # steps in a row that are not finite, after which a run stops
 
 def make_optimizer(stage: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW. Weights of linear layers and convolutions decay; norms, biases and embeddings do not.
-    Each group knows its peak rate and the step at which it joins. Moments are made at once: a training state
-    has the same names before and after the discriminator joins."""
+    Each group knows its peak rate and the step at which it joins. Moments are made now, not at the first
+    step: a training state has the same tensors before and after the discriminator joins."""
     matrices = {layer.weight for layer in stage.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
     groups, state = {}, {}
     for name, p in stage.named_parameters():
@@ -1055,7 +1056,7 @@ class Training:
 def one_step(training: Training, batch: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """The algorithm: one step on this rank's part of a batch -> losses and gradient norms, by name."""
     run, stage, recipe, step = training.run, training.stage, training.stage.recipe, training.step
-    accumulate = 1 if stage.name == "0" else run.args.accumulate  # stage 0 takes every third picture
+    accumulate = 1 if stage.name == "0" else run.args.accumulate  # stage 0's windows are fewer
 
     # ---- learning rates: a linear warm-up times a cosine, from the step at which a player joins
     for group in training.optimizer.param_groups:
@@ -1089,7 +1090,7 @@ def one_step(training: Training, batch: list[torch.Tensor]) -> dict[str, torch.T
         norm = full(nn.utils.get_total_norm([p.grad for p in members], foreach=True))
         nn.utils.clip_grads_with_norm_(members, 1.0, norm, foreach=True)
         losses[f"grad_norm_{player}"] = norm
-    means = mean_over_ranks(torch.stack(list(losses.values())))  # all ranks see what one broke
+    means = mean_over_ranks(torch.stack(list(losses.values())))  # one rank's NaN: all skip the step
     losses = dict(zip(losses, means.unbind()))
 
     # ---- the step, unless a loss or gradient is not finite
@@ -1098,7 +1099,7 @@ def one_step(training: Training, batch: list[torch.Tensor]) -> dict[str, torch.T
     if good:
         training.optimizer.step()
         stage.after_step(losses)
-        if training.average:  # a decay that grows: a short run's average would stay near its initial weights
+        if training.average:  # the decay grows, or a short run's average would stay near its initial weights
             decay = min(recipe.ema, (1 + step) / (10 + step))
             live = [training.parameters[n].detach() for n in training.average]
             torch._foreach_lerp_(list(training.average.values()), live, 1 - decay)
@@ -1160,7 +1161,8 @@ def train_stage(name: str, run: Run) -> None:
     bar = tqdm(batches, f"stage {name}", initial=step, total=recipe.steps, unit="step", disable=rank > 0)
     with bar, contextlib.ExitStack() as at_end:
         for kind in (signal.SIGINT, signal.SIGTERM):
-            at_end.callback(signal.signal, kind, signal.signal(kind, lambda kind, _: signals.append(kind)))
+            before = signal.signal(kind, lambda kind, _: signals.append(kind))
+            at_end.callback(signal.signal, kind, before)
         since = time.time(), step
         for batch in bar:
             losses = one_step(training, batch)
@@ -1288,7 +1290,7 @@ def main(arguments: list[str] | None = None) -> None:
     if data and Path(os.path.realpath(args.out)).is_relative_to(os.path.realpath(data)):
         raise UserError(f"--out {args.out} lies in the pictures' folder {data}: take another --out")
     if not run.tiny and not os.path.isdir(data):
-        raise UserError("--data needs a folder, FOLDER/CLASS/picture.jpg: README says how to get ImageNet")
+        raise UserError("--data needs a folder, FOLDER/CLASS/picture.jpg: see .github/weights.md")
     run.parent(stages[0])
     world, run.device = launched()[1], choose_device(args.device)
     cuda = run.device.type == "cuda"
