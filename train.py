@@ -639,11 +639,12 @@ class Pretraining(nn.Module):
         # VAE is frozen too, but belongs to the tokenizer, and to its file.
         siglip = load_siglip(run.weights("siglip2-base-patch16-256"), run.device).requires_grad_(False)
         self.frozen = {"siglip": siglip}
-        if self.name == "2" and self.recipe.init == "stage1":
-            self.semtok, _ = load_semtok(run.path("stage1.safetensors"), run.device)
-        else:
-            self.semtok = new_tokenizer(run, siglip.config.width)
+        self.semtok = self.first_tokenizer(siglip.config.width)
         self.semtok.decoder.mask_tokens.requires_grad_(False)  # they are used in stage II only
+
+    def first_tokenizer(self, semantic_width: int) -> SemTok:
+        """What the stage starts from."""
+        return new_tokenizer(self.run, semantic_width)
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
@@ -690,6 +691,12 @@ class Refining(Pretraining):
         names = JUDGES if self.recipe.perceptual == "all" else [self.recipe.perceptual]
         self.frozen |= {name: JUDGES[name].network(run) for name in names}
         self.judges = {name: functools.partial(JUDGES[name].loss, self.frozen[name]) for name in names}
+
+    def first_tokenizer(self, semantic_width: int) -> SemTok:
+        """Stage 1's, or with init=scratch a new one."""
+        if self.recipe.init == "scratch":
+            return super().first_tokenizer(semantic_width)
+        return load_semtok(self.run.path("stage1.safetensors"), self.run.device)[0]
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
@@ -992,18 +999,21 @@ def make_optimizer(stage: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     Each group knows its peak rate and the step at which it joins. Moments are made now, not at the first
     step: a training state has the same tensors before and after the discriminator joins."""
     matrices = {layer.weight for layer in stage.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
-    groups, state = {}, {}
+    members, state = {}, {}
     for name, p in stage.named_parameters():
         if p.requires_grad:
-            joins = name.startswith("discriminator.")
-            peak, start = (recipe.discriminator_lr, recipe.gan_start) if joins else (recipe.lr, 0)
-            decay = recipe.weight_decay if p in matrices else 0.0
-            rate = "lr_discriminator" if joins else "lr"  # its name in the log
-            group = {"params": [], "rate": rate, "peak": peak, "start": start, "weight_decay": decay}
-            groups.setdefault((joins, decay), group)["params"].append(p)
+            player = "discriminator" if name.startswith("discriminator.") else ""
+            members.setdefault((player, p in matrices), []).append(p)
             state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
             state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    optimizer = torch.optim.AdamW(groups.values(), recipe.lr, betas=(0.9, 0.95), fused=True)
+    rates = {"": {"rate": "lr", "peak": recipe.lr, "start": 0}}  # rate: its name in the log
+    if isinstance(recipe, RefinerRecipe):
+        rates["discriminator"] = {
+            "rate": "lr_discriminator", "peak": recipe.discriminator_lr, "start": recipe.gan_start,
+        }
+    groups = [{"params": parameters, "weight_decay": recipe.weight_decay * decays} | rates[player]
+              for (player, decays), parameters in members.items()]
+    optimizer = torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.95), fused=True)
     optimizer.state.update(state)
     return optimizer
 
