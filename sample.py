@@ -303,7 +303,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "The result's path is printed. Without --out it lies in the run's folder.",
     )
     said = "sample.py: {}; --help explains every option\n"  # in one line, whatever was typed
-    parser.error = lambda message: parser.exit(2, said.format(" ".join(message.split())))
+    parser.error = lambda message: parser.exit(2, said.format(UserError(message)))
     what, count = parser.add_mutually_exclusive_group(required=True), number(int, 1, 10**9)
     what.add_argument("--class", metavar="CLASS", help="a grid of pictures of one class, by number or name")
     what.add_argument("--labels", nargs="+", metavar="CLASS", help="the same for several classes")

@@ -18,6 +18,7 @@ Section 3.1 and 3.2, Eq. 1 to 7, appendix A.1. It needs bsq.py and mmdit.py. Opt
 
 import argparse
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -112,8 +113,13 @@ def write_file(path: str, write) -> None:
 def flush(path: str) -> None:
     """Wait until a file, or a folder's names, are on the disk."""
     number = os.open(path, os.O_RDONLY)
-    os.fsync(number)
-    os.close(number)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not os.path.isdir(path):  # of a folder, CIFS and sshfs cannot
+            raise
+    finally:
+        os.close(number)
 
 
 def write_tensors(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -153,26 +159,39 @@ def launched() -> tuple[int, int, int]:
     return rank, world, local
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def run_command(name: str, main, faults: tuple, memory_advice: str) -> int:
-    """Call main() for a shell -> exit code: 0; 130 after Ctrl-C; 2, with one sentence on stderr, for what a
-    person can mend: `faults`, full memory, a full disk. Other errors are bugs and are raised again."""
+    """Call main() for a shell -> exit code: 0; 130 after Ctrl-C; 141 where nobody reads any more; 2, with one
+    sentence on stderr, for what a person can mend: `faults`, full memory, a full disk. Other errors are bugs
+    and are raised again."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that it cannot encode
     try:
         main()
+        sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
         text, code = "interrupted; saved work is whole: the same command (no --overwrite) goes on", 130
-    except faults as error:  # from a loader's worker it carries a traceback: its last line is the message
-        text, code = (str(error).strip() or "a damaged file").splitlines()[-1], 2
-        text = re.sub(r"^\w+\.UserError: ", "", text)
+    except BrokenPipeError:  # as of `| head`; what is still buffered would complain at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except faults as error:
+        text, code = str(UserError(error)) or "a damaged file", 2
     except (OSError, MemoryError, RuntimeError) as error:
         text, code = (str(error).strip() or "memory is full").splitlines()[-1], 2
         if isinstance(error, OSError):
-            text += ": free some space or change the path; what has been saved is whole"
+            text += ": free some space" if error.errno in FULL else ": change the path or its permissions"
+            text += "; what has been saved is whole"
+        elif re.search(r"^DataLoader worker|shared memory|</torch_", text):  # killed, or /dev/shm is small
+            text += ": try --workers 0"
         elif isinstance(error, MemoryError) or "memory" in text:
             text += f": {memory_advice}"
         else:
             raise
+        text = str(UserError(text))
     if ranks()[0] == 0:
         print(f"{name}: {text}", file=sys.stderr)
     return code

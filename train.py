@@ -1244,7 +1244,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for stage in STAGES:
         parser.add_argument_group(f"stage {stage}, --set changes", ", ".join(setting_names(stage)))
     said = "train.py: {}; --help explains every option\n"  # in one line, whatever was typed
-    parser.error = lambda message: parser.exit(2, said.format(" ".join(message.split())))
+    parser.error = lambda message: parser.exit(2, said.format(UserError(message)))
     add = parser.add_argument
     add("--stage", required=True, choices=[*STAGES, "all"], help="what to train; all: every stage in order")
     add("--out", metavar="FOLDER", help="the run: results, previews, log and states (default: runs/PRESET)")

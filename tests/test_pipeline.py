@@ -1,6 +1,7 @@
 """The real commands: a whole tiny run of a few steps, then everything that can be wrong at the keyboard."""
 
 import contextlib
+import errno
 import importlib
 import io
 import json
@@ -254,6 +255,38 @@ def test_full_memory_is_one_sentence(command, said, monkeypatch, capsys):
     assert command.command_line([]) == 2
     text = capsys.readouterr().err
     assert text.count("\n") == 1 and ("--accumulate" in text or "--batch-size" in text)
+
+
+@pytest.mark.parametrize("error, words", [
+    (OSError(errno.ENOSPC, "full", "x"), "free some space"), (OSError(errno.EACCES, "no", "x"), "permissions"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "--workers 0"),
+    (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space"), "--workers 0"),
+    (mmdit.UserError("Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
+                     "last):\n  File x\nmmdit.UserError: check the folder\n"), "train.py: check the folder"),
+    (mmdit.UserError(f"class \x1b[2J{'x' * 5000} is not there"), f"[2J{'x' * 93}... is not there"),
+    (mmdit.UserError("a b " * 50_000 + "take another"), "take another"),
+])
+def test_advice_fits_the_error(error, words, monkeypatch, capsys):
+    monkeypatch.setattr(train, "main", mock.Mock(side_effect=error))
+    assert train.command_line([]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and words in said and "Caught" not in said and len(said) < 2000, said
+    assert ("free some" in said) == ("free some" in words) and "GPUs" not in said and "\x1b" not in said
+
+
+def test_streams_that_are_closed_or_cannot_encode(finished, tmp_path):
+    """Nobody reads any more: quiet. A name that ASCII has no letters for is escaped."""
+    draw = [sys.executable, ROOT / "sample.py", "--class", "0", "--n", "1", "--steps", "1", "--run", finished[0]]
+    for out, code, said in (("a.png", 141, None), ("\u00e9.png", 0, rb"/\xe9.png")):
+        reader, writer = os.pipe()
+        with open(reader, "rb") as reading, open(writer, "wb") as writing:
+            if said is None:
+                reading.close()
+            done = subprocess.run([*draw, "--out", tmp_path / out], stdout=writing, stderr=subprocess.PIPE,
+                                  env=os.environ | {"PYTHONIOENCODING": "ascii"}, timeout=100)
+            writing.close()
+            assert done.returncode == code and b"rror" not in done.stderr, done.stderr
+            assert (tmp_path / out).exists() and (said is None or said in reading.read())
 
 
 def test_wrong_and_damaged_checkpoints(finished, tmp_path):
