@@ -428,11 +428,12 @@ def sha256(path):
     return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
 
 
-def list_pictures(folder):
+def list_pictures(folder, others=None):
     """The pictures below a folder, as a sorted list of paths relative to it, empty if there are none.
     Pictures are files with a suffix of PICTURES, in upper case too. Hidden files and folders are left out.
     A link to a folder is followed, unless it leads back into a folder that the path already went through.
-    Raises UserError naming a folder that cannot be listed."""
+    others: a Counter, which counts the other files by suffix. UserError names a folder that cannot be listed.
+    """
     found, waiting = [], [("", ())]  # waiting: a path below `folder`, and the real paths that it went through
     while waiting:
         inner, through = waiting.pop()
@@ -447,6 +448,8 @@ def list_pictures(folder):
                         waiting.append((name, (*through, real)))
                     elif name.lower().endswith(PICTURES):
                         found.append(name)
+                    elif others is not None:
+                        others[os.path.splitext(name)[1].lower()] += 1
         except OSError as error:
             raise UserError(f"the folder {path} cannot be listed: {error.strerror}") from error
     return sorted(found)
@@ -795,6 +798,8 @@ def parse(argv):
     add("--device", choices=devices, default=devices[0])
     add("--batch-size", type=int, default=16 if devices == ["cpu"] else 128, metavar="B")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="W", help="threads that decode")
+    if any(word.endswith("=--") for word in argv or sys.argv):
+        fail("an option has the value --")  # older argparse makes a list of it
     args = parser.parse_args(argv)
     if len(args.inputs) != (1 if args.save_stats else 2) or (args.pairs and args.save_stats):
         fail("give REFERENCE SAMPLES, or --pairs ORIGINALS RECONS, or --save-stats OUT.npz FOLDER")

@@ -138,6 +138,23 @@ def write_picture(path: str, picture: Image.Image) -> None:
     write_file(path, lambda temporary: picture.save(temporary, "PNG"))
 
 
+@contextlib.contextmanager
+def lock(folder: str) -> Iterator[None]:
+    """One command at a time writes in a folder; the kernel frees the lock when its owner dies. UserError.
+    Where the system or the file system knows no such lock, a line says so."""
+    os.makedirs(folder, exist_ok=True)
+    with open(target_of(os.path.join(folder, ".lock")), "a") as file:
+        try:  # not flock: the loader's processes would inherit that lock, and outlive a killed run
+            if launched()[0] == 0:
+                import fcntl  # Windows has none
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"another run is at work in {folder}: wait or change --out") from None
+        except (ImportError, OSError) as error:
+            print(f"{folder} cannot be locked ({error}): let no other run write there", file=sys.stderr)
+        yield
+
+
 def key_generator(device: str | torch.device, *key) -> torch.Generator:
     """Random numbers on a device that follow from the key alone, such as (seed, "stage 1", step)."""
     digest = hashlib.sha256(" ".join(map(str, key)).encode()).digest()

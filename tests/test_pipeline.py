@@ -121,11 +121,13 @@ def test_a_whole_run_writes_what_it_promises_and_its_results_describe_themselves
 def test_log_has_every_term(finished):
     entries = [json.loads(line) for line in open(finished[0] / "log.jsonl")]
     codes = "entropy_loss token_entropy code_entropy distill_loss contrast_loss grad_norm_semtok "
+    held_out = " val_loss val_entropy_loss val_distill_loss val_contrast_loss"
     judges = "lpips_loss resnet_loss gan_loss discriminator_loss d_real d_fake grad_norm_discriminator "
     for stage, terms, figures in (
         ("0", "vae_loss kl_loss siglip_loss accuracy grad_norm_vae", "psnr ssim"),
-        ("1", codes + "flow_loss", "psnr ssim used imbalance dead_bits"),
-        ("2", codes + judges + "pixel_loss", "psnr ssim used imbalance dead_bits"),
+        ("1", codes + "flow_loss", "psnr ssim used imbalance dead_bits val_flow_loss" + held_out),
+        ("2", codes + judges + "pixel_loss", "psnr ssim used imbalance dead_bits val_pixel_loss "
+         "val_lpips_loss val_resnet_loss" + held_out),
         ("ar", "nll accuracy grad_norm_ar", "val_nll_per_bit val_bit_accuracy"),
     ):
         step, look = (entry for entry in entries if entry["stage"] == stage)
@@ -258,7 +260,8 @@ def test_full_memory_is_one_sentence(command, said, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("error, words", [
-    (OSError(errno.ENOSPC, "full", "x"), "free some space"), (OSError(errno.EACCES, "no", "x"), "permissions"),
+    (OSError(errno.ENOSPC, "full", "x"), "free some space"),
+    (OSError(errno.EACCES, "no", "x"), "permissions"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "--workers 0"),
     (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space"), "--workers 0"),
     (mmdit.UserError("Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
@@ -276,7 +279,7 @@ def test_advice_fits_the_error(error, words, monkeypatch, capsys):
 
 def test_streams_that_are_closed_or_cannot_encode(finished, tmp_path):
     """Nobody reads any more: quiet. A name that ASCII has no letters for is escaped."""
-    draw = [sys.executable, ROOT / "sample.py", "--class", "0", "--n", "1", "--steps", "1", "--run", finished[0]]
+    draw = [sys.executable, ROOT / "sample.py", "--class", "0", "--n", "1", "--run", finished[0]]
     for out, code, said in (("a.png", 141, None), ("\u00e9.png", 0, rb"/\xe9.png")):
         reader, writer = os.pipe()
         with open(reader, "rb") as reading, open(writer, "wb") as writing:
