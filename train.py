@@ -1253,8 +1253,8 @@ def worse_than_before(name: str, run: Run, figures: dict[str, float]) -> str:
         psnr = json.loads(TensorFiles(first).metadata.get("figures", "{}")).get("psnr", 0)
         found = f"are worse than stage 1's, {psnr:.4g} dB" if figures["psnr"] < psnr else ""
     seen = recipe.steps * recipe.batch_size / count
-    advice = f"{count} were trained on, {seen:.0f} times each; take more {'pictures' if seen > 20 else 'steps'}"
-    return found and f"\n  held-out pictures {found}: {advice}"
+    advice = "take more pictures" if seen > 20 else "take more steps"
+    return found and f"\n  held-out pictures {found}: {count} were trained on, {seen:.0f} times each; {advice}"
 
 
 CURVES = (  # their order: the loss, its terms, held-out pictures, codes; then norms, rates and speed
@@ -1282,17 +1282,17 @@ def draw_curves(log: str, stage: str) -> Image.Image:
         return [i for i, kind in enumerate((*CURVES, "")) if re.match(kind, name)][0], name
 
     names = [name for name in sorted(curves, key=place) if len(curves[name]) > 1 or name == "loss"]
-    sheet = Image.new("RGB", (5 * 270, -(-len(names) // 5) * 120), "white")
+    sheet = Image.new("RGB", (5 * 280, -(-len(names) // 5) * 120), "white")
     pen = ImageDraw.Draw(sheet)
     for i, name in enumerate(names):
         steps, values = np.array(sorted(curves[name].items()) or [(0, 0)]).T
-        (low, high), left, top = (values.min(), values.max()), i % 5 * 270 + 56, i // 5 * 120 + 4
+        (low, high), left, top = (values.min(), values.max()), i % 5 * 280 + 68, i // 5 * 120 + 4
         heights = (values - low) / (high - low or 1)
         pen.text((left, top), f"{name}  {values[-1]:.5g}", fill="black")
         pen.rectangle((left, top + 14, left + 206, top + 92), outline="lightgrey")
         pen.line([*zip(left + 206 * steps / last, top + 92 - 78 * heights)], fill="steelblue", width=2)
         for text, height in ((high, 10), ((low + high) / 2, 48), (low, 85)):
-            pen.text((left - 52, top + height), f"{text:.5g}", fill="grey")
+            pen.text((left - 64, top + height), f"{text:.6g}", fill="grey")
         pen.text((left, top + 93), f"step 0 to {last}", fill="grey")
     return sheet
 
@@ -1315,7 +1315,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     remembered = parser.add_argument_group("settings of the run, which its folder remembers").add_argument
     remembered("--preset", choices=list(RECIPES), help="sizes and recipe (default: tiny)")
     remembered("--data", metavar="FOLDER", help="FOLDER/CLASS/picture.jpg; tiny draws shapes without it")
-    remembered("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="see below")
+    remembered("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="as listed above")
     for name in ("steps", "batch_size", "lr"):
         about = {"metavar": "N", "help": f"short for --set {name}=N", "type": f"{name}={{}}".format}
         remembered("--" + name.replace("_", "-"), dest="set", action="append", **about)

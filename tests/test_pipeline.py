@@ -100,6 +100,7 @@ def test_a_whole_run_writes_what_it_promises_and_its_results_describe_themselves
         for kind in (f"preview-{name}-0000006", f"curves-{name}"):
             image = np.asarray(Image.open(out / f"{kind}.png"))
             assert image.shape[1] > 3 * 32 and image.std() > 5
+    assert said.count("next: ") == 1 and "next: python sample.py --class 1" in said  # after the last stage
     settings = json.loads((out / "settings.json").read_text())
     assert settings["preset"] == "tiny" and settings["pictures"].startswith("27 files")  # 3 are held out
     assert settings["set"]["ar"] == {"steps": "6", "batch_size": "8"}
@@ -212,6 +213,9 @@ def test_each_job_of_sampling(finished, pictures, tmp_path):
     assert panels.width == 3 * 256  # the original, the sampler, the refiner
     arrays = [np.load(draw(f"{i}.npz", "--npz", 7, "--steps", 2))["arr_0"] for i in range(2)]
     assert arrays[0].shape == (7, 32, 32, 3) and arrays[0].dtype == np.uint8 and np.array_equal(*arrays)
+    with mock.patch("fcntl.lockf", side_effect=BlockingIOError):
+        sentence(call("sample.py", "--npz", 7, "--run", finished[0], "--out", tmp_path / "2.npz"), "at work")
+    draw("2.npz", "--npz", 7, "--steps", 2)
     times = []
     for _ in range(2):  # the second time nothing is made
         made = draw("recons", "--reconstruct", pictures)
@@ -235,6 +239,7 @@ def test_progress(finished, tmp_path):
     whole = sampler.draw([1, 2], semtok.key_generator("cpu", 0))
     assert known == {1: 1, 2: 3, 4: 8, 6: 16}  # 16 cos(pi/2 n/6), floored: 15, 13, 8, 0
     assert torch.equal(shown[:, -1], whole)
+    assert sampler.label("FISH") == sampler.label("1") == 1
 
 
 def test_clusters(finished, tmp_path, capsys):
@@ -356,9 +361,12 @@ def test_unreadable_pictures_are_skipped_counted_and_named(tmp_path):
     whole = (folder / "fish" / "003.png").read_bytes()
     (folder / "fish" / "003.png").write_bytes(whole[: len(whole) // 2])
     train_one = ("train.py", "--stage", "0", "--out", tmp_path / "out")
+    for name in ("bird/a.HEIC", "fish/b.heic", "fish/notes"):
+        (folder / name).touch()
     result = call(*train_one, "--data", folder, "--steps", 1, "--batch-size", 4)
     assert result.returncode == 0 and "skipped (2 so far)" in result.stderr, result.stderr
     assert all(name in result.stderr for name in ("004.png", "003.png")) and "(3 so" not in result.stderr
+    assert "3 files are no pictures that are read here: .heic 2, no suffix 1\n" in result.stderr
     for path in folder.rglob("*.png"):
         path.write_bytes(b"broken")
     sentence(call(*train_one, "--overwrite"), "50 pictures in a row could not be read")
@@ -377,6 +385,9 @@ def test_unreadable_pictures_are_skipped_counted_and_named(tmp_path):
     ("--stage 2 --set init=stage0", "one of stage1, scratch"), ("--stage ar --set smoothing=2", "at most 1"),
     ("--stage 1 --set entropy_group=5", "divide the 24"), ("--stage 1 --set encoder_heads=3", "encoder_"),
     ("--stage 1 --set image_size=30", "multiple of 8"), ("--stage ar --set heads=3", "heads 3, doubled"),
+    ("--stage 1 --set image_size=8", "image_size 8 is too small"), ("--stage 1 --accumulate=--", "value --"),
+    ("--stage 1 --set patience=1e9", "1000"), ("--stage 1 --set encoder_depth=999", "of 100 at most"),
+    ("--stage 1 --set token=3", "did you mean tokens?"),
     ("--stage all --set group_bits=5", "group_bits 5"), ("--stage ar --set group_bits=24", "at most 12"),
 ])
 def test_bad_flags_and_settings(arguments, words, tmp_path):
