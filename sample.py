@@ -39,8 +39,8 @@ from ar import load_ar
 from bsq import bits_to_codes, index_to_bits
 from mmdit import UserError
 from semtok import (
-    choose_device, key_generator, launched, load_semtok, lock, number, picture_grid, run_command, target_of,
-    to_uint8, write_file, write_picture, write_text,
+    choose_device, key_generator, launched, load_semtok, lock, number, parse_command, picture_grid,
+    run_command, target_of, to_uint8, write_file, write_picture, write_text,
 )
 
 def load(run: str, name: str, device: torch.device) -> tuple[nn.Module, dict[str, str]]:
@@ -305,8 +305,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description="Draw pictures from a trained SemTok, or put pictures through its tokens. "
         "The result's path is printed. Without --out it lies in the run's folder.",
     )
-    said = "sample.py: {}; --help explains every option\n"  # in one line, whatever was typed
-    parser.error = lambda message: parser.exit(2, said.format(UserError(message)))
     what, count = parser.add_mutually_exclusive_group(required=True), number(int, 1, 10**9)
     what.add_argument("--class", metavar="CLASS", help="a grid of pictures of one class, by number or name")
     what.add_argument("--labels", nargs="+", metavar="CLASS", help="the same for several classes")
@@ -331,9 +329,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--bfloat16", action=flag, help="draw with networks in bfloat16 (default: on CUDA)")
     add("--compile", action=flag, help="a slow start, then fast steps (default: with --npz on CUDA)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    if any(word.endswith("=--") for word in arguments or sys.argv):
-        parser.error("an option has the value --")  # older argparse makes a list of it
-    args = parser.parse_args(arguments)
+    args = parse_command(parser, arguments)
     args.job = next(name for name in JOBS if vars(args)[name] is not None)
     for name, jobs in USED_BY.items():
         if vars(args)[name] != parser.get_default(name) and args.job not in jobs:

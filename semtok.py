@@ -115,8 +115,8 @@ def flush(path: str) -> None:
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
-    except OSError as error:
-        if error.errno != errno.EINVAL or not os.path.isdir(path):  # of a folder, CIFS and sshfs cannot
+    except OSError:
+        if not os.path.isdir(path):  # for a folder, CIFS, sshfs and Windows cannot
             raise
     finally:
         os.close(number)
@@ -176,9 +176,6 @@ def launched() -> tuple[int, int, int]:
     return rank, world, local
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 def run_command(name: str, main, faults: tuple, memory_advice: str) -> int:
     """Call main() for a shell -> exit code: 0; 130 after Ctrl-C; 141 where nobody reads any more; 2, with one
     sentence on stderr, for what a person can mend: `faults`, full memory, a full disk. Other errors are bugs
@@ -200,8 +197,9 @@ def run_command(name: str, main, faults: tuple, memory_advice: str) -> int:
     except (OSError, MemoryError, RuntimeError) as error:
         text, code = (str(error).strip() or "memory is full").splitlines()[-1], 2
         if isinstance(error, OSError):
-            text += ": free some space" if error.errno in FULL else ": change the path or its permissions"
-            text += "; what has been saved is whole"
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            advice = "free some space" if full else "change the path or its permissions"
+            text += f": {advice}; what has been saved is whole"
         elif re.search(r"^DataLoader worker|shared memory|</torch_", text):  # killed, or /dev/shm is small
             text += ": try --workers 0"
         elif isinstance(error, MemoryError) or "memory" in text:
@@ -212,6 +210,15 @@ def run_command(name: str, main, faults: tuple, memory_advice: str) -> int:
     if ranks()[0] == 0:
         print(f"{name}: {text}", file=sys.stderr)
     return code
+
+
+def parse_command(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """The arguments as a namespace. What the parser does not know is one sentence and exit code 2."""
+    said = f"{parser.prog}: {{}}; --help explains every option\n"
+    parser.error = lambda message: parser.exit(2, said.format(UserError(message)))
+    if any(word.endswith("=--") for word in arguments or sys.argv):
+        parser.error("an option has the value --")  # of which older versions make a list
+    return parser.parse_args(arguments)
 
 
 def choose_device(name: str | None) -> torch.device:

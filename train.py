@@ -69,7 +69,8 @@ from mmdit import TensorFiles, UserError, load_sd35
 from semtok import (
     PRESETS, VAE, Decoder, Discriminator, LossWeights, RefinerWeights, ResNet, SemTok, SemTokConfig, SigLIP,
     SigLIPConfig, choose_device, flush, key_generator, launched, load_semtok, load_siglip, load_vae, lock,
-    number, picture_grid, run_command, to_signed, to_uint8, write_picture, write_tensors, write_text,
+    number, parse_command, picture_grid, run_command, to_signed, to_uint8, write_picture, write_tensors,
+    write_text,
 )
 
 # ---------------------------------------------------------------------------------------------------- recipes
@@ -369,11 +370,9 @@ class Tokens(Dataset):
             wait_for_all()
         try:
             self.table = np.load(path, mmap_mode="r")  # (N, 1 + flip) rows of label and packed bits
-            found = self.table.shape, self.table.dtype
-            if found != ((len(run.train), 1 + flip), self.kind):
-                raise ValueError(f"it has {found}")
-            if not {*np.unique(self.table["label"]).tolist()} <= {*range(len(run.train.classes))}:
-                raise ValueError("its labels are no classes of this run")
+            fits = (self.table.shape, self.table.dtype) == ((len(run.train), 1 + flip), self.kind)
+            if not fits or not {*np.unique(self.table["label"])} <= {*range(len(run.train.classes))}:
+                raise ValueError("its rows or labels are not those of this run's pictures")
         except (ValueError, EOFError) as error:
             raise UserError(f"{path} is damaged ({error}): delete it, and it is made again") from None
 
@@ -476,8 +475,8 @@ class Run:
         if stage == "sample":
             label = min(1, len(self.train.classes) - 1)
             return f"python sample.py --class {label}{'' if usual else f' --run {folder}'}"
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or launched()[1])
-        start = f"torchrun --nproc_per_node={processes}" if launched()[1] > 1 else "python"
+        several, there = launched()[1] > 1, os.environ.get("LOCAL_WORLD_SIZE", 1)
+        start = f"torchrun --nproc_per_node={there}" if several else "python"
         return f"{start} train.py --stage {stage}{'' if usual else f' --out {folder}'}"
 
     def weights(self, *names: str) -> str:
@@ -687,16 +686,14 @@ class Pretraining(nn.Module):
     def held_out_losses(self) -> dict[str, float]:
         """The terms of the loss on a batch of held-out pictures, or as many as there are, each val_NAME. The
         random numbers are its own, and the same every time. The discriminator plays in training only."""
-        (rank, world), rng = ranks(), key_generator(self.run.device, "held out")
+        (rank, world), device = ranks(), self.run.device
         batch = self.run.val.spread(self.recipe.batch_size)
-        count = len(batch[0]) // world
-        if not count:
+        if not (count := len(batch[0]) // world):
             return {}
-        batch = [tensor[rank * count : (rank + 1) * count].to(self.run.device) for tensor in batch]
-        losses = self.forward(*self.prepare(*batch, rng, step=-1))
-        losses = {name: loss.float() for name, loss in losses.items() if name.endswith("loss")}
-        means = mean_over_ranks(torch.stack(list(losses.values())))
-        return {f"val_{name}": mean.item() for name, mean in zip(losses, means)}
+        batch = [tensor[rank * count : (rank + 1) * count].to(device) for tensor in batch]
+        losses = self.forward(*self.prepare(*batch, key_generator(device, "held out"), step=-1))
+        means = mean_over_ranks(torch.stack([*losses.values()]).float()).tolist()
+        return {f"val_{name}": mean for name, mean in zip(losses, means) if name.endswith("loss")}
 
     def export(self, metadata: dict[str, str]) -> None:
         write_model(self.run.path(self.result), "semtok-tokenizer", self.semtok, metadata)
@@ -1254,12 +1251,12 @@ def worse_than_before(name: str, run: Run, figures: dict[str, float]) -> str:
         found = f"are worse than stage 1's, {psnr:.4g} dB" if figures["psnr"] < psnr else ""
     seen = recipe.steps * recipe.batch_size / count
     advice = "take more pictures" if seen > 20 else "take more steps"
-    return found and f"\n  held-out pictures {found}: {count} were trained on, {seen:.0f} times each; {advice}"
+    found = found and f"\n  held-out pictures {found}"
+    return found and f"{found}: {count} were trained on, {seen:.0f} times each; {advice}"
 
 
-CURVES = (  # their order: the loss, its terms, held-out pictures, codes; then norms, rates and speed
-    "loss$", "(?!val_).*loss$|nll|accuracy|d_", "val_|psnr|ssim", "used|imbalance|dead_bits|.*entropy",
-)
+# The order of curves: the loss, its terms, held-out pictures, codes; then norms, rates and speed
+CURVES = "loss$", "(?!val_).*loss$|nll|accuracy|d_", "val_|psnr|ssim", "used|imbalance|dead_|.*entropy"
 
 
 def draw_curves(log: str, stage: str) -> Image.Image:
@@ -1278,10 +1275,8 @@ def draw_curves(log: str, stage: str) -> Image.Image:
                     curves.setdefault(name, {})[int(entry["step"])] = value
     last = max([1, *(step for points in curves.values() for step in points)])
 
-    def place(name: str) -> tuple:
-        return [i for i, kind in enumerate((*CURVES, "")) if re.match(kind, name)][0], name
-
-    names = [name for name in sorted(curves, key=place) if len(curves[name]) > 1 or name == "loss"]
+    names = [name for name in curves if len(curves[name]) > 1 or name == "loss"]
+    names.sort(key=lambda name: ([not re.match(kind, name) for kind in CURVES], name))
     sheet = Image.new("RGB", (5 * 280, -(-len(names) // 5) * 120), "white")
     pen = ImageDraw.Draw(sheet)
     for i, name in enumerate(names):
@@ -1307,8 +1302,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         values = {name: int(value) if value in (False, True) else value for name, value in values.items()}
         listed = ", ".join(f"{name}={values[name]}" for name in setting_names(stage))
         parser.add_argument_group(f"stage {stage}, --set changes (with tiny's values)", listed)
-    said = "train.py: {}; --help explains every option\n"  # in one line, whatever was typed
-    parser.error = lambda message: parser.exit(2, said.format(UserError(message)))
     add = parser.add_argument
     add("--stage", required=True, choices=[*STAGES, "all"], help="what to train; all: every stage in order")
     add("--out", metavar="FOLDER", help="the run: results, previews, log and states (default: runs/PRESET)")
@@ -1329,9 +1322,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="split a batch into N micro-batches: less memory; the entropy loss is then of each")
     add("--checkpoint-activations", action="store_true", help="less memory, about a third more work")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile networks (default: on CUDA)")
-    if any(word.endswith("=--") for word in arguments or sys.argv):
-        parser.error("an option has the value --")  # older argparse makes a list of it
-    args = parser.parse_args(arguments)
+    args = parse_command(parser, arguments)
 
     args.out = os.path.normpath(args.out or os.path.join("runs", args.preset or "tiny"))
     for name in ("data", "weights"):  # later commands may come from another folder
