@@ -814,7 +814,7 @@ def parse(argv):
 
 
 def main(argv=None):
-    """The command line. Returns the exit code: 0, 2 after a fault, 130 after Ctrl-C."""
+    """The command line. Returns the exit code: 0; 2 after a fault; 130 after Ctrl-C; 141 if nobody reads."""
     torch.backends.cudnn.allow_tf32 = False  # cuDNN's default would round convolutions to 10 bits
 
     def say(name, text, stream):  # newlines and what else a terminal cannot show are escaped
@@ -833,6 +833,9 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         code, text = 130, "interrupted, nothing was written"
+    except BrokenPipeError:  # as of `| head`; what is still buffered would complain at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise  # a bug, not a lack of memory
@@ -844,4 +847,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that it cannot encode
     sys.exit(main())

@@ -642,6 +642,17 @@ def test_pairs_without_weights_still_measure(tmp_path, capsys):
             assert report[name] == f"not available: {said}"
 
 
+def test_streams_that_are_closed_or_cannot_encode(tmp_path):
+    np.savez(tmp_path / "\u00e9.npz", drawn(2, 32))
+    argv = ["--pairs", *[tmp_path / "\u00e9.npz"] * 2, "--workers", "1"]
+    out, err = command(*argv, PYTHONIOENCODING="ascii").communicate(timeout=60)
+    assert r"/\xe9.npz" in out and not err
+    process = command(*argv)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(60) == 141
+    process.stderr.close()
+
+
 # ------------------------------------------------------------------------------------ the command: statistics
 
 def test_saved_statistics_are_read_by_everyone(kinds, small, tmp_path, capsys, monkeypatch):

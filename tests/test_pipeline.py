@@ -240,6 +240,8 @@ def test_progress(finished, tmp_path):
     assert known == {1: 1, 2: 3, 4: 8, 6: 16}  # 16 cos(pi/2 n/6), floored: 15, 13, 8, 0
     assert torch.equal(shown[:, -1], whole)
     assert sampler.label("FISH") == sampler.label("1") == 1
+    with pytest.raises(mmdit.UserError, match=r"class 9{100}\.\.\. does not exist"):
+        sampler.label("9" * 5000)
 
 
 def test_clusters(finished, tmp_path, capsys):
