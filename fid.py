@@ -428,11 +428,12 @@ def sha256(path):
     return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
 
 
-def list_pictures(folder):
+def list_pictures(folder, others=None):
     """The pictures below a folder, as a sorted list of paths relative to it, empty if there are none.
     Pictures are files with a suffix of PICTURES, in upper case too. Hidden files and folders are left out.
     A link to a folder is followed, unless it leads back into a folder that the path already went through.
-    Raises UserError naming a folder that cannot be listed."""
+    others: a Counter, which counts the other files by suffix. UserError names a folder that cannot be listed.
+    """
     found, waiting = [], [("", ())]  # waiting: a path below `folder`, and the real paths that it went through
     while waiting:
         inner, through = waiting.pop()
@@ -447,6 +448,8 @@ def list_pictures(folder):
                         waiting.append((name, (*through, real)))
                     elif name.lower().endswith(PICTURES):
                         found.append(name)
+                    elif others is not None:
+                        others[os.path.splitext(name)[1].lower()] += 1
         except OSError as error:
             raise UserError(f"the folder {path} cannot be listed: {error.strerror}") from error
     return sorted(found)
@@ -460,9 +463,10 @@ def _check_pixels(path, width, height):
 
 def read_picture(path, size=None):
     """A picture file of any mode -> contiguous, writable array (H, W, 3) uint8, with size (size, size, 3).
-    EXIF turns it, transparency is laid on white, 16 bits become 8, NaN becomes 0. With `size` it is prepared
-    as ADM prepared ImageNet: the shorter side is brought to `size`, then the centre is cut out. UserError for
-    a file of none of the FORMATS or broken, and for more than PIL.Image.MAX_IMAGE_PIXELS pixels."""
+    EXIF turns it, transparency is laid on white, 12 and 16 bits become 8. With `size` it is prepared as ADM
+    prepared ImageNet: the shorter side is brought to `size`, then the centre is cut out. UserError for a file
+    of none of the FORMATS or broken, for grey values that declare no white (float, 32 bits, signed), and for
+    more than PIL.Image.MAX_IMAGE_PIXELS pixels."""
     with _reading(path, "a picture"):
         with open(path, "rb") as file:
             start = file.read(16)
@@ -482,15 +486,19 @@ def _prepared(picture, size):
         left, top = (picture.width - width) // 2, (picture.height - height) // 2
         return picture.crop((left, top, left + width, top + height))
 
-    # 16-bit grey. Pillow's own conversion clips it, and older versions call the mode of such a PNG "I".
-    deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")
+    # Grey of more than 8 bits, which Pillow's own conversion would clip. The file declares what is white.
+    # Pillow has brought a PPM's values to 16 bits, and older versions call the mode of a 16-bit PNG "I".
+    deep, tags = picture.mode[0] in "IF", getattr(picture, "tag_v2", {})  # tags: of a TIFF
+    if deep and picture.mode[:4] != "I;16" and f"{picture.format} {picture.mode}" not in ("PNG I", "PPM I"):
+        raise ValueError("float, signed or 32-bit grey values declare no white: save it with 8 or 16 bits")
     ImageOps.exif_transpose(picture, in_place=True)
     if size:  # a thin picture, converted or enlarged whole, would take gigabytes
         picture = centre(picture, 16 * min(picture.size))
-    if picture.mode[0] in "IF":
-        grey = np.nan_to_num(np.asarray(picture, np.float32))
-        grey = grey / (257 if deep or grey.max() > 255 else 1)  # 65535 / 257 = 255
-        picture = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    if deep:
+        values, white = np.asarray(picture, np.float32), 2 ** tags.get(258, (16,))[0] - 1  # BitsPerSample
+        values = np.where(values == picture.info.get("transparency", -1), white, values)
+        grey = 255 - 255 / white * values if tags.get(262) == 0 else 255 / white * values  # 0: min is white
+        picture = Image.fromarray(grey.round().astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -518,16 +526,17 @@ class Source:
 
 
 def _open_pictures(archive):
-    """An npz's `arr_0`: a stream of its pixels and its shape (N, H, W, 3). ValueError for other arrays."""
+    """An npz's `arr_0`: a stream of its pixels, its shape (N, H, W, 3), and whether they lie in Fortran's
+    order. ValueError for other arrays."""
     info = archive.getinfo("arr_0.npy")
     stream = archive.open(info)
     version = np.lib.format.read_magic(stream)  # a header after version 1.0 may claim gigabytes
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    if not (version == (1, 0) and dtype == np.uint8 and not fortran and len(shape) == 4 and shape[3] == 3
-            and min(shape) > 0 and math.prod(shape) == info.file_size - stream.tell()):
+    if not (version == (1, 0) and dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and min(shape) > 0
+            and math.prod(shape) == info.file_size - stream.tell()):
         raise ValueError(f"`arr_0` is {dtype} {shape} in {info.file_size} bytes, expected uint8 (N, H, W, 3)")
     _check_pixels(archive.filename, shape[2], shape[1])
-    return stream, shape
+    return stream, shape, fortran
 
 
 def open_source(path, pairs=False):
@@ -568,7 +577,10 @@ def read_batches(source, batch_size=64, workers=1, step=1):
     smaller, see BATCH_BYTES. UserError for pictures that are broken or of another size."""
     def stream():  # the npz's pictures, one by one
         with _reading(source.path, "an .npz"), zipfile.ZipFile(source.path) as archive:
-            member, (count, *shape) = _open_pictures(archive)
+            member, (count, *shape), fortran = _open_pictures(archive)
+            if fortran:  # a picture's bytes lie all over the file
+                yield from np.frombuffer(member.read(), np.uint8).reshape(count, *shape, order="F")
+                return
             for _ in range(count):
                 yield np.frombuffer(member.read(math.prod(shape)), np.uint8).reshape(shape)
 
@@ -663,7 +675,10 @@ def compare_pairs(originals, recons, network, lpips, args):
         original, recon = (torch.as_tensor(x).to(args.device).permute(0, 3, 1, 2) for x in pictures)
         for name, function in functions.items():
             values[name].append(function(recon, original))
-    return metrics | {name: torch.cat(parts).double().mean().item() for name, parts in values.items()}
+    values = {name: torch.cat(parts).double() for name, parts in values.items()}
+    unequal = values["PSNR"][values["PSNR"].isfinite()]  # of equal pictures it is infinite
+    metrics |= {name: each.mean().item() for name, each in (values | {"PSNR": unequal}).items() if len(each)}
+    return metrics | {"equal pairs": originals.count - len(unequal)}
 
 
 def save_statistics(out, source, network, digest, args):
@@ -673,7 +688,7 @@ def save_statistics(out, source, network, digest, args):
     note = {"n": source.count, "resize": args.resize, "sha256": digest}
     step = math.ceil(source.count / FEW)
     shape = (math.ceil(source.count / step), *source.size, 3)
-    part = os.path.join(os.path.dirname(out), f".{os.path.basename(out)}.part")
+    part = os.path.join(os.path.dirname(out), f".{os.path.basename(out)}.{os.getpid()}.part")
     try:
         with zipfile.ZipFile(part, "w") as archive:
             arrays = measure(source, network, args) | {"made_with": np.array(json.dumps(note))}
@@ -703,6 +718,12 @@ def evaluate(args):
             source.size, source.fit = size, True
     if args.pairs and (alone := match(*sources)):
         warned.append(f"{alone} pictures without a partner are left out")
+    jpeg = [any(name.lower().endswith((".jpg", ".jpeg")) for name in x.files or ()) for x in sources]
+    if jpeg == [False, True]:
+        warned.append("samples: JPEG files, unlike the reference: every metric counts their compression too")
+    folders = [x.files for x in sources if args.pairs and x.files]
+    if len(folders) == 1:
+        warned.append(f"pairs are by position, the folder's in this order: {', '.join(folders[0][:3])}, ...")
     if args.save_stats and (sources[0].statistics or sources[0].count < 2):
         raise UserError(f"{args.inputs[0]} holds one picture, or statistics already: nothing to save")
 
@@ -729,8 +750,11 @@ def evaluate(args):
     if args.save_stats:
         save_statistics(args.save_stats, sources[0], network, hashes["inception"], args)
     elif args.pairs:
-        protocol = "rFID against the originals; PSNR, SSIM on 0..255, mean over pictures; LPIPS v0.1 on VGG16"
-        metrics, names = compare_pairs(*sources, network, lpips, args), ("rFID", "PSNR", "SSIM", "LPIPS")
+        protocol = ("rFID against the originals; PSNR, SSIM on 0..255, mean over pictures, PSNR over those "
+                    "that differ; LPIPS v0.1 on VGG16")
+        metrics = compare_pairs(*sources, network, lpips, args)
+        names = "rFID", "PSNR", "SSIM", "LPIPS", "equal pairs"
+        absent |= {"PSNR": "all pairs are equal"}
     else:
         protocol = "FID as ADM's evaluator; gFID where REFERENCE is ADM's reference batch"
         metrics, names = compare(*sources, network, args), ("IS", "FID", "sFID", "Precision", "Recall")
@@ -739,8 +763,9 @@ def evaluate(args):
     for role, source in zip(("reference", "samples"), sources):
         n = source.note.get("n") if source.statistics else source.count
         size = "{1} x {0} pixels".format(*source.size) if source.size else "no pictures"
-        report[role] = f"{source.path}, N = {n or 'unknown'}, {size}{', others fitted' if source.fit else ''}"
-        if n and n < FEW:
+        report[role] = (f"{source.path}, {'statistics' if source.statistics else 'pictures'}, "
+                        f"N = {n or 'unknown'}, {size}{', others fitted' if source.fit else ''}")
+        if n and n < FEW and (args.save_stats or {"FID", "sFID", "rFID"} & metrics.keys()):
             warned.append(f"{role}: fewer than {FEW:,} pictures, FID and sFID come out too high")
     if other := [name for name, digest in hashes.items() if not digest.startswith(WEIGHTS[name][1])]:
         warned.append(f"not the standard weights ({', '.join(other)}): compares with no published number")
@@ -773,6 +798,8 @@ def parse(argv):
     add("--device", choices=devices, default=devices[0])
     add("--batch-size", type=int, default=16 if devices == ["cpu"] else 128, metavar="B")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="W", help="threads that decode")
+    if any(word.endswith("=--") for word in argv or sys.argv):
+        fail("an option has the value --")  # older argparse makes a list of it
     args = parser.parse_args(argv)
     if len(args.inputs) != (1 if args.save_stats else 2) or (args.pairs and args.save_stats):
         fail("give REFERENCE SAMPLES, or --pairs ORIGINALS RECONS, or --save-stats OUT.npz FOLDER")
@@ -787,7 +814,7 @@ def parse(argv):
 
 
 def main(argv=None):
-    """The command line. Returns the exit code: 0, 2 after a fault, 130 after Ctrl-C."""
+    """The command line. Returns the exit code: 0; 2 after a fault; 130 after Ctrl-C; 141 if nobody reads."""
     torch.backends.cudnn.allow_tf32 = False  # cuDNN's default would round convolutions to 10 bits
 
     def say(name, text, stream):  # newlines and what else a terminal cannot show are escaped
@@ -806,6 +833,9 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         code, text = 130, "interrupted, nothing was written"
+    except BrokenPipeError:  # as of `| head`; what is still buffered would complain at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise  # a bug, not a lack of memory
@@ -817,4 +847,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that it cannot encode
     sys.exit(main())

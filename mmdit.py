@@ -275,8 +275,13 @@ class FinalLayer(nn.Module):
 class UserError(Exception):
     """One sentence for the person at the keyboard: what was found, what was expected, what to do."""
 
-    def __str__(self) -> str:  # names from files may hold line breaks
-        return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", super().__str__())
+    def __str__(self) -> str:  # in one line of readable length, whatever names of files or typed words hold
+        text = super().__str__()
+        if "Original Traceback" in text:  # from a loader's worker: the last line is the message
+            text = re.sub(r"^\w+\.UserError: ", "", text.strip().splitlines()[-1])
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        text = re.sub(r"(\S{100})\S{156,}", r"\1...", text)  # a name of a file has up to 255 characters
+        return text if len(text) <= 2000 else f"{text[:1000]} ... {text[-500:]}"
 
 
 _KINDS = {  # part of a key -> the kind of file that has such keys; the first match counts

@@ -44,8 +44,8 @@ from ar import load_ar
 from bsq import bits_to_codes, codes_to_bits, index_to_bits
 from mmdit import UserError
 from semtok import (
-    SemTok, choose_device, key_generator, launched, load_semtok, number, picture_grid, run_command, target_of,
-    write_file, write_picture, write_text,
+    SemTok, choose_device, key_generator, launched, load_semtok, lock, number, parse_command, picture_grid,
+    run_command, target_of, write_file, write_picture, write_text,
 )
 
 def load(run: str, name: str, device: torch.device) -> tuple[nn.Module, dict[str, str]]:
@@ -111,8 +111,10 @@ class Sampler:
         """A class by number or name. Raises UserError with the range and the names."""
         if text in self.classes:
             return self.classes.index(text)
-        if text.isdecimal() and int(text) < len(self.classes):
+        if text.isdecimal() and len(text) < 10 and int(text) < len(self.classes):
             return int(text)
+        if text.casefold() in (folded := [name.casefold() for name in self.classes]):
+            return folded.index(text.casefold())
         names, last = ", ".join(self.classes[:20]), len(self.classes) - 1
         raise UserError(f"class {text} does not exist here: give 0 to {last}, or a name such as {names}")
 
@@ -271,7 +273,7 @@ def claim(folder: str, settings: dict) -> None:
 
     Raises UserError when it holds files of other settings, or of unknown ones."""
     path, text = Path(folder, "settings.json"), json.dumps(settings, sort_keys=True)
-    held = os.listdir(folder) if os.path.isdir(folder) else []
+    held = {*os.listdir(folder)} - {".lock"} if os.path.isdir(folder) else ()
     if all(name.startswith(f"{path.name}.") for name in held):  # empty, or being written
         write_text(str(path), text)
     if not path.is_file() or path.read_text() != text:
@@ -285,34 +287,35 @@ def npz(args: argparse.Namespace, device: torch.device) -> str:
     sampler, (rank, world, _) = Sampler(args, device), launched()
     path = args.out or os.path.join(args.run, f"samples-{args.npz}.npz")
     folder, side = f"{path}.parts", sampler.tokenizer.config.image_size
-    claim(folder, sampler.settings | {"n": args.npz})
-    labels = (np.arange(args.npz) % len(sampler.classes)).tolist()  # balanced
-    parts = {Path(folder, f"{i:09d}.rgb"): labels[i : i + 500] for i in range(0, args.npz, 500)}
+    with lock(folder):  # another command of the same name would take the parts away
+        claim(folder, sampler.settings | {"n": args.npz})
+        labels = (np.arange(args.npz) % len(sampler.classes)).tolist()  # balanced
+        parts = {Path(folder, f"{i:09d}.rgb"): labels[i : i + 500] for i in range(0, args.npz, 500)}
 
-    def is_whole(file):
-        return file.is_file() and file.stat().st_size == len(parts[file]) * side * side * 3
+        def is_whole(file):
+            return file.is_file() and file.stat().st_size == len(parts[file]) * side * side * 3
 
-    mine = list(enumerate(parts))[rank::world]
-    for i, file in tqdm(mine, "sampling", unit="x500", disable=rank > 0):
-        if not is_whole(file):
-            pictures = sampler.draw(parts[file], key_generator(device, args.seed, i), progress=rank == 0)
-            content = pictures.permute(0, 2, 3, 1).numpy().tobytes()
-            write_file(str(file), lambda temporary, content=content: Path(temporary).write_bytes(content))
+        mine = list(enumerate(parts))[rank::world]
+        for i, file in tqdm(mine, "sampling", unit="x500", disable=rank > 0):
+            if not is_whole(file):
+                pictures = sampler.draw(parts[file], key_generator(device, args.seed, i), progress=rank == 0)
+                content = pictures.permute(0, 2, 3, 1).numpy().tobytes()
+                write_file(str(file), lambda temporary, content=content: Path(temporary).write_bytes(content))
 
-    def join(temporary):
-        with zipfile.ZipFile(temporary, "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (args.npz, side, side, 3)}
-                np.lib.format.write_array_header_1_0(member, header)
-                for file in parts:
-                    with open(file, "rb") as pictures:
-                        shutil.copyfileobj(pictures, member)
+        def join(temporary):
+            with zipfile.ZipFile(temporary, "w") as archive:
+                with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (args.npz, side, side, 3)}
+                    np.lib.format.write_array_header_1_0(member, header)
+                    for file in parts:
+                        with open(file, "rb") as pictures:
+                            shutil.copyfileobj(pictures, member)
 
-    if rank == 0:
-        while world > 1 and not all(map(is_whole, parts)):  # the other processes are at work
-            time.sleep(0.2)
-        write_file(path, join)
-        shutil.rmtree(folder)
+        if rank == 0:
+            while world > 1 and not all(map(is_whole, parts)):  # the other processes are at work
+                time.sleep(0.2)
+            write_file(path, join)
+            shutil.rmtree(folder)
     return path
 
 
@@ -377,8 +380,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description="Draw pictures from a trained SemTok, or put pictures through its tokens. "
         "The result's path is printed. Without --out it lies in the run's folder.",
     )
-    said = "sample.py: {}; --help explains every option\n"  # in one line, whatever was typed
-    parser.error = lambda message: parser.exit(2, said.format(" ".join(message.split())))
     what, count = parser.add_argument_group("one of these"), number(int, 1, 10**9)
     what.add_argument("--class", metavar="CLASS", help="a grid of pictures of one class, by number or name")
     what.add_argument("--labels", nargs="+", metavar="CLASS", help="the same for several classes")
@@ -406,7 +407,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--bfloat16", action=flag, help="draw with networks in bfloat16 (default: on CUDA)")
     add("--compile", action=flag, help="a slow start, then fast steps (default: with --npz on CUDA)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    args = parser.parse_args(arguments)
+    args = parse_command(parser, arguments)
     given = [name for name in JOBS if vars(args)[name] is not None]
     if not given or {*given} != WITH.get(given[0], {given[0]}):
         jobs = "--class, --labels, --image, --npz, --reconstruct, --image --tokens, --image --keep --class"

@@ -18,6 +18,7 @@ Section 3.1 and 3.2, Eq. 1 to 7, appendix A.1. It needs bsq.py and mmdit.py. Opt
 
 import argparse
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -123,8 +124,13 @@ def write_file(path: str, write) -> None:
 def flush(path: str) -> None:
     """Wait until a file, or a folder's names, are on the disk."""
     number = os.open(path, os.O_RDONLY)
-    os.fsync(number)
-    os.close(number)
+    try:
+        os.fsync(number)
+    except OSError:
+        if not os.path.isdir(path):  # for a folder, CIFS, sshfs and Windows cannot
+            raise
+    finally:
+        os.close(number)
 
 
 def write_tensors(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -141,6 +147,23 @@ def write_text(path: str, text: str) -> None:
 def write_picture(path: str, picture: Image.Image) -> None:
     """A PNG by `write_file`."""
     write_file(path, lambda temporary: picture.save(temporary, "PNG"))
+
+
+@contextlib.contextmanager
+def lock(folder: str) -> Iterator[None]:
+    """One command at a time writes in a folder; the kernel frees the lock when its owner dies. UserError.
+    Where the system or the file system knows no such lock, a line says so."""
+    os.makedirs(folder, exist_ok=True)
+    with open(target_of(os.path.join(folder, ".lock")), "a") as file:
+        try:  # not flock: the loader's processes would inherit that lock, and outlive a killed run
+            if launched()[0] == 0:
+                import fcntl  # Windows has none
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"another run is at work in {folder}: wait or change --out") from None
+        except (ImportError, OSError) as error:
+            print(f"{folder} cannot be locked ({error}): let no other run write there", file=sys.stderr)
+        yield
 
 
 def key_generator(device: str | torch.device, *key) -> torch.Generator:
@@ -165,28 +188,48 @@ def launched() -> tuple[int, int, int]:
 
 
 def run_command(name: str, main, faults: tuple, memory_advice: str) -> int:
-    """Call main() for a shell -> exit code: 0; 130 after Ctrl-C; 2, with one sentence on stderr, for what a
-    person can mend: `faults`, full memory, a full disk. Other errors are bugs and are raised again."""
+    """Call main() for a shell -> exit code: 0; 130 after Ctrl-C; 141 where nobody reads any more; 2, with one
+    sentence on stderr, for what a person can mend: `faults`, full memory, a full disk. Other errors are bugs
+    and are raised again."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that it cannot encode
     try:
         main()
+        sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
         text, code = "interrupted; saved work is whole: the same command (no --overwrite) goes on", 130
-    except faults as error:  # from a loader's worker it carries a traceback: its last line is the message
-        text, code = (str(error).strip() or "a damaged file").splitlines()[-1], 2
-        text = re.sub(r"^\w+\.UserError: ", "", text)
+    except BrokenPipeError:  # as of `| head`; what is still buffered would complain at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except faults as error:
+        text, code = str(UserError(error)) or "a damaged file", 2
     except (OSError, MemoryError, RuntimeError) as error:
         text, code = (str(error).strip() or "memory is full").splitlines()[-1], 2
         if isinstance(error, OSError):
-            text += ": free some space or change the path; what has been saved is whole"
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            advice = "free some space" if full else "change the path or its permissions"
+            text += f": {advice}; what has been saved is whole"
+        elif re.search(r"^DataLoader worker|shared memory|</torch_", text):  # killed, or /dev/shm is small
+            text += ": try --workers 0"
         elif isinstance(error, MemoryError) or "memory" in text:
             text += f": {memory_advice}"
         else:
             raise
+        text = str(UserError(text))
     if ranks()[0] == 0:
         print(f"{name}: {text}", file=sys.stderr)
     return code
+
+
+def parse_command(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """The arguments as a namespace. What the parser does not know is one sentence and exit code 2."""
+    said = f"{parser.prog}: {{}}; --help explains every option\n"
+    parser.error = lambda message: parser.exit(2, said.format(UserError(message)))
+    if any(word.endswith("=--") for word in arguments or sys.argv):
+        parser.error("an option has the value --")  # of which older versions make a list
+    return parser.parse_args(arguments)
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -25,9 +25,10 @@ follows a good step. `look() -> picture, figures` shows held-out pictures. `expo
 """
 
 import argparse
+import collections
 import contextlib
 import datetime
-import fcntl
+import difflib
 import functools
 import hashlib
 import json
@@ -67,8 +68,9 @@ from bsq import bits_to_codes, code_usage, codes_to_bits, mean_over_ranks, ranks
 from mmdit import TensorFiles, UserError, load_sd35
 from semtok import (
     PRESETS, VAE, Decoder, Discriminator, LossWeights, RefinerWeights, ResNet, SemTok, SemTokConfig, SigLIP,
-    SigLIPConfig, choose_device, flush, key_generator, launched, load_semtok, load_siglip, load_vae, number,
-    picture_grid, run_command, to_signed, to_uint8, write_picture, write_tensors, write_text,
+    SigLIPConfig, choose_device, flush, key_generator, launched, load_semtok, load_siglip, load_vae, lock,
+    number, parse_command, picture_grid, run_command, to_signed, to_uint8, write_picture, write_tensors,
+    write_text,
 )
 
 # ---------------------------------------------------------------------------------------------------- recipes
@@ -122,6 +124,7 @@ SHARES = ("ema", "least_masked", "class_dropout", "smoothing")
 FOR_ALL = ("flip", "patience", "distill", "contrast")  # set for one stage, they hold for the later ones too
 CADENCE = ("log_every", "save_every", "preview_every")
 POSITIVE = (*CADENCE, "steps", "batch_size", "lr", "warmup", "patience")
+MOST = {"patience": 1000.0} | dict.fromkeys(("depth", "encoder_depth", "decoder_depth"), 100)
 MAY_CHANGE = (*CADENCE, "steps", "patience", "lr", "discriminator_lr", "warmup", "gan_start")  # within a run
 TINY_EVERY = {"log_every": 25, "save_every": 400, "preview_every": 400}
 RECIPES = {
@@ -173,11 +176,12 @@ def changed(settings, changes: dict[str, str]):
         text, choices = changes[name], get_args(kind) or ("0", "1")
         try:
             values[name] = kind(text) if kind in numbers else text == "1" if kind is bool else text
-            fits = 0 <= values[name] < 2**31 if kind in numbers else text in choices
+            fits = 0 <= values[name] <= MOST.get(name, 2**31) if kind in numbers else text in choices
         except ValueError:
             fits = False
         if not fits:
             needed = numbers.get(kind, f"one of {', '.join(choices)}")
+            needed += f", and of {MOST[name]} at most," if name in MOST else ""
             raise UserError(f"{name}={text} cannot be set: {needed} is needed")
     try:
         return replace(settings, **values)
@@ -310,7 +314,11 @@ def find_pictures(folder: str, split: str) -> tuple[list[str], list[str], list[i
     if not os.path.isdir(folder):
         raise UserError(f"{folder} is no folder: give one laid out as {layout}")
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-    found = {name: fid.list_pictures(os.path.join(folder, name)) for name in names}
+    others = collections.Counter()  # files that are no pictures, by suffix
+    found = {name: fid.list_pictures(os.path.join(folder, name), others) for name in names}
+    if others and split == "train" and ranks()[0] == 0:
+        kinds = ", ".join(f"{suffix or 'no suffix'} {n}" for suffix, n in others.most_common(5))
+        print(f"{others.total()} files are no pictures that are read here: {kinds}", file=sys.stderr)
     if (empty := [name for name in names if not found[name]]) and split == "train" and ranks()[0] == 0:
         print(f"left out, without pictures that are read here: {', '.join(empty)}", file=sys.stderr)
     classes = [name for name in names if found[name]]
@@ -349,6 +357,7 @@ class Tokens(Dataset):
 
     def __init__(self, run: "Run", tokenizer: SemTok, fingerprint: str, flip: bool):
         self.shape, self.workers = (tokenizer.config.tokens, tokenizer.config.bits), run.train.workers
+        self.kind = np.dtype([("label", "<i4"), ("bits", "u1", -(-math.prod(self.shape) // 8))])
         key = hashlib.sha256(f"{fingerprint} {run.train.fingerprint} {flip}".encode()).hexdigest()[:16]
         path = run.path(f"tokens-{key}.npy")
         there = os.path.isfile(path)
@@ -361,15 +370,18 @@ class Tokens(Dataset):
             wait_for_all()
         try:
             self.table = np.load(path, mmap_mode="r")  # (N, 1 + flip) rows of label and packed bits
-        except ValueError as error:
+            fits = (self.table.shape, self.table.dtype) == ((len(run.train), 1 + flip), self.kind)
+            if not fits or not {*np.unique(self.table["label"])} <= {*range(len(run.train.classes))}:
+                raise ValueError("its rows or labels are not those of this run's pictures")
+        except (ValueError, EOFError) as error:
             raise UserError(f"{path} is damaged ({error}): delete it, and it is made again") from None
 
     @torch.no_grad()
     def fill(self, part: str, run: "Run", tokenizer: SemTok, flip: bool) -> None:
         """Write the table, each rank a range of its rows."""
-        (rank, world), count = ranks(), len(run.train)
-        kind = np.dtype([("label", "<i4"), ("bits", "u1", -(-math.prod(self.shape) // 8))])
+        (rank, world), count, kind = ranks(), len(run.train), self.kind
         if rank == 0:
+            Path(part).unlink(missing_ok=True)  # a link would be followed
             np.lib.format.open_memmap(part, "w+", kind, (count, 1 + flip))
         wait_for_all()
         mine = [(index, False) for index in range(count * rank // world, count * (rank + 1) // world)]
@@ -463,7 +475,9 @@ class Run:
         if stage == "sample":
             label = min(1, len(self.train.classes) - 1)
             return f"python sample.py --class {label}{'' if usual else f' --run {folder}'}"
-        return f"python train.py --stage {stage}{'' if usual else f' --out {folder}'}"
+        several, there = launched()[1] > 1, os.environ.get("LOCAL_WORLD_SIZE", 1)
+        start = f"torchrun --nproc_per_node={there}" if several else "python"
+        return f"{start} train.py --stage {stage}{'' if usual else f' --out {folder}'}"
 
     def weights(self, *names: str) -> str:
         """The first of these names that is in the folder of weights; tiny has stage 0's. Raises UserError."""
@@ -559,6 +573,8 @@ def open_run(args: argparse.Namespace) -> tuple[Run, list[str]]:
         if (size := run.recipe(stage).batch_size) % parts:
             found = f"stage {stage}'s batch of {size} does not divide by {parts}"
             raise UserError(f"{found}, the processes times --accumulate: change --batch-size")
+    if run.config.image_size < 16:
+        raise UserError(f"image_size {run.config.image_size} is too small: SSIM and LPIPS need 16 pixels")
     run.ar_config(run.config)
     return run, stages
 
@@ -665,7 +681,20 @@ class Pretraining(nn.Module):
     def look(self) -> tuple[Image.Image, dict[str, float]]:
         sheet, figures = compared(self.run, self.redraw, self.rows_before, self.caption)
         pictures = to_signed(self.run.val.spread(64)[0].to(self.run.device))
-        return sheet, figures | code_usage(codes_to_bits(self.semtok.encode(pictures)))
+        figures |= code_usage(codes_to_bits(self.semtok.encode(pictures)))
+        return sheet, figures | self.held_out_losses()
+
+    def held_out_losses(self) -> dict[str, float]:
+        """The terms of the loss on a batch of held-out pictures, or as many as there are, each val_NAME. The
+        random numbers are its own, and the same every time. The discriminator plays in training only."""
+        (rank, world), device = ranks(), self.run.device
+        batch = self.run.val.spread(self.recipe.batch_size)
+        if not (count := len(batch[0]) // world):
+            return {}
+        batch = [tensor[rank * count : (rank + 1) * count].to(device) for tensor in batch]
+        losses = self.forward(*self.prepare(*batch, key_generator(device, "held out"), step=-1))
+        means = mean_over_ranks(torch.stack([*losses.values()]).float()).tolist()
+        return {f"val_{name}": mean for name, mean in zip(losses, means) if name.endswith("loss")}
 
     def export(self, metadata: dict[str, str]) -> None:
         write_model(self.run.path(self.result), "semtok-tokenizer", self.semtok, metadata)
@@ -947,7 +976,8 @@ def save_state(folder: str, step: int, tensors: dict[str, torch.Tensor], facts: 
     try:
         dcp.save(tensors, storage_writer=writer, no_dist=world == 1)
     except dcp.api.CheckpointException as error:
-        raise OSError(str(error).strip().splitlines()[-1]) from None
+        shutil.rmtree(part, ignore_errors=True)  # it would keep a full disk full
+        raise next(iter(error.failures.values()))[0] from None  # what the first rank met
     if rank == 0:
         for name in shard_sizes(part):
             flush(os.path.join(part, name))
@@ -1050,6 +1080,9 @@ class Training:
 
         # ---- where it stands
         folder = run.path(f"state-{name}")
+        home = Path(os.path.realpath(folder)).parent
+        if home != Path(os.path.realpath(run.folder)) and (home / "settings.json").exists():
+            raise UserError(f"{folder} is a link into another run, {home}: remove the link")
         wait_for_all()  # all ranks decide before rank 0 touches a file
         if name in run.kept:
             facts = load_state(folder, self.state)
@@ -1186,7 +1219,7 @@ def train_stage(name: str, run: Run) -> None:
                 entry |= {group["rate"]: group["lr"] for group in training.optimizer.param_groups}
                 entry["skipped"] = training.skipped
                 (then, first), since = since, (time.time(), step)
-                speed = (step - first) / (since[0] - then)  # including previews and saving
+                speed = (step - first) / max(since[0] - then, 1e-9)  # including previews and saving
                 write_log(**entry, images_per_s=speed * recipe.batch_size)
                 bar.set_postfix(loss=entry["loss"])
             if step % recipe.preview_every == 0 and not last:
@@ -1211,41 +1244,64 @@ def train_stage(name: str, run: Run) -> None:
                 shutil.rmtree(old)
         ends = stopped()
     torch.compiler.reset()  # the next stage's blocks are others
-    reached = ", ".join(f"{k} {v:.4g}" for k, v in figures.items())
+    reached = ", ".join(f"{k} {v:.4g}" for k, v in figures.items() if not k.endswith("loss"))
     say(
         f"stage {name} done in {time.time() - started:.0f} s: {reached} on held-out pictures -> {result}\n"
         f"  look at {run.path(f'preview-{name}-{recipe.steps:07d}.png')}: {stage.look_for}\n"
-        f"  and at {run.path(f'curves-{name}.png')}\n"
-        f"  next: {run.command({'0': '1', '1': '2', '2': 'ar', 'ar': 'sample'}[name])}"
+        f"  and at {run.path(f'curves-{name}.png')}{worse_than_before(name, run, figures)}"
     )
     if ends:
         raise UserError(f"stopped after stage {name}, finished: the same command (no --overwrite) goes on")
 
 
+def worse_than_before(name: str, run: Run, figures: dict[str, float]) -> str:
+    """A line for a stage that ends worse than a coin, or than stage 1, on held-out pictures; or ""."""
+    recipe, count, found = run.recipe(name), len(run.train), ""
+    if figures.get("val_nll_per_bit", 0) > math.log(2):
+        found = "are predicted worse than by a coin, 0.693 nats a bit"
+    elif name == "2" and os.path.exists(first := run.path("stage1.safetensors")):
+        psnr = json.loads(TensorFiles(first).metadata.get("figures", "{}")).get("psnr", 0)
+        found = f"are worse than stage 1's, {psnr:.4g} dB" if figures["psnr"] < psnr else ""
+    seen = recipe.steps * recipe.batch_size / count
+    advice = "take more pictures" if seen > 20 else "take more steps"
+    found = found and f"\n  held-out pictures {found}"
+    return found and f"{found}: {count} were trained on, {seen:.0f} times each; {advice}"
+
+
+# The order of curves: the loss, its terms, held-out pictures, codes; then norms, rates and speed
+CURVES = "loss$", "(?!val_).*loss$|nll|accuracy|d_", "val_|psnr|ssim", "used|imbalance|dead_|.*entropy"
+
+
 def draw_curves(log: str, stage: str) -> Image.Image:
     """What a stage wrote into log.jsonl: a panel for each number, over the steps."""
-    curves = {}  # name -> {step: value}; a later line of the same step counts
+    curves = {"loss": {}}  # name -> {step: value}; a later line of the same step counts
     for line in Path(log).read_bytes().splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that was cut
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):  # not ours
             entry = json.loads(line)
-            if entry["stage"] == stage:  # where a stage was taken up again, what followed counts no more
-                for points in curves.values():
-                    for step in [step for step in points if step > entry["step"]]:
-                        del points[step]
-            for name in entry.keys() - {"stage", "step", "skipped"} if entry["stage"] == stage else ():
-                curves.setdefault(name, {})[int(entry["step"])] = float(entry[name])
-    last = max(step for points in curves.values() for step in points)
-    curves = {name: curves[name] for name in sorted(curves) if len(curves[name]) > 1 or name == "loss"}
-    sheet = Image.new("RGB", (5 * 230, -(-len(curves) // 5) * 120), "white")
+            if entry["stage"] != stage or not 0 <= entry["step"] < 2**31:
+                continue
+            for points in curves.values():  # where a stage was taken up again, what followed counts no more
+                for step in [step for step in points if step > entry["step"]]:
+                    del points[step]
+            for name in sorted(entry.keys() - {"stage", "step", "skipped"}):
+                if type(value := entry[name]) in (int, float) and abs(value) < 1e30:  # NaN is not
+                    curves.setdefault(name, {})[int(entry["step"])] = value
+    last = max([1, *(step for points in curves.values() for step in points)])
+
+    names = [name for name in curves if len(curves[name]) > 1 or name == "loss"]
+    names.sort(key=lambda name: ([not re.match(kind, name) for kind in CURVES], name))
+    sheet = Image.new("RGB", (5 * 280, -(-len(names) // 5) * 120), "white")
     pen = ImageDraw.Draw(sheet)
-    for place, (name, points) in enumerate(curves.items()):
-        steps, values = np.array([p for p in sorted(points.items()) if math.isfinite(p[1])] or [(0, 0)]).T
-        (low, high), left, top = (values.min(), values.max()), place % 5 * 230 + 8, place // 5 * 120 + 4
+    for i, name in enumerate(names):
+        steps, values = np.array(sorted(curves[name].items()) or [(0, 0)]).T
+        (low, high), left, top = (values.min(), values.max()), i % 5 * 280 + 68, i // 5 * 120 + 4
         heights = (values - low) / (high - low or 1)
-        pen.text((left, top), f"{name}  {values[-1]:.4g}", fill="black")
-        pen.rectangle((left, top + 14, left + 210, top + 92), outline="lightgrey")
-        pen.line([*zip(left + 210 * steps / last, top + 92 - 78 * heights)], fill="steelblue", width=2)
-        pen.text((left, top + 93), f"step 0 to {last}; {low:.3g} to {high:.3g}", fill="grey")
+        pen.text((left, top), f"{name}  {values[-1]:.5g}", fill="black")
+        pen.rectangle((left, top + 14, left + 206, top + 92), outline="lightgrey")
+        pen.line([*zip(left + 206 * steps / last, top + 92 - 78 * heights)], fill="steelblue", width=2)
+        for text, height in ((high, 10), ((low + high) / 2, 48), (low, 85)):
+            pen.text((left - 64, top + height), f"{text:.6g}", fill="grey")
+        pen.text((left, top + 93), f"step 0 to {last}", fill="grey")
     return sheet
 
 
@@ -1254,17 +1310,18 @@ def draw_curves(log: str, stage: str) -> Image.Image:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line of this file. Exits with code 2 and one sentence for what it does not know."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.partition("\n")[0])
-    for stage in STAGES:
-        parser.add_argument_group(f"stage {stage}, --set changes", ", ".join(setting_names(stage)))
-    said = "train.py: {}; --help explains every option\n"  # in one line, whatever was typed
-    parser.error = lambda message: parser.exit(2, said.format(" ".join(message.split())))
+    for stage, recipe in RECIPES["tiny"].items():
+        values = vars(AR_PRESETS["tiny"]) | vars(PRESETS["tiny"]) | vars(recipe)
+        values = {name: int(value) if value in (False, True) else value for name, value in values.items()}
+        listed = ", ".join(f"{name}={values[name]}" for name in setting_names(stage))
+        parser.add_argument_group(f"stage {stage}, --set changes (with tiny's values)", listed)
     add = parser.add_argument
     add("--stage", required=True, choices=[*STAGES, "all"], help="what to train; all: every stage in order")
     add("--out", metavar="FOLDER", help="the run: results, previews, log and states (default: runs/PRESET)")
     remembered = parser.add_argument_group("settings of the run, which its folder remembers").add_argument
     remembered("--preset", choices=list(RECIPES), help="sizes and recipe (default: tiny)")
     remembered("--data", metavar="FOLDER", help="FOLDER/CLASS/picture.jpg; tiny draws shapes without it")
-    remembered("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="see below")
+    remembered("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="as listed above")
     for name in ("steps", "batch_size", "lr"):
         about = {"metavar": "N", "help": f"short for --set {name}=N", "type": f"{name}={{}}".format}
         remembered("--" + name.replace("_", "-"), dest="set", action="append", **about)
@@ -1278,7 +1335,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="split a batch into N micro-batches: less memory; the entropy loss is then of each")
     add("--checkpoint-activations", action="store_true", help="less memory, about a third more work")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile networks (default: on CUDA)")
-    args = parser.parse_args(arguments)
+    args = parse_command(parser, arguments)
 
     args.out = os.path.normpath(args.out or os.path.join("runs", args.preset or "tiny"))
     for name in ("data", "weights"):  # later commands may come from another folder
@@ -1288,7 +1345,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     named = STAGES if args.stage == "all" else [args.stage]
     known = sorted({name for stage in named for name in setting_names(stage)})
     for name in args.changes.keys() - known:
-        parser.error(f"--set {name} changes nothing in stage {args.stage}, which has {', '.join(known)}")
+        near = "".join(f": did you mean {near}?" for near in difflib.get_close_matches(name, known, 1))
+        parser.error(f"--set {name} changes nothing in stage {args.stage}{near}")
     return args
 
 
@@ -1313,30 +1371,20 @@ def main(arguments: list[str] | None = None) -> None:
         seed, size = run.settings["seed"], run.config.image_size
         run.train, run.val = (Pictures(data, split, seed, size, args.workers) for split in DRAWN)
         found, recorded = run.train.fingerprint, run.settings["pictures"]
-        if run.kept and recorded not in (None, found):
+        if run.kept and not args.overwrite and recorded not in (None, found):
             raise UserError(f"{args.out} was begun with other pictures ({recorded}; now {found}): "
-                            "give the same --data, take another --out, or --overwrite")
+                            "give the same --data, take another --out, or start the stage again on these "
+                            "with --overwrite")
         wait_for_all()  # every rank has read the settings
         if ranks()[0] == 0:
             content = json.dumps(run.settings | {"pictures": found}, indent=1)
             write_text(run.path("settings.json"), content + "\n")
         for stage in stages:
             train_stage(stage, run)
+        if ranks()[0] == 0:
+            print(f"next: {run.command({'0': '1', '1': '2', '2': 'ar', 'ar': 'sample'}[stage])}")
     if world > 1:
         dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def lock(folder: str) -> Iterator[None]:
-    """One run at a time writes in a folder; the kernel frees the lock when its owner dies. UserError."""
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, ".lock"), "a") as file:
-        try:  # not flock: the loader's processes would inherit that lock, and outlive a killed run
-            if ranks()[0] == 0:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is at work in {folder}: wait or change --out") from None
-        yield
 
 
 def command_line(arguments: list[str] | None = None) -> int:

@@ -4,11 +4,13 @@ Runs are children of a server that has imported torch once, so that twenty kills
 """
 
 import contextlib
+import errno
 import json
 import math
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -17,6 +19,8 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -53,6 +57,10 @@ def signalled(number, stage, moment, end=""):
 
     if number != signal.SIGTERM or os.environ.get("RANK") != "0":  # it reaches one of two processes
         setattr(owner, moment, interrupted)
+
+
+def stopped_clock():
+    time.time = lambda: 0.0
 
 
 def broken_latents(*steps):
@@ -131,7 +139,7 @@ def result(out, stage):
 def base(tmp_path_factory):
     """A run of two steps on a few pictures: what every stage needs of the ones before it."""
     folder = tmp_path_factory.mktemp("engine")
-    make_pictures(folder / "data", 14)
+    make_pictures(folder / "data", 52)  # of each class two are held out: a batch that two processes can halve
     finish("all", folder / "base", "--steps", "2", "--batch-size", "8")
     return folder
 
@@ -304,7 +312,7 @@ def test_more_steps_reopen_a_finished_stage(base):
     before, log_before = [path.read_bytes() for path in files], (out / "log.jsonl").read_bytes()
     full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (10**6, 10**6))  # of a file, for that of a disk
     assert "free some space" in finish("2", out, "--steps", "9", code=2, hooks=[full])
-    assert [path.read_bytes() for path in files] == before
+    assert [path.read_bytes() for path in files] == before and not list(out.rglob("*.part"))
     finish("2", out, "--steps", "9")
     assert states(out, "2") == [9] and result(out, "2").metadata["steps"] == "9"
     assert (out / "log.jsonl").read_bytes().startswith(log_before)
@@ -344,6 +352,15 @@ def test_what_is_fixed_and_what_may_change(base):
     assert json.loads((out / "settings.json").read_text()) == settings
 
 
+def test_other_pictures_are_accepted_with_overwrite(base, tmp_path):
+    """By the stage that starts again, whatever the stages before it saw."""
+    out, other = fresh(base, "accepted"), make_pictures(tmp_path / "other", 4)
+    flags = ("--stage", "ar", "--data", other, "--out", out, "--steps", "2", "--batch-size", "8")
+    assert "start the stage again on these with --overwrite" in call("train.py", *flags).stderr
+    done = call("train.py", *flags, "--overwrite")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_later_command_knows_the_folder(base, tmp_path, monkeypatch):
     few = ("--steps", 1, "--batch-size", 4)
     monkeypatch.chdir(base)
@@ -354,6 +371,10 @@ def test_a_later_command_knows_the_folder(base, tmp_path, monkeypatch):
     classes = semtok.TensorFiles("run/stage2.safetensors").metadata["classes"]
     assert json.loads(classes) == sorted(os.listdir(base / "data"))
     run, stages = opened("ar", "run")
+    several = dict.fromkeys(("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), "0") | {"WORLD_SIZE": "4"}
+    several["LOCAL_WORLD_SIZE"] = "2"
+    with mock.patch.dict(os.environ, several):
+        assert run.command("2") == "torchrun --nproc_per_node=2 train.py --stage 2 --out run"
     assert stages == ["ar"] and not any(run.recipe(s).flip for s in STAGES) and run.recipe("ar").steps == 2100
     (tmp_path / "begun" / "state-0" / "step-0000001").mkdir(parents=True)  # stage 0 was stopped half-way
     assert opened("1", "begun")[1] == ["0", "1"]
@@ -364,6 +385,42 @@ def test_another_run_is_refused(base):
     assert "batch of 4 does not divide by 3" in finish("ar", out, *SHORT, "--accumulate", "3", code=2)
     with train.lock(str(out)):
         assert "another run is at work" in finish("ar", out, *SHORT, code=2)
+    (out / "state-ar").symlink_to(base / "base" / "state-ar")
+    assert "is a link into another run" in finish("ar", out, *SHORT, "--overwrite", code=2)
+    assert states(base / "base", "ar") == [2]
+
+
+@pytest.mark.parametrize("lacks", [None, errno.ENOLCK, errno.ENOSYS])
+def test_systems_without_locks_or_flushed_folders(tmp_path, lacks, monkeypatch, capsys):
+    """Windows has no fcntl, NFS without its daemon no lock; CIFS flushes files alone."""
+    def lockf(*_):
+        raise OSError(lacks, "no locks")
+
+    def fsync(number, healthy=os.fsync):
+        healthy(number)
+        if os.path.isdir(f"/proc/self/fd/{number}"):
+            raise OSError(errno.EINVAL, "a folder")
+
+    monkeypatch.setitem(sys.modules, "fcntl", lacks and SimpleNamespace(lockf=lockf, LOCK_EX=2, LOCK_NB=4))
+    monkeypatch.setattr(os, "fsync", fsync)
+    with train.lock(str(tmp_path)):
+        train.write_text(str(tmp_path / "file"), "text")
+    assert "cannot be locked" in capsys.readouterr().err and (tmp_path / "file").read_text() == "text"
+
+
+def test_the_table_of_tokens_is_checked_and_never_written_through_a_link(base):
+    out = fresh(base, "table", "ar")
+    finish("ar", out, *SHORT)
+    table, film = next(out.glob("tokens-*.npy")), base / "film"
+    whole = table.read_bytes()
+    film.write_text("film")
+    for damage in (b"", whole[:-99], whole[:-99] + b"\x7f" * 99):
+        table.write_bytes(damage)
+        assert f"{table} is damaged" in finish("ar", out, "--steps", "12", code=2)
+    table.unlink()
+    Path(f"{table}.part").symlink_to(film)
+    finish("ar", out, "--steps", "12")
+    assert table.read_bytes() == whole and film.read_text() == "film"
 
 
 def test_nothing_of_strangers_is_deleted(base, tmp_path):
@@ -384,6 +441,49 @@ def test_nothing_of_strangers_is_deleted(base, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------- health
+
+
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_looking_at_held_out_pictures_changes_nothing(base, stage):
+    """Nor does a clock that stands still."""
+    outs = [fresh(base, f"looked{every}-{stage}", stage) for every in (1, 100)]
+    for out, every in zip(outs, (1, 100)):
+        finish(stage, out, *SHORT, f"preview_every={every}", hooks=[stopped_clock])
+    for name in result(outs[0], stage).shapes:
+        assert torch.equal(*(result(out, stage).get(name) for out in outs)), name
+    looks = [[entry for entry in log(out, stage) if "val_loss" in entry] for out in outs]
+    assert [len(entries) for entries in looks] == [9, 1] and looks[0][-1] == looks[1][0]
+
+
+def test_a_stage_that_ends_worse_than_before_says_so(base):
+    run, _ = opened("2", fresh(base, "worse"), "--steps", "400")
+    run.train = train.Pictures(str(base / "data"), "train", 0, 32)
+    psnr = json.loads(result(base / "base", "1").metadata["figures"])["psnr"]
+    for name, figures, words in (
+        ("2", {"psnr": psnr - 1}, f"worse than stage 1's, {psnr:.4g} dB: 150 .* 21 times each; .* pictures$"),
+        ("ar", {"val_nll_per_bit": 0.7}, "worse than by a coin.*: 150 .* 0 times each; take more steps$"),
+        ("2", {"psnr": psnr + 1}, "^$"), ("ar", {"val_nll_per_bit": 0.69}, "^$"), ("1", {"psnr": 0.0}, "^$"),
+    ):
+        assert re.search(words, train.worse_than_before(name, run, figures)), (name, figures)
+
+
+def test_curves_are_in_the_order_of_their_meaning_and_no_log_stops_them(tmp_path):
+    """Losses, held-out pictures, codes, then norms and speed."""
+    order = "loss flow_loss nll psnr val_flow_loss code_entropy used grad_norm_semtok images_per_s lr".split()
+    lines = [{"stage": "1", "step": step} | {name: step + 16.0 for name in order} for step in (1, 2, 3)]
+    (tmp_path / "log").write_text("\n".join(map(json.dumps, lines)))
+    with mock.patch.object(train.ImageDraw.ImageDraw, "text") as text:
+        train.draw_curves(str(tmp_path / "log"), "1")
+    said = [call.args[1] for call in text.mock_calls]
+    assert [words.split()[0] for words in said if "  " in words] == order and {"17", "18", "19"} <= {*said}
+    whole = train.draw_curves(str(tmp_path / "log"), "1").tobytes()
+    for odd in ('{"stage": "1", "step": 3, "loss": {}, "lr": [[]], "used": 1%s}' % ("0" * 500), "[" * 99_999,
+                '{"stage": "1", "step": 1e999, "psnr": 1}', '{"stage": "1", "step": "x"}', "7",
+                '{"stage": "1", "step": 3, "loss": NaN, "lr": 1e308, "nll": null, "used": "x"}'):
+        (tmp_path / "odd").write_text((tmp_path / "log").read_text() + f"\n{odd}\n")
+        assert train.draw_curves(str(tmp_path / "odd"), "1").tobytes() == whole, odd[:60]
+    (tmp_path / "odd").write_text(odd)
+    assert train.draw_curves(str(tmp_path / "odd"), "1").width > 1000
 
 
 def test_steps_one_by_one(base, monkeypatch):

@@ -1,5 +1,6 @@
 """fid.py against independent formulations and the reference libraries, on random weights, drawn pictures."""
 
+import io
 import itertools
 import json
 import math
@@ -7,6 +8,7 @@ import os
 import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -474,7 +476,7 @@ def test_pictures_are_streamed_in_order(tmp_path, monkeypatch):
 
 
 def pictures_of_all_kinds(folder):
-    """Picture files of many modes and sizes, one turned by EXIF and one with NaN; their paths in order."""
+    """Picture files of many modes and sizes, one turned by EXIF; their paths in order."""
     folder.mkdir()
     large, tall = (Image.fromarray(drawn(1, height, 130, seed=height)[0]) for height in (90, 260))
     grey, exif, clear = np.asarray(tall.convert("L")), Image.Exif(), large.convert("RGBA")
@@ -485,7 +487,7 @@ def pictures_of_all_kinds(folder):
     large.convert("CMYK").save(folder / "d.tif")
     clear.save(folder / "e.png")
     Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "f.PNG")
-    Image.fromarray(np.where(grey < 128, np.nan, grey).astype(np.float32)).save(folder / "g.tiff")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "g.tiff")
     tall.resize((32, 32)).save(folder / "h.bmp")
     tall.resize((900, 4)).save(folder / "i.webp")  # a thin one
     return sorted(folder.iterdir())
@@ -496,14 +498,43 @@ def test_pictures_of_every_kind_are_fitted_to_the_npz(pairs, tmp_path, small, ca
     files = pictures_of_all_kinds(tmp_path / "all")
     for picture in (*map(fid.read_picture, files), *(fid.read_picture(path, 32) for path in files)):
         assert picture.dtype == np.uint8 and picture.flags.writeable and picture.flags.c_contiguous
-    assert {*np.unique(fid.read_picture(files[5]))} & {*range(128)} == {0}  # NaN is black
     np.savez(tmp_path / "same.npz", np.stack([fid.read_picture(path, 32) for path in files]))
     argv = [*small, *["--pairs"] * pairs, tmp_path / "all", tmp_path / "same.npz"]
     report = call(capsys, *argv)
-    assert report["PSNR" if pairs else "FID"] == (math.inf if pairs else pytest.approx(0, abs=1e-6))
+    assert report["equal pairs" if pairs else "FID"] == (8 if pairs else pytest.approx(0, abs=1e-6))
+    assert not pairs or report["PSNR"] == "not available: all pairs are equal"
     assert "32 x 32 pixels, others fitted" in report["reference"] and "fitted" not in report["samples"]
     smaller = call(capsys, *argv, "--size", 24)
     assert all("24 x 24 pixels, others fitted" in smaller[side] for side in ("reference", "samples"))
+
+
+def tiff(bits, photometric, kind, data, width):
+    """A TIFF of one row. kind: 1 unsigned, 2 signed, 3 float."""
+    entries = {256: width, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 134, 277: 1, 278: 1,
+               279: len(data), 339: kind}
+    tags = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in entries.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + tags + bytes(4) + data
+
+
+def test_grey_of_any_depth_is_scaled_by_what_the_file_declares(tmp_path):
+    """Not by its largest value. What declares no white is refused by name."""
+    sixteen, twelve, path = np.array([0, 16384, 32768, 65535], "<u2"), [0, 1000, 2000, 4095], tmp_path / "x"
+    packed = int("".join(f"{value:012b}" for value in twelve), 2).to_bytes(6, "big")
+    Image.fromarray(sixteen[None]).save(clear := io.BytesIO(), "PNG", transparency=32768)
+    for content, row in {
+        b"P5 4 1 65535\n" + np.array([0, 50, 129, 255], ">u2").tobytes(): [0, 0, 1, 1],
+        b"P5 4 1 4095\n" + np.array(twelve, ">u2").tobytes(): [0, 62, 125, 255],
+        tiff(12, 1, 1, packed, 4): [0, 62, 125, 255], clear.getvalue(): [0, 64, 255, 255],
+        tiff(16, 1, 1, sixteen.tobytes(), 4): [0, 64, 128, 255],
+        tiff(16, 0, 1, sixteen.tobytes(), 4): [255, 191, 127, 0],
+    }.items():
+        path.write_bytes(content)
+        assert fid.read_picture(path)[0].tolist() == [[value] * 3 for value in row], content[:20]
+    for content in (b"Pf 1 1 -1.0\n" + bytes(4), tiff(32, 1, 1, bytes(4), 1), tiff(32, 1, 3, bytes(4), 1),
+                    tiff(16, 1, 2, bytes(2), 1)):
+        path.write_bytes(content)
+        with pytest.raises(fid.UserError, match=f"^{path} .*float, signed or 32-bit .* declare no white"):
+            fid.read_picture(path)
 
 
 def test_the_lister_leaves_out_what_is_hidden_and_never_goes_round(tmp_path):
@@ -578,6 +609,26 @@ def test_pairs_match_by_path_and_equal_the_functions(tmp_path, small, capsys):
     assert report["warning 1"].startswith("2 pictures without a partner") and "N = 5" in report["reference"]
 
 
+def test_equal_pairs_order_and_compression_are_named(tmp_path, small, capsys):
+    """One equal pair leaves JSON valid and the mean finite. An npz in Fortran's order is read."""
+    originals = drawn(12, 16, seed=3)
+    recons = np.concatenate([originals[:1], originals[1:] ^ 3])
+    np.savez(tmp_path / "r.npz", np.asfortranarray(recons))
+    (tmp_path / "o").mkdir()
+    for i, picture in enumerate(originals):
+        Image.fromarray(picture).save(tmp_path / f"o/{i}.png")
+    report = call(capsys, "--pairs", tmp_path / "o", tmp_path / "r.npz", "--weights", "no/where")
+    order = sorted(range(12), key=str)  # 0, 1, 10, 11, 2
+    a, b = (torch.tensor(x).permute(0, 3, 1, 2) for x in (originals[order], recons))
+    assert report["equal pairs"] == 1 and report["PSNR"] == pytest.approx(fid.psnr(b, a)[1:].mean().item())
+    warned = " ".join(value for name, value in report.items() if name.startswith("warning"))
+    assert "by position, the folder's in this order: 0.png, 1.png, 10.png" in warned
+    assert "too high" not in warned and "r.npz, pictures, N = 12" in report["samples"]
+    jpeg = write_folder(tmp_path / "jpeg", originals, ".jpg")
+    assert "samples: JPEG files" in str(call(capsys, *small, tmp_path / "r.npz", jpeg))
+    assert "JPEG" not in str(call(capsys, *small, jpeg, tmp_path / "r.npz"))
+
+
 def test_pairs_without_weights_still_measure(tmp_path, capsys):
     for side in (32, 8):
         np.savez(tmp_path / "o.npz", drawn(3, side))
@@ -589,6 +640,17 @@ def test_pairs_without_weights_still_measure(tmp_path, capsys):
             stem, _, url = fid.WEIGHTS[network]
             said = f"no {network} weights: `curl -fL --create-dirs -o no/where/{stem}.pth {url}`"
             assert report[name] == f"not available: {said}"
+
+
+def test_streams_that_are_closed_or_cannot_encode(tmp_path):
+    np.savez(tmp_path / "\u00e9.npz", drawn(2, 32))
+    argv = ["--pairs", *[tmp_path / "\u00e9.npz"] * 2, "--workers", "1"]
+    out, err = command(*argv, PYTHONIOENCODING="ascii").communicate(timeout=60)
+    assert r"/\xe9.npz" in out and not err
+    process = command(*argv)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(60) == 141
+    process.stderr.close()
 
 
 # ------------------------------------------------------------------------------------ the command: statistics
@@ -619,6 +681,7 @@ def test_saved_statistics_are_read_by_everyone(kinds, small, tmp_path, capsys, m
     for name in ("FID", "sFID", "IS"):
         assert reused[name] == pytest.approx(direct[name], rel=1e-4)
     assert "N = 12" in reused["reference"] and 0 <= reused["Precision"] <= 1  # of the 4 that it carries
+    assert "saved.npz, statistics, N = 12" in reused["reference"]
     assert fid.main([out, out, *map(str, small), "--resize", "pytorch-fid"]) == 2
     assert "--resize adm do not go with" in capsys.readouterr().err
 
@@ -642,7 +705,7 @@ def test_interrupt_leaves_no_partial_file(weights, tmp_path):
     deadline = time.time() + 60
     while not list(tmp_path.glob(".*.part")) and time.time() < deadline:
         time.sleep(0.05)
-    assert process.poll() is None and list(tmp_path.glob(".*.part"))
+    assert process.poll() is None and list(tmp_path.glob(f".out.npz.{process.pid}.part"))  # its own
     os.killpg(process.pid, signal.SIGINT)  # as the terminal does
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err == "fid.py: interrupted, nothing was written\n"

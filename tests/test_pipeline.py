@@ -1,6 +1,7 @@
 """The real commands: a whole tiny run of a few steps, then everything that can be wrong at the keyboard."""
 
 import contextlib
+import errno
 import importlib
 import io
 import json
@@ -100,6 +101,7 @@ def test_a_whole_run_writes_what_it_promises_and_its_results_describe_themselves
         for kind in (f"preview-{name}-0000006", f"curves-{name}"):
             image = np.asarray(Image.open(out / f"{kind}.png"))
             assert image.shape[1] > 3 * 32 and image.std() > 5
+    assert said.count("next: ") == 1 and "next: python sample.py --class 1" in said  # after the last stage
     settings = json.loads((out / "settings.json").read_text())
     assert settings["preset"] == "tiny" and settings["pictures"].startswith("27 files")  # 3 are held out
     assert settings["set"]["ar"] == {"steps": "6", "batch_size": "8"}
@@ -121,11 +123,13 @@ def test_a_whole_run_writes_what_it_promises_and_its_results_describe_themselves
 def test_log_has_every_term(finished):
     entries = [json.loads(line) for line in open(finished[0] / "log.jsonl")]
     codes = "entropy_loss token_entropy code_entropy distill_loss contrast_loss grad_norm_semtok "
+    held_out = " val_loss val_entropy_loss val_distill_loss val_contrast_loss"
     judges = "lpips_loss resnet_loss gan_loss discriminator_loss d_real d_fake grad_norm_discriminator "
     for stage, terms, figures in (
         ("0", "vae_loss kl_loss siglip_loss accuracy grad_norm_vae", "psnr ssim"),
-        ("1", codes + "flow_loss", "psnr ssim used imbalance dead_bits"),
-        ("2", codes + judges + "pixel_loss", "psnr ssim used imbalance dead_bits"),
+        ("1", codes + "flow_loss", "psnr ssim used imbalance dead_bits val_flow_loss" + held_out),
+        ("2", codes + judges + "pixel_loss", "psnr ssim used imbalance dead_bits val_pixel_loss "
+         "val_lpips_loss val_resnet_loss" + held_out),
         ("ar", "nll accuracy grad_norm_ar", "val_nll_per_bit val_bit_accuracy"),
     ):
         step, look = (entry for entry in entries if entry["stage"] == stage)
@@ -236,6 +240,9 @@ def test_each_job_of_sampling(finished, pictures, tmp_path):
     sentence(call("sample.py", *photos, "--keep", 16, "--class", 0, "--run", finished[0]), "fewer than 16")
     arrays = [np.load(draw(f"{i}.npz", "--npz", 7, "--steps", 2))["arr_0"] for i in range(2)]
     assert arrays[0].shape == (7, 32, 32, 3) and arrays[0].dtype == np.uint8 and np.array_equal(*arrays)
+    with mock.patch("fcntl.lockf", side_effect=BlockingIOError):
+        sentence(call("sample.py", "--npz", 7, "--run", finished[0], "--out", tmp_path / "2.npz"), "at work")
+    draw("2.npz", "--npz", 7, "--steps", 2)
     times = []
     for _ in range(2):  # the second time nothing is made
         made = draw("recons", "--reconstruct", pictures)
@@ -259,6 +266,9 @@ def test_progress(finished, tmp_path):
     whole = sampler.draw([1, 2], semtok.key_generator("cpu", 0))
     assert known == {1: 1, 2: 3, 4: 8, 6: 16}  # 16 cos(pi/2 n/6), floored: 15, 13, 8, 0
     assert torch.equal(shown[:, -1], whole)
+    assert sampler.label("FISH") == sampler.label("1") == 1
+    with pytest.raises(mmdit.UserError, match=r"class 9{100}\.\.\. does not exist"):
+        sampler.label("9" * 5000)
 
 
 def test_clusters(finished, tmp_path, capsys):
@@ -281,6 +291,39 @@ def test_full_memory_is_one_sentence(command, said, monkeypatch, capsys):
     assert command.command_line([]) == 2
     text = capsys.readouterr().err
     assert text.count("\n") == 1 and ("--accumulate" in text or "--batch-size" in text)
+
+
+@pytest.mark.parametrize("error, words", [
+    (OSError(errno.ENOSPC, "full", "x"), "free some space"),
+    (OSError(errno.EACCES, "no", "x"), "permissions"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "--workers 0"),
+    (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space"), "--workers 0"),
+    (mmdit.UserError("Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
+                     "last):\n  File x\nmmdit.UserError: check the folder\n"), "train.py: check the folder"),
+    (mmdit.UserError(f"class \x1b[2J{'x' * 5000} is not there"), f"[2J{'x' * 93}... is not there"),
+    (mmdit.UserError("a b " * 50_000 + "take another"), "take another"),
+])
+def test_advice_fits_the_error(error, words, monkeypatch, capsys):
+    monkeypatch.setattr(train, "main", mock.Mock(side_effect=error))
+    assert train.command_line([]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and words in said and "Caught" not in said and len(said) < 2000, said
+    assert ("free some" in said) == ("free some" in words) and "GPUs" not in said and "\x1b" not in said
+
+
+def test_streams_that_are_closed_or_cannot_encode(finished, tmp_path):
+    """Nobody reads any more: quiet. A name that ASCII has no letters for is escaped."""
+    draw = [sys.executable, ROOT / "sample.py", "--class", "0", "--n", "1", "--run", finished[0]]
+    for out, code, said in (("a.png", 141, None), ("\u00e9.png", 0, rb"/\xe9.png")):
+        reader, writer = os.pipe()
+        with open(reader, "rb") as reading, open(writer, "wb") as writing:
+            if said is None:
+                reading.close()
+            done = subprocess.run([*draw, "--out", tmp_path / out], stdout=writing, stderr=subprocess.PIPE,
+                                  env=os.environ | {"PYTHONIOENCODING": "ascii"}, timeout=100)
+            writing.close()
+            assert done.returncode == code and b"rror" not in done.stderr, done.stderr
+            assert (tmp_path / out).exists() and (said is None or said in reading.read())
 
 
 def test_wrong_and_damaged_checkpoints(finished, tmp_path):
@@ -347,9 +390,12 @@ def test_unreadable_pictures_are_skipped_counted_and_named(tmp_path):
     whole = (folder / "fish" / "003.png").read_bytes()
     (folder / "fish" / "003.png").write_bytes(whole[: len(whole) // 2])
     train_one = ("train.py", "--stage", "0", "--out", tmp_path / "out")
+    for name in ("bird/a.HEIC", "fish/b.heic", "fish/notes"):
+        (folder / name).touch()
     result = call(*train_one, "--data", folder, "--steps", 1, "--batch-size", 4)
     assert result.returncode == 0 and "skipped (2 so far)" in result.stderr, result.stderr
     assert all(name in result.stderr for name in ("004.png", "003.png")) and "(3 so" not in result.stderr
+    assert "3 files are no pictures that are read here: .heic 2, no suffix 1\n" in result.stderr
     for path in folder.rglob("*.png"):
         path.write_bytes(b"broken")
     sentence(call(*train_one, "--overwrite"), "50 pictures in a row could not be read")
@@ -368,6 +414,9 @@ def test_unreadable_pictures_are_skipped_counted_and_named(tmp_path):
     ("--stage 2 --set init=stage0", "one of stage1, scratch"), ("--stage ar --set smoothing=2", "at most 1"),
     ("--stage 1 --set entropy_group=5", "divide the 24"), ("--stage 1 --set encoder_heads=3", "encoder_"),
     ("--stage 1 --set image_size=30", "multiple of 8"), ("--stage ar --set heads=3", "heads 3, doubled"),
+    ("--stage 1 --set image_size=8", "image_size 8 is too small"), ("--stage 1 --accumulate=--", "value --"),
+    ("--stage 1 --set patience=1e9", "1000"), ("--stage 1 --set encoder_depth=999", "of 100 at most"),
+    ("--stage 1 --set token=3", "did you mean tokens?"),
     ("--stage all --set group_bits=5", "group_bits 5"), ("--stage ar --set group_bits=24", "at most 12"),
 ])
 def test_bad_flags_and_settings(arguments, words, tmp_path):
