@@ -304,8 +304,11 @@ class Inception(nn.Module):
 def prepare(pictures, size=299, resize="adm", device="cpu"):
     """uint8 pictures (B, H, W, 3), array or tensor -> float32 (B, 3, size, size) in [-1, 1], channels-last.
     resize "adm": TF1's legacy bilinear, then (x - 128) / 128. Output row i is read at i * H / size, without
-    half a pixel's offset or antialiasing. "pytorch-fid": bilinear with that offset, then 2 x / 255 - 1."""
+    half a pixel's offset or antialiasing. "pytorch-fid": bilinear with that offset, then 2 x / 255 - 1.
+    ValueError for other pictures."""
     x = torch.as_tensor(pictures).to(device)
+    if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[3] != 3:
+        raise ValueError(f"pictures are (B, H, W, 3) uint8, not {tuple(x.shape)} {x.dtype}")
     if resize == "pytorch-fid":
         x = x.permute(0, 3, 1, 2).float().div_(255)
         x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False) * 2 - 1

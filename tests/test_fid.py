@@ -453,11 +453,19 @@ def test_all_metrics_against_numpy(kinds, small, capsys, tmp_path):
     assert mixed["Recall"] == report["Recall"] < 1
 
 
+@pytest.mark.parametrize("wrong", [
+    torch.zeros(2, 3, 8, 8).byte(), torch.zeros(2, 8, 8, 3), np.zeros((8, 8, 3), "u1"),
+])
+def test_features_are_of_uint8_pictures_with_channels_last(wrong):
+    with pytest.raises(ValueError, match="uint8"):
+        fid.prepare(wrong)
+
+
 def test_pictures_are_streamed_in_order(tmp_path, monkeypatch):
     import tracemalloc
     pictures = np.random.default_rng(0).integers(0, 256, (1500, 64, 64, 3), dtype=np.uint8)  # 18 MB
-    for name, save in (("stored", np.savez), ("deflated", np.savez_compressed)):
-        save(tmp_path / f"{name}.npz", pictures)
+    for name, write in (("stored", np.savez), ("deflated", np.savez_compressed)):
+        write(tmp_path / f"{name}.npz", pictures)
         source = fid.open_source(str(tmp_path / f"{name}.npz"))
         assert (source.count, source.size) == (1500, (64, 64))
         tracemalloc.start()
