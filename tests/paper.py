@@ -290,18 +290,27 @@ class Laboratory:
         self.scores = json.loads(self.file.read_text()) if self.file.exists() else {}
 
     def train(self, out: Path, seed: int, stage: str, changes: str) -> None:
-        """train.py on one stage; a finished one says so. Its words go into train.log."""
+        """train.py on one stage, unless it is finished. Its words go into train.log."""
         if stage != "0" and not (out / "standins").exists():
             shutil.copytree(self.out / f"default-{seed}" / "standins", out / "standins")
         fit = [text for text in changes.split() if text.partition("=")[0] in setting_names(stage)]
-        command = [sys.executable, ROOT / "train.py", "--stage", stage, "--out", out, "--seed", seed]
-        command += ["--set", *fit, f"patience={self.patience}"]
-        with open(out / "train.log", "a") as log:
-            single = os.environ | {"OMP_NUM_THREADS": "1"}
-            done = subprocess.run([*map(str, command)], stdout=log, stderr=log, cwd=ROOT, env=single)
-        if done.returncode:
-            raise SystemExit(f"paper.py: {' '.join(map(str, command))} failed: see {out / 'train.log'}")
+        options = ["--stage", stage, "--seed", str(seed), "--set", *fit, f"patience={self.patience}"]
+        key = f"{out.name} {' '.join(options)}"
+        if key not in self.scores:
+            command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), *options]
+            with open(out / "train.log", "a") as log:
+                single = os.environ | {"OMP_NUM_THREADS": "1"}
+                done = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env=single)
+            if done.returncode:
+                raise SystemExit(f"paper.py: {' '.join(command)} failed: see {out / 'train.log'}")
+            self.keep(key, {})
         self.bar.update(COST[stage])
+
+    def keep(self, key: str, scores: dict[str, float]) -> None:
+        """Note what is done."""
+        with self.lock:
+            self.scores[key] = scores
+            write_text(str(self.file), json.dumps(self.scores, indent=1))
 
     def run(self, name: str, seed: int, scores: list[str]) -> dict[tuple[str, str], dict[str, float]]:
         """Train a run as far as its scores need it; -> its scores by (run, score)."""
@@ -364,9 +373,7 @@ class Laboratory:
                 encoded = in_batches(lambda part: before_bits(tokenizer, part), self.pictures)
                 scores["kNN"] = neighbour_accuracy(encoded.flatten(1), self.labels)
                 scores |= locality(tokenizer, self.pictures[:64]) if what == REFINED else {}
-            with self.lock:
-                self.scores[key] = scores
-                write_text(str(self.file), json.dumps(self.scores, indent=1))
+            self.keep(key, scores)
         self.bar.update(COST["score"])
         return self.scores[key]
 
