@@ -10,15 +10,21 @@ import argparse
 import contextlib
 import os
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,6 +37,7 @@ CARDS = {  # by preset, a GPU to plan for: its name, dense bfloat16 FLOP/s, byte
     "paper": ("an H100", 989e12, 78 * 2**30), "base": ("an RTX 4090", 165e12, 22 * 2**30),
 }
 UTILISATION = 0.4  # our share of the FLOP/s
+DISK = 2e9  # bytes a second that a disk writes
 PARTS = {  # of the stages, as the code names them: millions of parameters in the paper, of the VAE in SD3.5
     "semtok.vae.encoder": 34.3, "siglip": "-", "semtok.encoder": 113, "semtok.w_x": "-", "semtok.w_z": "-",
     "semtok.decoder": 2236, "semtok.vae.decoder": 49.5, "lpips": "-", "resnet": "-", "discriminator": "-",
@@ -39,17 +46,22 @@ PARTS = {  # of the stages, as the code names them: millions of parameters in th
 PAPER_AR = {"L": 318, "XL": 746, "XXL": 1200}
 
 
-class AsOnCUDA(torch.overrides.TorchFunctionMode):
-    """What CUDA's autocast does: norms and resizing take float32, attention is memory-efficient."""
+@contextlib.contextmanager
+def as_on_cuda():
+    """Inside `with`, what CUDA's autocast does: norms and resizing take float32, attention is
+    memory-efficient. No TorchFunctionMode, since one is off in backward passes, which may recompute."""
+    def attend(q, k, v, mask=None, is_causal=False):
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        return efficient(q, k, v, mask, True, is_causal=is_causal)[0]
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention:
-            attend = torch.ops.aten._scaled_dot_product_efficient_attention
-            return attend(*args, kwargs.get("attn_mask"), True, is_causal=kwargs.get("is_causal", False))[0]
-        if function in (F.layer_norm, F.rms_norm, F.group_norm, F.interpolate):
-            args = [a.float() if isinstance(a, torch.Tensor) else a for a in args]
-        return function(*args, **kwargs)
+    def in_float32(function):
+        def cast(*args, **kwargs):
+            return function(*(a.float() if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
+        return cast
+
+    casts = {n: in_float32(getattr(F, n)) for n in ("layer_norm", "rms_norm", "group_norm", "interpolate")}
+    with mock.patch.multiple(F, scaled_dot_product_attention=attend, **casts):
+        yield
 
 
 class Planned(train.Run):
@@ -100,6 +112,13 @@ def without_files(run: Planned):
         yield
 
 
+def zeros(name: str, run: Planned, count: int) -> list[torch.Tensor]:
+    """What a step of a stage is given: pictures (count, 3, H, W) or bits (count, K, d), labels (count,)."""
+    side, tokens = run.config.image_size, (run.config.tokens, run.config.bits)
+    shape, kind = (tokens, torch.bool) if name == "ar" else ((3, side, side), torch.uint8)
+    return [torch.zeros(count, *shape, dtype=kind), torch.zeros(count, dtype=torch.long)]
+
+
 def measure(name: str, run: Planned, batch: int) -> tuple:
     """What a stage's last step costs on `batch` pictures, by FakeTensorMode: shapes without values.
 
@@ -136,17 +155,73 @@ def measure(name: str, run: Planned, batch: int) -> tuple:
                 parameter.data = parameter.data.bfloat16()
         for root in (stage, *stage.frozen.values()):
             weights |= {t.untyped_storage()._cdata for t in (*root.parameters(), *root.buffers())}
-        side, config, labels = run.config.image_size, run.config, torch.zeros(batch, dtype=torch.long)
-        shape = (config.tokens, config.bits) if name == "ar" else (3, side, side)
         saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with torch.autocast("cpu", torch.bfloat16), AsOnCUDA(), saved:
-            data = torch.zeros(batch, *shape, dtype=torch.bool if name == "ar" else torch.uint8)
-            step = stage.prepare(data, labels, torch.Generator(), stage.recipe.steps - 1)
+        with torch.autocast("cpu", torch.bfloat16), as_on_cuda(), saved:
+            step = stage.prepare(*zeros(name, run, batch), torch.Generator(), stage.recipe.steps - 1)
             stage(*step)["loss"].backward()
         flops, activations = so_far()
         within = [inside[block] for block in blocks if block in inside] or [0]
         lean = activations + sum(s.nbytes() for s in inputs.values()) - sum(within) + max(within)
     return stage, flops, forward, activations, lean
+
+
+class Alive(TorchDispatchMode):
+    """The bytes of all tensors that are alive: `now`, and at most so far, `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0  # sizes: of storages, since views share one
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # it calls again with this rank's part
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return True  # the step was good
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.sizes:
+                    weakref.finalize(storage, self.count, storage._cdata, 0)
+                    self.count(storage._cdata, storage.nbytes())
+        return out
+
+    def count(self, key, size):
+        self.now += size - self.sizes.pop(key, 0)
+        self.peak = max(self.peak, self.now)
+        if size:
+            self.sizes[key] = size
+
+
+@contextlib.contextmanager
+def one_rank(run: Planned, name: str, gpus: int):
+    """Inside `with`, (a stage's Training, Alive) of one of `gpus` ranks, under FakeTensorMode on the CPU: its
+    bytes are a GPU's, since what is built on the CPU moves there. The rank is not rank 0, which writes."""
+    alive, policy, resize = Alive(), train.MixedPrecisionPolicy, torch.UntypedStorage.resize_
+
+    def resized(storage, size):  # FSDP2 frees and takes what it gathers
+        alive.count(storage._cdata, size)
+        return resize(storage, size)
+
+    def tokenise(run, tokenizer, *_):  # one of its batches
+        train.in_batches(tokenizer.encode, semtok.to_signed(zeros("2", run, 256)[0]))
+
+    if gpus > 1:
+        dist.init_process_group("fake", rank=1, world_size=gpus, store=FakeStore())
+        mesh = dist.init_device_mesh("cpu", (gpus,))  # it needs values
+    with (
+        contextlib.ExitStack() as at_end, without_files(run), mock.patch.multiple(
+            train, Tokens=tokenise, autocast=lambda _: torch.autocast("cpu", torch.bfloat16),
+            MixedPrecisionPolicy=lambda *_, **kept: policy(torch.bfloat16, torch.float32, **kept),
+        ),
+        mock.patch.object(nn.Module, "to", lambda module, *_: module),
+        mock.patch.object(torch.UntypedStorage, "resize_", resized),
+    ):
+        if gpus > 1:
+            at_end.callback(dist.destroy_process_group)
+            at_end.enter_context(mock.patch.object(dist, "init_device_mesh", lambda *_: mesh))
+        with FakeTensorMode(), as_on_cuda(), alive:
+            yield train.Training(name, run), alive
 
 
 def plan(run: Planned, name: str, gpus: int) -> None:
@@ -190,13 +265,19 @@ def plan(run: Planned, name: str, gpus: int) -> None:
         "bfloat16 copies": 2 * trained if gpus == 1 else 8 * max(blocks.values(), default=0),
     }
     fixed = sum(memory.values())
+    with one_rank(run, name, gpus) as (_, alive):
+        memory["start-up, at most"] = alive.peak
     for note, kept in (("", activations), (", checkpointed", checkpointed)):
         memory |= {f"activations{note}": kept, f"total{note}": fixed + kept}
     for label, amount in memory.items():
         over = f"  more than the {room / 2**30:.0f} of {card}" * ("total" in label and amount > room)
         print(f"{label:28}{amount / 2**30:12.4g}{over}")
-    state = 4 * trained * (4 if recipe.ema else 3) / 2**30
-    print(f"\non disk: two training states of {state:.3g} GiB while it trains, one when it is finished")
+    state = 4 * trained * (4 if recipe.ema else 3)
+    print(
+        f"\non disk: two training states of {state / 2**30:.3g} GiB while it trains, one when it is finished\n"
+        f"a state is written every {recipe.save_every:,} steps: {state / gpus / 1e9:.3g} GB by each rank, at "
+        f"{DISK / 1e9:.0f} GB/s {state / gpus / DISK:.2g} s, or {state / DISK:.2g} s where all share a disk"
+    )
     print(f"length at {UTILISATION:.0%} of {card}'s {peak / 1e12:.0f} TFLOP/s")
     for note, work in (("", flops), (", checkpointed", flops + sum(forward[block] for block in blocks))):
         hours = recipe.steps * recipe.batch_size * work / batch / (peak * UTILISATION) / 3600
