@@ -132,6 +132,11 @@ def write_picture(path: str, picture: Image.Image) -> None:
     write_file(path, lambda temporary: picture.save(temporary, "PNG"))
 
 
+def in_batches(function, tensor: torch.Tensor, size: int = 64) -> torch.Tensor:
+    """function applied to slices of a long tensor, joined again."""
+    return torch.cat([function(part) for part in tensor.split(size)])
+
+
 def key_generator(device: str | torch.device, *key) -> torch.Generator:
     """Random numbers on a device that follow from the key alone, such as (seed, "stage 1", step)."""
     digest = hashlib.sha256(" ".join(map(str, key)).encode()).digest()
@@ -744,7 +749,9 @@ class SemTok(nn.Module):
         (B,), the row of `candidates` that is its own picture; with rng also Eq. 5's `noise`, like the
         latents, and times `t` (B,), uniform in [0, 1]. All rows share `candidates` (ranks * B, C), the pooled
         features."""
-        (rank, world), latents, features = ranks(), self.vae.encode(pictures), siglip(pictures)
+        # In slices: all pictures of many micro-batches at once would take more than the rest of a step
+        latents, features = (in_batches(network, pictures) for network in (self.vae.encode, siglip))
+        rank, world = ranks()
         pooled = F.normalize(features.float().mean((2, 3)), dim=-1)  # (B, C); P of Eq. 2 is the mean
         positive = torch.arange(len(pictures), device=pictures.device) + rank * len(pictures)
         rows = {"latents": latents, "features": features, "positive": positive}
