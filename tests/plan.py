@@ -90,19 +90,27 @@ class Planned(train.Run):
 @contextlib.contextmanager
 def without_files(run: Planned):
     """Inside `with`, train.py makes networks without values where it would read them out of files."""
+    def build(make, *sizes):
+        with torch.device(run.device):
+            network = make(*sizes)
+        on_cpu = run.device.type == "cpu"  # and fake tensors cannot move
+        return network if on_cpu else network.to(run.device)  # with what is made on the CPU everywhere
+
     def network(judge, run):
-        return (judge.make_twin() if run.tiny else judge.load(run)).requires_grad_(False).eval()
+        made = build(judge.make_twin) if run.tiny else build(judge.load, run)
+        return made.requires_grad_(False).eval()
 
     def lpips(*_):
         return fid.LPIPS(fid.VGG16Features(), [torch.zeros(1, width, 1, 1) for width in fid.VGG_WIDTHS])
 
     def load_sd35(decoder, *_):
-        decoder.load_state_dict(semtok.Decoder(run.config).state_dict(), assign=True)
+        decoder.load_state_dict(build(semtok.Decoder, run.config).state_dict(), assign=True)
 
     tower = train.TINY_SIGLIP if run.tiny else semtok.SigLIPConfig()
     loaders = {
-        "load_vae": lambda *_: semtok.VAE(run.config.vae), "load_siglip": lambda *_: semtok.SigLIP(tower),
-        "load_semtok": lambda *_: (semtok.SemTok(run.config), {}), "load_sd35": load_sd35,
+        "load_vae": lambda *_: build(semtok.VAE, run.config.vae), "load_sd35": load_sd35,
+        "load_siglip": lambda *_: build(semtok.SigLIP, tower),
+        "load_semtok": lambda *_: (build(semtok.SemTok, run.config), {}),
     }
     with (
         mock.patch.multiple(train, **loaders), mock.patch.object(train.Judge, "network", network),
@@ -165,6 +173,29 @@ def measure(name: str, run: Planned, batch: int) -> tuple:
     return stage, flops, forward, activations, lean
 
 
+def count(*modules: nn.Module) -> list[int]:
+    """How many parameters are trained, how many frozen."""
+    parameters = {p for module in modules for p in module.parameters()}
+    return [sum(p.numel() for p in parameters if p.requires_grad == trained) for trained in (True, False)]
+
+
+def recomputed(stage: nn.Module, forward: dict) -> int:
+    """The FLOPs that checkpointing adds, of `measure`'s."""
+    return sum(forward[block] for block in train.blocks_of(stage) if count(block)[0])
+
+
+def held(stage: nn.Module, gpus: int) -> dict[str, int]:
+    """The bytes on each of some GPUs by what they are, but for activations."""
+    trained, frozen = count(stage, *stage.frozen.values())
+    largest, own = max((count(block)[0] for block in train.blocks_of(stage)), default=0), 4 * trained / gpus
+    return {
+        "trained weights, float32": own, "frozen weights, float32": 4 * frozen, "gradients, float32": own,
+        "AdamW, two moments": 2 * own, "averaged weights": own * bool(stage.recipe.ema),
+        # of all weights, or where they are sharded of two blocks, with their gradients
+        "bfloat16 copies": 2 * trained if gpus == 1 else 8 * largest,
+    }
+
+
 class Alive(TorchDispatchMode):
     """The bytes of all tensors that are alive: `now`, and at most so far, `peak`."""
 
@@ -182,11 +213,11 @@ class Alive(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self.sizes:
-                    weakref.finalize(storage, self.count, storage._cdata, 0)
-                    self.count(storage._cdata, storage.nbytes())
+                    weakref.finalize(storage, self.set, storage._cdata, 0)
+                    self.set(storage._cdata, storage.nbytes())
         return out
 
-    def count(self, key, size):
+    def set(self, key, size):
         self.now += size - self.sizes.pop(key, 0)
         self.peak = max(self.peak, self.now)
         if size:
@@ -200,7 +231,7 @@ def one_rank(run: Planned, name: str, gpus: int):
     alive, policy, resize = Alive(), train.MixedPrecisionPolicy, torch.UntypedStorage.resize_
 
     def resized(storage, size):  # FSDP2 frees and takes what it gathers
-        alive.count(storage._cdata, size)
+        alive.set(storage._cdata, size)
         return resize(storage, size)
 
     def tokenise(run, tokenizer, *_):  # one of its batches
@@ -237,10 +268,6 @@ def plan(run: Planned, name: str, gpus: int) -> None:
         f"{'network':20}{'trained, M':>12}{'frozen, M':>12}{'published':>12}{'forward, TFLOP a picture':>28}"
     )
 
-    def count(*modules: nn.Module) -> list[int]:  # parameters: trained ones, frozen ones
-        parameters = {p for module in modules for p in module.parameters()}
-        return [sum(p.numel() for p in parameters if p.requires_grad == trained) for trained in (True, False)]
-
     found = dict(stage.named_modules()) | stage.frozen
     rows = {part: (*count(found[part]), forward.get(found[part], 0)) for part in PARTS if part in found}
     trained, frozen = count(stage, *stage.frozen.values())
@@ -256,14 +283,7 @@ def plan(run: Planned, name: str, gpus: int) -> None:
         print(f"the decoder has {before:.0f}M before SD3.5's pooled-text embedder becomes a bias")
 
     print("\nGiB on a GPU, what is trained sharded; context and fragments come on top, a few GiB")
-    blocks = {block: sum(count(block)) for block in train.blocks_of(stage) if count(block)[0]}
-    own = 4 * trained / gpus
-    memory = {
-        "trained weights, float32": own, "frozen weights, float32": 4 * frozen, "gradients, float32": own,
-        "AdamW, two moments": 2 * own, "averaged weights": own * bool(recipe.ema),
-        # of all weights, or where they are sharded of two blocks, with their gradients
-        "bfloat16 copies": 2 * trained if gpus == 1 else 8 * max(blocks.values(), default=0),
-    }
+    memory = held(stage, gpus)
     fixed = sum(memory.values())
     with one_rank(run, name, gpus) as (_, alive):
         memory["start-up, at most"] = alive.peak
@@ -279,7 +299,7 @@ def plan(run: Planned, name: str, gpus: int) -> None:
         f"{DISK / 1e9:.0f} GB/s {state / gpus / DISK:.2g} s, or {state / DISK:.2g} s where all share a disk"
     )
     print(f"length at {UTILISATION:.0%} of {card}'s {peak / 1e12:.0f} TFLOP/s")
-    for note, work in (("", flops), (", checkpointed", flops + sum(forward[block] for block in blocks))):
+    for note, work in (("", flops), (", checkpointed", flops + recomputed(stage, forward))):
         hours = recipe.steps * recipe.batch_size * work / batch / (peak * UTILISATION) / 3600
         print(f"length{note}: {hours:.4g} GPU-hours, {hours / gpus:.3g} hours on {gpus} GPUs")
     # the whole of SD3.5 has its VAE too
