@@ -750,7 +750,7 @@ class SemTok(nn.Module):
         latents, and times `t` (B,), uniform in [0, 1]. All rows share `candidates` (ranks * B, C), the pooled
         features."""
         # In slices: all pictures of many micro-batches at once would take more than the rest of a step
-        latents, features = (in_batches(network, pictures) for network in (self.vae.encode, siglip))
+        latents, features = (in_batches(network, pictures, 16) for network in (self.vae.encode, siglip))
         rank, world = ranks()
         pooled = F.normalize(features.float().mean((2, 3)), dim=-1)  # (B, C); P of Eq. 2 is the mean
         positive = torch.arange(len(pictures), device=pictures.device) + rank * len(pictures)

@@ -294,7 +294,7 @@ def plan(run: Planned, name: str, gpus: int) -> None:
         print(f"{label:28}{amount / 2**30:12.4g}{over}")
     state = 4 * trained * (4 if recipe.ema else 3)
     print(
-        f"\non disk: two training states of {state / 2**30:.3g} GiB while it trains, one when it is finished\n"
+        f"\non disk: two training states of {state / 2**30:.3g} GiB while it trains, one when it is done\n"
         f"a state is written every {recipe.save_every:,} steps: {state / gpus / 1e9:.3g} GB by each rank, at "
         f"{DISK / 1e9:.0f} GB/s {state / gpus / DISK:.2g} s, or {state / DISK:.2g} s where all share a disk"
     )
