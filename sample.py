@@ -44,8 +44,8 @@ from ar import load_ar
 from bsq import bits_to_codes, codes_to_bits, index_to_bits
 from mmdit import UserError
 from semtok import (
-    SemTok, choose_device, key_generator, launched, load_semtok, lock, number, parse_command, picture_grid,
-    run_command, target_of, write_file, write_picture, write_text,
+    SemTok, choose_device, in_batches, key_generator, launched, load_semtok, lock, number, parse_command,
+    picture_grid, run_command, target_of, write_file, write_picture, write_text,
 )
 
 def load(run: str, name: str, device: torch.device) -> tuple[nn.Module, dict[str, str]]:
@@ -250,7 +250,7 @@ def influence(tokenizer: SemTok, codes: torch.Tensor, instead: torch.Tensor) -> 
     """What does one token do? For each token k in turn, codes[:, k] becomes instead[:, k], both (N, K, d).
     Yields how far each pixel of the refiner's pictures moves: (N, H, W), mean over colours, 0..255."""
     def pictures(codes):
-        return torch.cat([tokenizer.to_pictures(part) for part in codes.split(64)]).float()
+        return in_batches(tokenizer.to_pictures, codes).float()
 
     whole = pictures(codes)
     for token in range(codes.shape[1]):

@@ -149,6 +149,11 @@ def write_picture(path: str, picture: Image.Image) -> None:
     write_file(path, lambda temporary: picture.save(temporary, "PNG"))
 
 
+def in_batches(function, tensor: torch.Tensor, size: int = 64) -> torch.Tensor:
+    """function applied to slices of a long tensor, joined again."""
+    return torch.cat([function(part) for part in tensor.split(size)])
+
+
 @contextlib.contextmanager
 def lock(folder: str) -> Iterator[None]:
     """One command at a time writes in a folder; the kernel frees the lock when its owner dies. UserError.
@@ -815,7 +820,9 @@ class SemTok(nn.Module):
         (B,), the place of its own features in `candidates`; with rng also Eq. 5's `noise`, like the latents,
         and times `t` (B,), uniform in [0, 1]. And what they share: `candidates` (ranks * B, C), the pooled
         features of all ranks."""
-        (rank, world), latents, features = ranks(), self.vae.encode(pictures), siglip(pictures)
+        # In slices: all pictures of many micro-batches at once would take more than the rest of a step
+        latents, features = (in_batches(network, pictures, 16) for network in (self.vae.encode, siglip))
+        rank, world = ranks()
         pooled = F.normalize(features.float().mean((2, 3)), dim=-1)  # (B, C); P of Eq. 2 is the mean
         positive = torch.arange(len(pictures), device=pictures.device) + rank * len(pictures)
         rows = {"latents": latents, "features": features, "positive": positive}

@@ -68,9 +68,9 @@ from bsq import bits_to_codes, code_usage, codes_to_bits, mean_over_ranks, ranks
 from mmdit import TensorFiles, UserError, load_sd35
 from semtok import (
     PRESETS, VAE, Decoder, Discriminator, LossWeights, RefinerWeights, ResNet, SemTok, SemTokConfig, SigLIP,
-    SigLIPConfig, choose_device, flush, key_generator, launched, load_semtok, load_siglip, load_vae, lock,
-    number, parse_command, picture_grid, run_command, to_signed, to_uint8, write_picture, write_tensors,
-    write_text,
+    SigLIPConfig, choose_device, flush, in_batches, key_generator, launched, load_semtok, load_siglip,
+    load_vae, lock, number, parse_command, picture_grid, run_command, to_signed, to_uint8, write_picture,
+    write_tensors, write_text,
 )
 
 # ---------------------------------------------------------------------------------------------------- recipes
@@ -405,11 +405,6 @@ class Tokens(Dataset):
         row = self.table[item[0], int(item[1])]
         bits = np.unpackbits(row["bits"], count=math.prod(self.shape)).reshape(self.shape)
         return torch.from_numpy(bits).bool(), int(row["label"])
-
-
-def in_batches(function, tensor: torch.Tensor, size: int = 64) -> torch.Tensor:
-    """function applied to slices of a long tensor, joined again."""
-    return torch.cat([function(part) for part in tensor.split(size)])
 
 
 # ------------------------------------------------------------------------------------------------------ a run

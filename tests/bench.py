@@ -3,18 +3,27 @@
 `ar`, `stages` and `decode` set times against the floor: FLOPs over the rate of a matrix product measured in
 the same run, in turns with what it is compared with. On CUDA they have the paper's sizes, on a CPU sizes that
 fit into minutes. It needs what the tests need. Pin the process (taskset) to keep other work out of the
-numbers. On a busy machine set OMP_WAIT_POLICY=PASSIVE, or waiting threads are counted as work."""
+numbers. On a busy machine set OMP_WAIT_POLICY=PASSIVE, or waiting threads are counted as work.
+
+`gpu` is the first hour on a new card: what should be seen before anything long is started, each with what the
+plan expects, into a Markdown table. On a CPU the tiny preset stands in for the paper's, to test this file."""
 
 import argparse
 import contextlib
+import gc
+import json
 import os
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -22,6 +31,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
+import plan  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -264,8 +274,6 @@ def decode(options):
 
 def stages(_):
     """60 steps of each stage of the tiny preset by train.py itself: its log's speed, the plan's FLOPs."""
-    import json
-    import plan
     import train
     with tempfile.TemporaryDirectory() as folder:
         train.main(["--stage", "all", "--out", folder, "--steps", "60", "--set", "log_every=30"])
@@ -281,7 +289,172 @@ def stages(_):
             print(f"  stage {entry['stage']:3s} {speed}, {share:.1%} of the rate of matrix products")
 
 
-SECTIONS = {"metrics": metrics, "ar": ar, "stages": stages, "decode": decode}
+# ------------------------------------------------------------------------------------ the first hour on a GPU
+
+# LEAST: the share of the peak that the plan counts on
+PRESET, LEAST = ("paper", plan.UTILISATION) if CUDA else ("tiny", 0.001)
+# By a CPU: the stages of README's default run; of 8 steps on 64 pictures
+REACHED = dict(zip(("0", "1", "2", "ar"), (30.0, 20.0, 25.6, 0.418) if CUDA else (13.3, 10.3, 11.9, 0.68)))
+
+
+def small_world(folder):
+    """The tiny preset, all stages, as train.py runs it here: on CUDA in bfloat16 and compiled."""
+    import train
+    few = [] if CUDA else ["--steps", "8", "--workers", "0"]
+    with mock.patch.dict(train.DRAWN, {} if CUDA else {"train": 64, "val": 20}):
+        train.main(["--stage", "all", "--out", f"{folder}/tiny", *few])
+    entries = [json.loads(line) for line in open(f"{folder}/tiny/log.jsonl")]
+    for stage, expected in REACHED.items():
+        name, unit, room = ("val_nll_per_bit", "nats", 0.02) if stage == "ar" else ("psnr", "dB", 0.5)
+        found = next(entry[name] for entry in reversed(entries) if entry["stage"] == stage and name in entry)
+        good = found <= expected + room if stage == "ar" else found >= expected - room
+        yield f"tiny, stage {stage}", f"{found:.3f} {unit}", f"{expected} {unit}, room {room}", good
+
+
+def training_speed(folder, name, *flags):
+    """Steps of a stage with random weights, all players in: memory and FLOP/s against plan and peak."""
+    import train
+    count, warm = (20, 3) if CUDA else (2, 1)
+    args = train.parse_arguments(["--preset", PRESET, "--stage", name, "--out", f"{folder}/none", *flags])
+    run = plan.Planned(args.out, train.open_run(args)[0].settings, args, DEVICE)
+    size, on_cpu = run.recipe(name).batch_size, plan.Planned(args.out, run.settings, args)
+    with plan.without_files(on_cpu):
+        stage, work, forward, *kept = plan.measure(name, on_cpu, size // args.accumulate)
+    work += plan.recomputed(stage, forward) * args.checkpoint_activations
+    expected = sum(plan.held(stage, 1).values()) + kept[args.checkpoint_activations]
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    with plan.without_files(run), mock.patch.object(train, "Tokens", lambda *_: None):
+        training = train.Training(name, run)
+    training.step, batch = run.recipe(name).steps - count, plan.zeros(name, run, size)
+    batch[0].random_(0, 2 if name == "ar" else 256)
+    seconds = [timed(partial(train.one_step, training, batch))[0] for _ in range(count)]
+    speed, peak = work * args.accumulate / statistics.median(seconds[warm:]), peak_rate()
+    least = LEAST * args.compile if CUDA else LEAST  # the plan is of compiled blocks
+    used = torch.cuda.max_memory_allocated() if CUDA else 0  # unknown
+    how = f"{'' if args.compile else 'not '}compiled" + ", checkpointed" * args.checkpoint_activations
+    yield (
+        f"{PRESET}, stage {name}, {size // args.accumulate} at once, {how}",
+        f"{used / 2**30:.1f} GiB, {speed / 1e12:.3g} TFLOP/s, {speed / peak:.1%} of {peak / 1e12:.3g}",
+        f"{expected / 2**30:.1f} GiB, {least:.1%}",
+        used < 1.1 * expected and speed > least * peak and not training.skipped,
+    )
+
+
+def peak_rate():
+    """FLOP/s that a card is sold with; of a CPU, those of a matrix product."""
+    return plan.CARDS["paper"][1] if CUDA else product_rate(torch.float32, (768, 768, 768))
+
+
+def sampling_speed(_, size):
+    """Pictures of a transformer with random weights, by sample.py's Sampler."""
+    import ar
+    import sample
+    import semtok
+    about, (count, batch) = {"classes": "[]", "parent": "", "fingerprint": ""}, (512, 64) if CUDA else (8, 4)
+    with DEVICE:
+        networks = {"ar": ar.MaskedAR(ar.AR_PRESETS[size]), "stage2": semtok.SemTok(semtok.PRESETS[PRESET])}
+    with mock.patch.object(sample, "load", lambda _, name, device: (networks[name].to(device), about)):
+        arguments = sample.parse_arguments(["--npz", str(count), "--batch-size", str(batch)])
+        sampler = sample.Sampler(arguments, DEVICE)
+    bits = torch.zeros(1, sampler.ar.config.tokens, sampler.ar.config.bits, dtype=torch.bool, device=DEVICE)
+    classes, masked = torch.zeros(1, dtype=torch.long, device=DEVICE), torch.ones_like(bits[..., 0])
+    steps, random = min(sampler.options["steps"], bits.shape[1]), torch.Generator(DEVICE)
+    sampler.draw([0] * batch, random)  # compilers are warm
+    work = 2 * steps * flops(lambda: networks["ar"](bits, classes, masked))  # with guidance: two passes
+    spent, most = timed(lambda: sampler.draw([0] * count, random))[0] / count, work / peak_rate() / LEAST
+    told = f"{1e3 * most:.4g} ms: {work / 1e12:.3g} TFLOP at {LEAST:.1%}"
+    yield f"AR-{size}, {count} pictures", f"{1e3 * spent:.4g} ms a picture", told, spent < most
+
+
+def fid_speed(folder):
+    """fid.py's features of pictures, read out of files: as on the CPU, and how fast."""
+    from test_fid import settle
+    import fid
+    import semtok
+    count = 512 if CUDA else 8
+    os.makedirs(f"{folder}/pictures")
+    write_pictures(f"{folder}/pictures", count, 256)
+    network, source, features = settle(fid.Inception()), fid.open_source(f"{folder}/pictures"), {}
+    options = SimpleNamespace(batch_size=64, workers=len(os.sched_getaffinity(0)), resize="adm")
+    with semtok.without_tf32():  # as fid.py's command
+        for options.device in ("cpu", *["cuda", "cuda"] * CUDA):  # twice: cuDNN is warm
+            network.to(options.device)
+            features[options.device] = rows = []
+            spent, _ = timed(partial(fid.measure, source, network, options, rows))
+    expected, got = (torch.cat(features[device]).cpu() for device in ("cpu", DEVICE.type))
+    off = ((got - expected).abs() / expected.clamp(min=0.1 * expected.mean())).max().item()
+    told = f"{count / spent:.0f} a second, features off by {off:.1e} of the CPU's"
+    yield f"fid.py, {count} pictures", told, "1e-4", off < 1e-4
+
+
+def killed(folder):
+    """kill -9 after the first training state; the same command goes on from it."""
+    out, last = f"{folder}/killed", 400 if CUDA else 60
+    script = str(Path(__file__).resolve().parents[1] / "train.py")
+    command = [sys.executable, script, "--stage", "0", "--out", out, "--steps", str(last), "--workers", "0"]
+    command += ["--set", "save_every=20", "log_every=10", f"preview_every={last}"]
+    process = subprocess.Popen(command)
+    while process.poll() is None and not any(Path(out).glob("state-0/step-*[0-9]")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    first, then = process.wait(), subprocess.run(command).returncode
+    lines = [json.loads(line) for line in open(f"{out}/log.jsonl")]
+    begun = [entry["step"] for entry in lines].count(10)
+    good = (first, then, begun, lines[-1]["step"]) == (-signal.SIGKILL, 0, 1, last)
+    told = f"step 10 seen {begun} times, the last step is {lines[-1]['step']}"
+    yield "kill -9, then the same command", told, f"1, {last}", good
+
+
+BOTH = ("--checkpoint-activations", "--compile")
+HOUR = [  # small batches take the same memory as the recipes', with as many pictures at once
+    (small_world,),
+    *((training_speed, "1", "--set", "batch_size=64", "--accumulate", "8", *flags) for flags in (
+        ("--no-compile",), BOTH[1:], (BOTH[0], "--no-compile"), BOTH)),
+    (training_speed, "2", "--accumulate", "8", *BOTH),
+    (training_speed, "ar", "--set", "batch_size=512", "--accumulate", "4", *BOTH),
+    *((sampling_speed, size) for size in ("L", "XL", "XXL")), (fid_speed,), (killed,),
+] if CUDA else [
+    (small_world,), *((training_speed, *case, "--no-compile") for case in (
+        ("1",), ("2", "--accumulate", "2", BOTH[0]), ("ar",))),
+    (sampling_speed, "tiny"), (fid_speed,), (killed,),
+]
+
+
+def gpu(options):
+    """All of HOUR, one after the other, into a table. Exits with 1 when something failed."""
+    import semtok
+
+    semtok.choose_device(None)  # TF32, as the commands have it
+    card, start, failed = torch.cuda.get_device_name() if CUDA else "a CPU, in small", time.time(), 0
+    os.makedirs(os.path.dirname(options.table) or ".", exist_ok=True)
+    with open(options.table, "w") as table, tempfile.TemporaryDirectory() as folder:
+        def write(*cells):
+            line = f"| {' | '.join(cells)} |"
+            print(line, flush=True)
+            print(line, file=table, flush=True)
+
+        write(f"{time.strftime('%Y-%m-%d')}, {card}, torch {torch.__version__}", "measured", "expected", "")
+        write(*4 * ["---"])
+        for part, *arguments in HOUR:
+            try:
+                rows = list(part(folder, *arguments))
+            except (Exception, SystemExit) as error:  # such as full memory: the others are still of use
+                traceback.print_exc()
+                rows = [(f"{part.__name__} {' '.join(arguments)}", type(error).__name__, "", False)]
+            for *cells, good in rows:
+                failed += not good
+                write(*cells, "pass" if good else "FAIL")
+            gc.collect()
+            torch.compiler.reset()
+            if CUDA:
+                torch.cuda.empty_cache()
+        write("minutes in all", f"{(time.time() - start) / 60:.1f}", "60", "")
+    if failed:
+        sys.exit(1)
+
+
+SECTIONS = {"metrics": metrics, "ar": ar, "stages": stages, "decode": decode, "gpu": gpu}
 
 
 def main():
@@ -293,6 +466,8 @@ def main():
     parser.add_argument("--pictures", type=int, default=200, help="metrics: pictures to read")
     parser.add_argument("--photos", metavar="FOLDER", help="metrics: made of these photos")
     parser.add_argument("--features", type=int, default=4000, help="metrics: rows for precision and recall")
+    default = os.path.join("runs", "gpu", "first-hour.md")
+    parser.add_argument("--table", metavar="PATH", default=default, help="gpu: (default %(default)s)")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for name in options.sections:

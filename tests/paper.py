@@ -46,10 +46,10 @@ import recognise  # noqa: E402
 import sample  # noqa: E402
 from mmdit import TensorFiles, UserError  # noqa: E402
 from semtok import (  # noqa: E402
-    SemTok, SigLIP, key_generator, load_semtok, load_siglip, picture_grid, run_command, to_signed,
+    SemTok, SigLIP, in_batches, key_generator, load_semtok, load_siglip, picture_grid, run_command, to_signed,
     write_picture, write_tensors, write_text,
 )
-from train import in_batches, read_settings, setting_names  # noqa: E402
+from train import read_settings, setting_names  # noqa: E402
 
 COST = {"0": 40, "1": 60, "2": 90, "ar": 100, "score": 15}  # for the bar: about the seconds of each
 

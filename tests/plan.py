@@ -10,15 +10,21 @@ import argparse
 import contextlib
 import os
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,6 +37,7 @@ CARDS = {  # by preset, a GPU to plan for: its name, dense bfloat16 FLOP/s, byte
     "paper": ("an H100", 989e12, 78 * 2**30), "base": ("an RTX 4090", 165e12, 22 * 2**30),
 }
 UTILISATION = 0.4  # our share of the FLOP/s
+DISK = 2e9  # bytes a second that a disk writes
 PARTS = {  # of the stages, as the code names them: millions of parameters in the paper, of the VAE in SD3.5
     "semtok.vae.encoder": 34.3, "siglip": "-", "semtok.encoder": 113, "semtok.w_x": "-", "semtok.w_z": "-",
     "semtok.decoder": 2236, "semtok.vae.decoder": 49.5, "lpips": "-", "resnet": "-", "discriminator": "-",
@@ -39,17 +46,22 @@ PARTS = {  # of the stages, as the code names them: millions of parameters in th
 PAPER_AR = {"L": 318, "XL": 746, "XXL": 1200}
 
 
-class AsOnCUDA(torch.overrides.TorchFunctionMode):
-    """What CUDA's autocast does: norms and resizing take float32, attention is memory-efficient."""
+@contextlib.contextmanager
+def as_on_cuda():
+    """Inside `with`, what CUDA's autocast does: norms and resizing take float32, attention is
+    memory-efficient. No TorchFunctionMode, since one is off in backward passes, which may recompute."""
+    def attend(q, k, v, mask=None, is_causal=False):
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        return efficient(q, k, v, mask, True, is_causal=is_causal)[0]
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention:
-            attend = torch.ops.aten._scaled_dot_product_efficient_attention
-            return attend(*args, kwargs.get("attn_mask"), True, is_causal=kwargs.get("is_causal", False))[0]
-        if function in (F.layer_norm, F.rms_norm, F.group_norm, F.interpolate):
-            args = [a.float() if isinstance(a, torch.Tensor) else a for a in args]
-        return function(*args, **kwargs)
+    def in_float32(function):
+        def cast(*args, **kwargs):
+            return function(*(a.float() if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
+        return cast
+
+    casts = {n: in_float32(getattr(F, n)) for n in ("layer_norm", "rms_norm", "group_norm", "interpolate")}
+    with mock.patch.multiple(F, scaled_dot_product_attention=attend, **casts):
+        yield
 
 
 class Planned(train.Run):
@@ -78,19 +90,27 @@ class Planned(train.Run):
 @contextlib.contextmanager
 def without_files(run: Planned):
     """Inside `with`, train.py makes networks without values where it would read them out of files."""
+    def build(make, *sizes):
+        with torch.device(run.device):
+            network = make(*sizes)
+        on_cpu = run.device.type == "cpu"  # and fake tensors cannot move
+        return network if on_cpu else network.to(run.device)  # with what is made on the CPU everywhere
+
     def network(judge, run):
-        return (judge.make_twin() if run.tiny else judge.load(run)).requires_grad_(False).eval()
+        made = build(judge.make_twin) if run.tiny else build(judge.load, run)
+        return made.requires_grad_(False).eval()
 
     def lpips(*_):
         return fid.LPIPS(fid.VGG16Features(), [torch.zeros(1, width, 1, 1) for width in fid.VGG_WIDTHS])
 
     def load_sd35(decoder, *_):
-        decoder.load_state_dict(semtok.Decoder(run.config).state_dict(), assign=True)
+        decoder.load_state_dict(build(semtok.Decoder, run.config).state_dict(), assign=True)
 
     tower = train.TINY_SIGLIP if run.tiny else semtok.SigLIPConfig()
     loaders = {
-        "load_vae": lambda *_: semtok.VAE(run.config.vae), "load_siglip": lambda *_: semtok.SigLIP(tower),
-        "load_semtok": lambda *_: (semtok.SemTok(run.config), {}), "load_sd35": load_sd35,
+        "load_vae": lambda *_: build(semtok.VAE, run.config.vae), "load_sd35": load_sd35,
+        "load_siglip": lambda *_: build(semtok.SigLIP, tower),
+        "load_semtok": lambda *_: (build(semtok.SemTok, run.config), {}),
     }
     with (
         mock.patch.multiple(train, **loaders), mock.patch.object(train.Judge, "network", network),
@@ -98,6 +118,13 @@ def without_files(run: Planned):
         mock.patch.object(train.Pretraining, "redraw", lambda *_: None),  # of the preview
     ):
         yield
+
+
+def zeros(name: str, run: Planned, count: int) -> list[torch.Tensor]:
+    """What a step of a stage is given: pictures (count, 3, H, W) or bits (count, K, d), labels (count,)."""
+    side, tokens = run.config.image_size, (run.config.tokens, run.config.bits)
+    shape, kind = (tokens, torch.bool) if name == "ar" else ((3, side, side), torch.uint8)
+    return [torch.zeros(count, *shape, dtype=kind), torch.zeros(count, dtype=torch.long)]
 
 
 def measure(name: str, run: Planned, batch: int) -> tuple:
@@ -136,17 +163,96 @@ def measure(name: str, run: Planned, batch: int) -> tuple:
                 parameter.data = parameter.data.bfloat16()
         for root in (stage, *stage.frozen.values()):
             weights |= {t.untyped_storage()._cdata for t in (*root.parameters(), *root.buffers())}
-        side, config, labels = run.config.image_size, run.config, torch.zeros(batch, dtype=torch.long)
-        shape = (config.tokens, config.bits) if name == "ar" else (3, side, side)
         saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with torch.autocast("cpu", torch.bfloat16), AsOnCUDA(), saved:
-            data = torch.zeros(batch, *shape, dtype=torch.bool if name == "ar" else torch.uint8)
-            step = stage.prepare(data, labels, torch.Generator(), stage.recipe.steps - 1)
+        with torch.autocast("cpu", torch.bfloat16), as_on_cuda(), saved:
+            step = stage.prepare(*zeros(name, run, batch), torch.Generator(), stage.recipe.steps - 1)
             stage(*step)["loss"].backward()
         flops, activations = so_far()
         within = [inside[block] for block in blocks if block in inside] or [0]
         lean = activations + sum(s.nbytes() for s in inputs.values()) - sum(within) + max(within)
     return stage, flops, forward, activations, lean
+
+
+def count(*modules: nn.Module) -> list[int]:
+    """How many parameters are trained, how many frozen."""
+    parameters = {p for module in modules for p in module.parameters()}
+    return [sum(p.numel() for p in parameters if p.requires_grad == trained) for trained in (True, False)]
+
+
+def recomputed(stage: nn.Module, forward: dict) -> int:
+    """The FLOPs that checkpointing adds, of `measure`'s."""
+    return sum(forward[block] for block in train.blocks_of(stage) if count(block)[0])
+
+
+def held(stage: nn.Module, gpus: int) -> dict[str, int]:
+    """The bytes on each of some GPUs by what they are, but for activations."""
+    trained, frozen = count(stage, *stage.frozen.values())
+    largest, own = max((count(block)[0] for block in train.blocks_of(stage)), default=0), 4 * trained / gpus
+    return {
+        "trained weights, float32": own, "frozen weights, float32": 4 * frozen, "gradients, float32": own,
+        "AdamW, two moments": 2 * own, "averaged weights": own * bool(stage.recipe.ema),
+        # of all weights, or where they are sharded of two blocks, with their gradients
+        "bfloat16 copies": 2 * trained if gpus == 1 else 8 * largest,
+    }
+
+
+class Alive(TorchDispatchMode):
+    """The bytes of all tensors that are alive: `now`, and at most so far, `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0  # sizes: of storages, since views share one
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # it calls again with this rank's part
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return True  # the step was good
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.sizes:
+                    weakref.finalize(storage, self.set, storage._cdata, 0)
+                    self.set(storage._cdata, storage.nbytes())
+        return out
+
+    def set(self, key, size):
+        self.now += size - self.sizes.pop(key, 0)
+        self.peak = max(self.peak, self.now)
+        if size:
+            self.sizes[key] = size
+
+
+@contextlib.contextmanager
+def one_rank(run: Planned, name: str, gpus: int):
+    """Inside `with`, (a stage's Training, Alive) of one of `gpus` ranks, under FakeTensorMode on the CPU: its
+    bytes are a GPU's, since what is built on the CPU moves there. The rank is not rank 0, which writes."""
+    alive, policy, resize = Alive(), train.MixedPrecisionPolicy, torch.UntypedStorage.resize_
+
+    def resized(storage, size):  # FSDP2 frees and takes what it gathers
+        alive.set(storage._cdata, size)
+        return resize(storage, size)
+
+    def tokenise(run, tokenizer, *_):  # one of its batches
+        semtok.in_batches(tokenizer.encode, semtok.to_signed(zeros("2", run, 256)[0]))
+
+    if gpus > 1:
+        dist.init_process_group("fake", rank=1, world_size=gpus, store=FakeStore())
+        mesh = dist.init_device_mesh("cpu", (gpus,))  # it needs values
+    with (
+        contextlib.ExitStack() as at_end, without_files(run), mock.patch.multiple(
+            train, Tokens=tokenise, autocast=lambda _: torch.autocast("cpu", torch.bfloat16),
+            MixedPrecisionPolicy=lambda *_, **kept: policy(torch.bfloat16, torch.float32, **kept),
+        ),
+        mock.patch.object(nn.Module, "to", lambda module, *_: module),
+        mock.patch.object(torch.UntypedStorage, "resize_", resized),
+    ):
+        if gpus > 1:
+            at_end.callback(dist.destroy_process_group)
+            at_end.enter_context(mock.patch.object(dist, "init_device_mesh", lambda *_: mesh))
+        with FakeTensorMode(), as_on_cuda(), alive:
+            yield train.Training(name, run), alive
 
 
 def plan(run: Planned, name: str, gpus: int) -> None:
@@ -161,10 +267,6 @@ def plan(run: Planned, name: str, gpus: int) -> None:
         f"{config.tokens} tokens of {config.bits} bits: {config.bits_per_pixel:.3f} bits per pixel\n\n"
         f"{'network':20}{'trained, M':>12}{'frozen, M':>12}{'published':>12}{'forward, TFLOP a picture':>28}"
     )
-
-    def count(*modules: nn.Module) -> list[int]:  # parameters: trained ones, frozen ones
-        parameters = {p for module in modules for p in module.parameters()}
-        return [sum(p.numel() for p in parameters if p.requires_grad == trained) for trained in (True, False)]
 
     found = dict(stage.named_modules()) | stage.frozen
     rows = {part: (*count(found[part]), forward.get(found[part], 0)) for part in PARTS if part in found}
@@ -181,24 +283,23 @@ def plan(run: Planned, name: str, gpus: int) -> None:
         print(f"the decoder has {before:.0f}M before SD3.5's pooled-text embedder becomes a bias")
 
     print("\nGiB on a GPU, what is trained sharded; context and fragments come on top, a few GiB")
-    blocks = {block: sum(count(block)) for block in train.blocks_of(stage) if count(block)[0]}
-    own = 4 * trained / gpus
-    memory = {
-        "trained weights, float32": own, "frozen weights, float32": 4 * frozen, "gradients, float32": own,
-        "AdamW, two moments": 2 * own, "averaged weights": own * bool(recipe.ema),
-        # of all weights, or where they are sharded of two blocks, with their gradients
-        "bfloat16 copies": 2 * trained if gpus == 1 else 8 * max(blocks.values(), default=0),
-    }
+    memory = held(stage, gpus)
     fixed = sum(memory.values())
+    with one_rank(run, name, gpus) as (_, alive):
+        memory["start-up, at most"] = alive.peak
     for note, kept in (("", activations), (", checkpointed", checkpointed)):
         memory |= {f"activations{note}": kept, f"total{note}": fixed + kept}
     for label, amount in memory.items():
         over = f"  more than the {room / 2**30:.0f} of {card}" * ("total" in label and amount > room)
         print(f"{label:28}{amount / 2**30:12.4g}{over}")
-    state = 4 * trained * (4 if recipe.ema else 3) / 2**30
-    print(f"\non disk: two training states of {state:.3g} GiB while it trains, one when it is finished")
+    state = 4 * trained * (4 if recipe.ema else 3)
+    print(
+        f"\non disk: two training states of {state / 2**30:.3g} GiB while it trains, one when it is done\n"
+        f"a state is written every {recipe.save_every:,} steps: {state / gpus / 1e9:.3g} GB by each rank, at "
+        f"{DISK / 1e9:.0f} GB/s {state / gpus / DISK:.2g} s, or {state / DISK:.2g} s where all share a disk"
+    )
     print(f"length at {UTILISATION:.0%} of {card}'s {peak / 1e12:.0f} TFLOP/s")
-    for note, work in (("", flops), (", checkpointed", flops + sum(forward[block] for block in blocks))):
+    for note, work in (("", flops), (", checkpointed", flops + recomputed(stage, forward))):
         hours = recipe.steps * recipe.batch_size * work / batch / (peak * UTILISATION) / 3600
         print(f"length{note}: {hours:.4g} GPU-hours, {hours / gpus:.3g} hours on {gpus} GPUs")
     # the whole of SD3.5 has its VAE too

@@ -9,6 +9,8 @@ import ctypes
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -24,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 import plan  # it puts the repository on Python's path
 
 import ar
+import bench
 import sample
 import semtok
 import train
@@ -300,3 +303,29 @@ def test_sampling_waits_for_its_end(waits, size, monkeypatch):
         waits.clear()
         sampler.draw([1, 2, 3], Random())
         assert waits == ["to cuda", "to cpu", "to cpu"] and sampler.ar.head.weight.dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------------- the first hour
+
+def test_the_first_hour_in_small(tmp_path):
+    """The command itself, where no GPU is seen: every part in the order of the hour, and all of them pass."""
+    table = tmp_path / "new" / "table.md"
+    command = [sys.executable, bench.__file__, "gpu", "--table", str(table)]
+    no_gpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=os.environ | no_gpu, cwd=tmp_path, capture_output=True, text=True)
+    rows = [line.strip("| ").split(" | ") for line in table.read_text().splitlines()]
+    names = [row[0].partition(",")[0] for row in rows[2:]]
+    assert done.returncode == 0 and {row[-1] for row in rows[2:-1]} == {"pass"}, done.stdout + done.stderr
+    assert names == ["tiny"] * 7 + ["AR-tiny", "fid.py", "kill -9", "minutes in all"]
+    assert float(rows[-1][1]) < 60
+
+
+def test_the_first_hour_goes_on_after_a_failure(tmp_path, monkeypatch):
+    def full(folder):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(bench, "HOUR", [(full,), (lambda _: iter([("slow", "1", "2", False)]),), (full,)])
+    with pytest.raises(SystemExit, match="1"):
+        bench.gpu(SimpleNamespace(table=str(tmp_path / "table.md")))
+    table = (tmp_path / "table.md").read_text()
+    assert "| full  | OutOfMemoryError |  | FAIL |\n| slow | 1 | 2 | FAIL |\n| full  |" in table

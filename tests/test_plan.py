@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import paper
+import plan
 import train
 from test_pipeline import ROOT, call, sentence
 
@@ -77,10 +78,38 @@ def test_a_step_is_the_sum_of_its_networks_and_memory_and_length_add_up(argument
         total = sum(row(arguments, name)[0] for name in (*sizes, "bfloat16 copies", f"activations{note}"))
         assert row(arguments, f"total{note}")[0] == pytest.approx(total, rel=0.002)
         assert bool(re.search(f"total{note}  .*more than the 78", text)) == (total > 78)
+    assert row(arguments, "start-up, at most") < row(arguments, "total, checkpointed")
     steps, batch = re.search(r": ([\d,]+) steps of (\d+)", text).groups()
     hours = work * 1e12 * int(steps.replace(",", "")) * int(batch) / (0.4 * 989e12) / 3600
     assert float(re.search(r"length: ([\d.]+) GPU-hours", text)[1]) == pytest.approx(hours, rel=0.002)
     assert f"states of {4 * trained * gib:.3g} GiB" in text
+
+
+FEW = "--set encoder_depth=2 decoder_depth=6 decoder_dual_depth=3"
+
+
+@pytest.mark.parametrize("arguments, gpus", [
+    (f"{STAGE1} {FEW} --checkpoint-activations", 8), (f"{STAGE2} {FEW}", 8),
+    (f"--preset base --stage 1 {FEW} --accumulate 8", 1),
+])
+def test_what_lives_on_a_gpu_is_what_the_plan_counts(arguments, gpus):
+    """From the first allocation over a step to the checkpoint, which gathers one tensor at a time."""
+    planned, args = f"{arguments} --gpus {gpus}", train.parse_arguments([*arguments.split(), "--out", "none"])
+    run = plan.Planned("none", train.open_run(args)[0].settings, args)
+    with plan.one_rank(run, args.stage, gpus) as (training, alive):
+        start, training.step = alive.peak, training.stage.recipe.steps - 2
+        for _ in range(1 + (gpus > 1)):  # in the first, whole tensors' shapes seem alive in FSDP2
+            alive.peak = alive.now
+            train.one_step(training, plan.zeros(args.stage, run, training.stage.recipe.batch_size // gpus))
+        step, before = alive.peak, alive.now
+        if gpus > 1:  # others than rank 0 gather what it writes
+            alive.peak = before
+            with train.averaged(training.stage, training.average):
+                training.stage.export({})
+            assert 2**25 < alive.peak - before < 2**28  # of 2.5 GB
+    total = row(planned, "total" + ", checkpointed" * args.checkpoint_activations)[0] * 2**30
+    assert row(planned, "start-up, at most") == [pytest.approx(start / 2**30, rel=0.001)]
+    assert 0.85 * total < step < 1.05 * total, (start, step, total)
 
 
 def test_it_takes_little_memory_and_names_what_is_missing(tmp_path):
