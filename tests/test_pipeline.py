@@ -213,7 +213,7 @@ def test_each_next_command_runs_as_printed(finished, tmp_path, monkeypatch):
         commands.append(command)
         command = result.stdout.partition("next: ")[2].strip()
     assert commands[-1] == "python sample.py --class 1 --run 'a run'" and len(commands) == 5
-    assert Image.open(result.stdout.strip()).size == (8 * 96, 2 * (96 + 18))
+    assert Image.open(result.stdout.strip()).size == (8 * 96, 2 * 96 + 18)
     for stage in train.STAGES.values():
         same_tensors(finished[0] / stage.result, tmp_path / "a run" / stage.result)
 

@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import paper
 import plan
@@ -176,7 +177,8 @@ def test_what_the_ablations_say_of_their_figures():
     ):
         assert paper.verdict(ours, published) == said
     every = {need: [] for entry in paper.ENTRIES.values() for need in paper.needs(entry)}
-    scores = ("rFD", "PSNR", "SSIM", "kNN", "gFD", "recognised", "precision", "recall")
+    scores = ("rFD", "PSNR", "SSIM", "kNN", "gFD", "recognised", "precision", "recall", "nats",
+              *paper.LOCALITY.split())
     for (run, _), seeds in every.items():
         seeds += [dict.fromkeys(scores, 1.0 + seed + (run == "default")) for seed in range(2)]
     text = paper.markdown("table14", paper.ENTRIES["table14"], every)
@@ -185,5 +187,31 @@ def test_what_the_ablations_say_of_their_figures():
     for name, entry in paper.ENTRIES.items():
         if isinstance(entry, paper.Figure):
             assert paper.chart(entry, every).size == (1000, 210)
-        else:
+        elif isinstance(entry, paper.Table):
             assert "nan" not in paper.markdown(name, entry, every)
+
+
+class Grid:
+    """A tokenizer of 32 x 32 pictures whose 16 tokens each hold the mean of one patch, or of all."""
+
+    def __init__(self, alone):
+        self.alone = alone
+
+    def encode(self, pictures):
+        return F.avg_pool2d(pictures.float().mean(1), 8).flatten(1)[..., None] / 255  # (N, 16, 1)
+
+    def to_pictures(self, codes):
+        codes = codes if self.alone else codes.mean(1, keepdim=True).expand_as(codes)
+        pixels = codes.unflatten(1, (4, 4))[..., 0].repeat_interleave(8, 1).repeat_interleave(8, 2)
+        return (255 * pixels)[:, None].expand(-1, 3, -1, -1)
+
+    def reconstruct(self, pictures):
+        return self.to_pictures(self.encode(pictures))
+
+
+@pytest.mark.parametrize("alone, share", [(True, 1.0), (False, 9 / 64)])
+def test_locality_of_a_patch_and_of_a_whole_picture(alone, share):
+    pictures = torch.randint(256, (5, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    found = paper.locality(Grid(alone), pictures)
+    assert [found[name] for name in ("zeroed", "swapped", "each")] == pytest.approx([share] * 3, abs=1e-4)
+    assert found["all-swapped"] < 0.3
