@@ -771,6 +771,15 @@ def test_a_copied_file_imports_only_what_its_card_says(name):
         assert {module.split(".")[0] for module in modules} <= allowed, f"line {node.lineno}"
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
+def test_the_oldest_python_reads_every_file(path):
+    """README names 3.10. Where that Python is installed, it also compiles them."""
+    ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
+    if oldest := shutil.which("python3.10"):
+        done = subprocess.run([oldest, "-c", f"compile(open({str(path)!r}).read(), 'it', 'exec')"])
+        assert done.returncode == 0 or subprocess.run([oldest, "--version"]).returncode  # a broken one
+
+
 @pytest.mark.parametrize("name", CARDS)
 def test_a_copied_file_runs_its_example_in_an_empty_folder(name, tmp_path):
     for file in (name, *CARDS[name][1]):
