@@ -3,13 +3,17 @@
     python tests/plan.py --preset paper --stage 1 --gpus 8      # no weights, no pictures, no GPU are needed
 
 It runs one step of the very stage that train.py trains, under PyTorch's FakeTensorMode: shapes without
-values, with the types of CUDA's autocast. It takes train.py's options of what is trained, and --gpus.
+values, with the types of CUDA's autocast. It takes train.py's options of what is trained, --gpus, and
+--memory, for which it says the smallest --accumulate that fits. Of the tiny preset some steps are timed here.
 """
 
 import argparse
 import contextlib
 import os
+import statistics
 import sys
+import tempfile
+import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -255,10 +259,27 @@ def one_rank(run: Planned, name: str, gpus: int):
             yield train.Training(name, run), alive
 
 
-def plan(run: Planned, name: str, gpus: int) -> None:
-    """Print what a stage takes: parameters, FLOPs, memory, disk, length and missing files."""
+def seconds_here(run: Planned, name: str) -> float:
+    """A stage's seconds on this CPU, by a few real steps, without start-up and previews."""
+    recipe, seconds = run.recipe(name), []
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(train, "Tokens", lambda *_: None):
+        training = train.Training(name, Planned(folder, run.settings, run.args))
+        batch = zeros(name, run, recipe.batch_size)
+        batch[0].random_(0, 2 if name == "ar" else 256)
+        for training.step in range(6):
+            start = time.perf_counter()
+            train.one_step(training, batch)
+            seconds.append(time.perf_counter() - start)
+    return recipe.steps * statistics.median(seconds[2:])
+
+
+def plan(run: Planned, name: str, gpus: int, memory: float | None) -> float:
+    """Print what a stage takes: parameters, FLOPs, memory, disk, length and missing files.
+
+    memory: GiB of a GPU. Returns the stage's seconds on this CPU, for the tiny preset, else 0."""
     config, recipe, paper = run.config, run.recipe(name), run.preset == "paper"
     card, peak, room = CARDS.get(run.preset, CARDS["base"])
+    card, room = ("this GPU", memory * 2**30) if memory else (card, room)
     batch = recipe.batch_size // (gpus * run.args.accumulate)
     stage, flops, forward, activations, checkpointed = measure(name, run, batch)
     print(
@@ -283,14 +304,19 @@ def plan(run: Planned, name: str, gpus: int) -> None:
         print(f"the decoder has {before:.0f}M before SD3.5's pooled-text embedder becomes a bias")
 
     print("\nGiB on a GPU, what is trained sharded; context and fragments come on top, a few GiB")
-    memory = held(stage, gpus)
-    fixed = sum(memory.values())
+    sizes = held(stage, gpus)
+    fixed = sum(sizes.values())
     with one_rank(run, name, gpus) as (_, alive):
-        memory["start-up, at most"] = alive.peak
+        sizes["start-up, at most"] = alive.peak
     for note, kept in (("", activations), (", checkpointed", checkpointed)):
-        memory |= {f"activations{note}": kept, f"total{note}": fixed + kept}
-    for label, amount in memory.items():
-        over = f"  more than the {room / 2**30:.0f} of {card}" * ("total" in label and amount > room)
+        sizes |= {f"activations{note}": kept, f"total{note}": fixed + kept}
+    for label, amount in sizes.items():
+        over = ""
+        if "total" in label and amount > room:
+            parts = (n for n in range(2, batch + 1) if batch % n == 0)
+            parts = (n * run.args.accumulate for n in parts if fixed + (amount - fixed) / n <= room)
+            fits = next((f"--accumulate {n} fits" for n in parts), "no --accumulate fits")
+            over = f"  more than the {room / 2**30:.0f} of {card}: {fits}"
         print(f"{label:28}{amount / 2**30:12.4g}{over}")
     state = 4 * trained * (4 if recipe.ema else 3)
     print(
@@ -298,13 +324,18 @@ def plan(run: Planned, name: str, gpus: int) -> None:
         f"a state is written every {recipe.save_every:,} steps: {state / gpus / 1e9:.3g} GB by each rank, at "
         f"{DISK / 1e9:.0f} GB/s {state / gpus / DISK:.2g} s, or {state / DISK:.2g} s where all share a disk"
     )
-    print(f"length at {UTILISATION:.0%} of {card}'s {peak / 1e12:.0f} TFLOP/s")
-    for note, work in (("", flops), (", checkpointed", flops + recomputed(stage, forward))):
+    seconds = seconds_here(run, name) if run.tiny else 0
+    if run.tiny:
+        print(f"length on this CPU: {seconds / 60:.1f} minutes, without start-up and previews")
+    else:
+        print(f"length at {UTILISATION:.0%} of a GPU's {peak / 1e12:.0f} TFLOP/s")
+    for note, work in (("", flops), (", checkpointed", flops + recomputed(stage, forward))) * (not run.tiny):
         hours = recipe.steps * recipe.batch_size * work / batch / (peak * UTILISATION) / 3600
         print(f"length{note}: {hours:.4g} GPU-hours, {hours / gpus:.3g} hours on {gpus} GPUs")
     # the whole of SD3.5 has its VAE too
     lacks = [said for n, said in run.missing.items() if not any({*other} < {*n} for other in run.missing)]
     print(f"\nmissing: {len(lacks) or 'nothing'}", *lacks, sep="\n- ", end="\n\n")
+    return seconds
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -312,10 +343,12 @@ def main(arguments: list[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--gpus", type=int, help="how many share the batch (paper: 8; else 1)")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="of a GPU (paper: an H100's 78; else 22)")
     options, rest = parser.parse_known_args(arguments)
     args = train.parse_arguments(rest)
     found, stages = train.open_run(args)
     gpus = options.gpus or (8 if found.preset == "paper" else 1)
+    seconds = []
     for stage in stages:
         run, parts = Planned(found.folder, found.settings, args), gpus * args.accumulate
         size = run.recipe(stage).batch_size
@@ -325,7 +358,9 @@ def main(arguments: list[str] | None = None) -> None:
         if not run.tiny and not os.path.isdir(run.settings["data"] or ""):
             run.missing["data",] = "--data needs a folder, FOLDER/CLASS/picture.jpg: see README"
         with without_files(run):
-            plan(run, stage, gpus)
+            seconds.append(plan(run, stage, gpus, options.memory))
+    if len(stages) > 1 and found.tiny:
+        print(f"all stages on this CPU: {sum(seconds) / 60:.1f} minutes, without start-up and previews")
 
 
 def command_line(arguments: list[str] | None = None) -> int:

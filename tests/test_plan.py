@@ -79,6 +79,9 @@ def test_a_step_is_the_sum_of_its_networks_and_memory_and_length_add_up(argument
         total = sum(row(arguments, name)[0] for name in (*sizes, "bfloat16 copies", f"activations{note}"))
         assert row(arguments, f"total{note}")[0] == pytest.approx(total, rel=0.002)
         assert bool(re.search(f"total{note}  .*more than the 78", text)) == (total > 78)
+    if arguments == AR:  # 2048 / 8 = 256 at once
+        most, fixed = row(arguments, "total")[0], total - row(arguments, "activations, checkpointed")[0]
+        assert fixed + (most - fixed) / 2 < 78 < most and "of an H100: --accumulate 2 fits" in text
     assert row(arguments, "start-up, at most") < row(arguments, "total, checkpointed")
     steps, batch = re.search(r": ([\d,]+) steps of (\d+)", text).groups()
     hours = work * 1e12 * int(steps.replace(",", "")) * int(batch) / (0.4 * 989e12) / 3600
@@ -111,6 +114,14 @@ def test_what_lives_on_a_gpu_is_what_the_plan_counts(arguments, gpus):
     total = row(planned, "total" + ", checkpointed" * args.checkpoint_activations)[0] * 2**30
     assert row(planned, "start-up, at most") == [pytest.approx(start / 2**30, rel=0.001)]
     assert 0.85 * total < step < 1.05 * total, (start, step, total)
+
+
+def test_the_tiny_preset_is_timed_here_and_a_card_may_be_named():
+    text = printed("--stage all --preset tiny")
+    parts = [float(minutes) for minutes in re.findall(r"length on this CPU: ([\d.]+) minutes", text)]
+    total = float(re.search(r"all stages on this CPU: ([\d.]+) minutes", text)[1])
+    assert len(parts) == 4 and 0 < total == pytest.approx(sum(parts), abs=0.21) and "GPU-hours" not in text
+    assert "more than the 5 of this GPU: no --accumulate fits" in printed(f"{STAGE1} --memory 5")
 
 
 def test_it_takes_little_memory_and_names_what_is_missing(tmp_path):
