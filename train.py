@@ -1268,7 +1268,7 @@ CURVES = "loss$", "(?!val_).*loss$|nll|accuracy|d_", "val_|psnr|ssim", "used|imb
 
 
 def draw_curves(log: str, stage: str) -> Image.Image:
-    """What a stage wrote into log.jsonl: a panel for each number, over the steps."""
+    """What a stage wrote into log.jsonl: a panel for each number over the steps; val_NAME is in NAME's."""
     curves = {"loss": {}}  # name -> {step: value}; a later line of the same step counts
     for line in Path(log).read_bytes().splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):  # not ours
@@ -1284,16 +1284,19 @@ def draw_curves(log: str, stage: str) -> Image.Image:
     last = max([1, *(step for points in curves.values() for step in points)])
 
     names = [name for name in curves if len(curves[name]) > 1 or name == "loss"]
+    names = [name for name in names if name.removeprefix("val_") not in names or name[:4] != "val_"]
     names.sort(key=lambda name: ([not re.match(kind, name) for kind in CURVES], name))
     sheet = Image.new("RGB", (5 * 280, -(-len(names) // 5) * 120), "white")
     pen = ImageDraw.Draw(sheet)
     for i, name in enumerate(names):
-        steps, values = np.array(sorted(curves[name].items()) or [(0, 0)]).T
-        (low, high), left, top = (values.min(), values.max()), i % 5 * 280 + 68, i // 5 * 120 + 4
-        heights = (values - low) / (high - low or 1)
-        pen.text((left, top), f"{name}  {values[-1]:.5g}", fill="black")
+        both = [sorted(curves.get(key, {}).items()) for key in (name, f"val_{name}")]
+        values, left, top = [y for line in both for _, y in line] or [0], i % 5 * 280 + 68, i // 5 * 120 + 4
+        low, high, ends = min(values), max(values), [f"{points[-1][1]:.5g}" for points in both if points]
+        pen.text((left, top), f"{name}  {', held out '.join(ends)}", fill="black")
         pen.rectangle((left, top + 14, left + 206, top + 92), outline="lightgrey")
-        pen.line([*zip(left + 206 * steps / last, top + 92 - 78 * heights)], fill="steelblue", width=2)
+        for points, colour in zip(both, ("steelblue", "darkorange")):
+            line = [(left + 206 * x / last, top + 92 - 78 * (y - low) / (high - low or 1)) for x, y in points]
+            pen.line(line, fill=colour, width=2)
         for text, height in ((high, 10), ((low + high) / 2, 48), (low, 85)):
             pen.text((left - 64, top + height), f"{text:.6g}", fill="grey")
         pen.text((left, top + 93), f"step 0 to {last}", fill="grey")

@@ -475,7 +475,9 @@ def test_curves_are_in_the_order_of_their_meaning_and_no_log_stops_them(tmp_path
     with mock.patch.object(train.ImageDraw.ImageDraw, "text") as text:
         train.draw_curves(str(tmp_path / "log"), "1")
     said = [call.args[1] for call in text.mock_calls]
+    order.remove("val_flow_loss")  # it stands beside flow_loss
     assert [words.split()[0] for words in said if "  " in words] == order and {"17", "18", "19"} <= {*said}
+    assert [words for words in said if "held out" in words] == ["flow_loss  19, held out 19"]
     whole = train.draw_curves(str(tmp_path / "log"), "1").tobytes()
     for odd in ('{"stage": "1", "step": 3, "loss": {}, "lr": [[]], "used": 1%s}' % ("0" * 500), "[" * 99_999,
                 '{"stage": "1", "step": 1e999, "psnr": 1}', '{"stage": "1", "step": "x"}', "7",

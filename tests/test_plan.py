@@ -112,7 +112,8 @@ def test_what_lives_on_a_gpu_is_what_the_plan_counts(arguments, gpus):
                 training.stage.export({})
             assert 2**25 < alive.peak - before < 2**28  # of 2.5 GB
     total = row(planned, "total" + ", checkpointed" * args.checkpoint_activations)[0] * 2**30
-    assert row(planned, "start-up, at most") == [pytest.approx(start / 2**30, rel=0.03)]  # garbage lives a while
+    told = row(planned, "start-up, at most")
+    assert told == [pytest.approx(start / 2**30, rel=0.03)]  # garbage may live a while
     assert 0.85 * total < step < 1.05 * total, (start, step, total)
 
 
