@@ -687,9 +687,12 @@ class Pretraining(nn.Module):
         if not (count := len(batch[0]) // world):
             return {}
         batch = [tensor[rank * count : (rank + 1) * count].to(device) for tensor in batch]
-        losses = self.forward(*self.prepare(*batch, key_generator(device, "held out"), step=-1))
-        means = mean_over_ranks(torch.stack([*losses.values()]).float()).tolist()
-        return {f"val_{name}": mean for name, mean in zip(losses, means) if name.endswith("loss")}
+        rows, shared = self.prepare(*batch, key_generator(device, "held out"), step=-1)
+        parts = torch.arange(count, device=device).chunk(self.run.args.accumulate)  # in as little memory
+        losses = [self.forward({n: tensor[part] for n, tensor in rows.items()}, shared) for part in parts]
+        names = [name for name in losses[0] if name.endswith("loss")]
+        means = torch.tensor([[float(each[name]) for name in names] for each in losses]).mean(0)
+        return {f"val_{name}": mean for name, mean in zip(names, mean_over_ranks(means).tolist())}
 
     def export(self, metadata: dict[str, str]) -> None:
         write_model(self.run.path(self.result), "semtok-tokenizer", self.semtok, metadata)
