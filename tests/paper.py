@@ -12,7 +12,7 @@ repository.
 Scores are of pictures that no training saw: PSNR and SSIM of reconstructions, the share of samples that an
 independent classifier recognises, and in the classifier's features Frechet distance (rFD of reconstructions,
 gFD of samples), precision and recall; kNN is neighbour_accuracy in the encoder's tokens; nats is the
-transformer's loss a bit. For the last three columns of locality see its function. Every number is the mean
+transformer's loss a bit on pictures that train.py held out, likelihood on these. For the last three columns of locality see its function. Every number is the mean
 of the seeds, with half their range behind it.
 """
 
@@ -44,6 +44,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import fid  # noqa: E402
 import recognise  # noqa: E402
 import sample  # noqa: E402
+from bsq import codes_to_bits  # noqa: E402
 from mmdit import TensorFiles, UserError  # noqa: E402
 from semtok import (  # noqa: E402
     SemTok, SigLIP, in_batches, key_generator, load_semtok, load_siglip, picture_grid, run_command, to_signed,
@@ -56,10 +57,12 @@ COST = {"0": 40, "1": 60, "2": 90, "ar": 100, "score": 15}  # for the bar: about
 
 @dataclass(frozen=True)
 class Run:
-    """A training: what --set changes, the stages it trains itself; earlier ones are the default run's."""
+    """A training: what --set changes, the stages it trains itself; earlier ones are the default run's.
+    pictures: train on a folder of so many, those held out for its own curves counted."""
 
     changes: str = ""
     stages: tuple[str, ...] = ("1", "2", "ar")
+    pictures: int = 0
 
 
 RUNS = {
@@ -75,6 +78,7 @@ RUNS = {
     # as many steps as both stages have, and as many of them with the discriminator
     "long scratch": Run("init=scratch steps=2500 gan_start=2100", ("2",)),
     "groups": Run("group_bits=12", ("ar",)),
+    **{f"{count} pictures": Run(pictures=count) for count in (30, 100, 300, 1000, 3000)},
 }
 
 
@@ -115,7 +119,7 @@ def drawn(**options) -> str:
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
 
 
-SAMPLES, REFINED, DIFFUSED, NONE = drawn(), "stage2", "stage1", math.nan
+SAMPLES, REFINED, DIFFUSED, LIKELIHOOD, NONE = drawn(), "stage2", "stage1", "likelihood", math.nan
 SCALES = (1, 2, 3, 5, 7, 9, 12, 16)
 RECONSTRUCTION = "rFD PSNR SSIM", "rFID PSNR SSIM"
 GENERATION = "gFD recognised precision recall", "gFID IS precision recall"
@@ -124,6 +128,7 @@ BOTH = "rFD PSNR gFD recognised", "rFID PSNR gFID IS"
 ALIGNED = "rFD PSNR gFD recognised kNN", "rFID PSNR gFID IS losses-in-Figure-6"
 FORMS = "rFD PSNR gFD recognised precision recall nats", "- - gFID IS precision recall -"
 LOCALITY, BUDGET = "zeroed swapped each all-swapped", "PSNR gFD recognised nats zeroed swapped"
+FEWER = "PSNR likelihood recognised gFD recall"
 SHOWN = ("ring", "star", "heart", "crescent", "arrow")  # classes of the sheets
 
 
@@ -220,6 +225,10 @@ ENTRIES = {
         "16 of 24": ("default", (REFINED, SAMPLES), (NONE,) * 6),
         "32 of 12": ("32 tokens", (REFINED, SAMPLES), (NONE,) * 6),
     }),
+    "fewer": Table("How many pictures does training need?", FEWER, FEWER, {
+        name: (run, (REFINED, LIKELIHOOD, SAMPLES), (NONE,) * 5) for name, run in
+        ({name: name for name, run in RUNS.items() if run.pictures} | {"8192 pictures": "default"}).items()
+    }),
     "table4": Table("Semantic alignment", *ALIGNED, {
         "neither": ("neither", (REFINED, SAMPLES), (1.08, 21.74, 3.83, 271.4, 0)),
         "contrast": ("contrast", (REFINED, SAMPLES), (0.97, 21.86, 2.87, 276.8, 1)),
@@ -295,6 +304,10 @@ class Laboratory:
             shutil.copytree(self.out / f"default-{seed}" / "standins", out / "standins")
         fit = [text for text in changes.split() if text.partition("=")[0] in setting_names(stage)]
         options = ["--stage", stage, "--seed", str(seed), "--set", *fit, f"patience={self.patience}"]
+        if count := RUNS[out.name.rpartition("-")[0]].pictures:
+            options += ["--data", str(out / "pictures")]
+            for i, picture in enumerate(recognise.drawn("train", seed, range(count))[0]):
+                write_picture(str(out / f"pictures/{i % 10}/{i:05d}.png"), picture_grid({"": picture[None]}, side=1))
         key = f"{out.name} {' '.join(options)}"
         if key not in self.scores:
             command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), *options]
@@ -353,7 +366,13 @@ class Laboratory:
         path = out / f"{what if what in (REFINED, DIFFUSED) else 'ar'}.safetensors"
         key = f"{out.name} {what} {self.count} {TensorFiles(str(path)).metadata['fingerprint']}"
         if key not in self.scores:
-            if path.stem == "ar":
+            if what == LIKELIHOOD:
+                sampler, rng = sampler_of(out), key_generator("cpu", seed)
+                bits = codes_to_bits(in_batches(sampler.tokenizer.encode, self.pictures))
+                masked = sampler.ar.draw_masks(len(bits), 0, rng)
+                losses = sampler.ar.loss(bits, self.labels, masked, masked.sum(1).float().mean())
+                scores = {"likelihood": losses["nll"].item()}
+            elif path.stem == "ar":
                 sampler = sampler_of(out, *what.split())
                 wanted = torch.arange(self.count) % len(sampler.classes)
                 made = sampler.draw(wanted.tolist(), key_generator("cpu", seed))
