@@ -227,15 +227,16 @@ class MaskedAR(nn.Module):
         if config.causal and (steps != config.tokens or confident or known):
             raise ValueError(f"a next-token model draws all {config.tokens} tokens, one a step, in order")
         bits = torch.zeros(len(labels), config.tokens, config.bits, dtype=torch.bool, device=device)
-        masked, before = torch.ones_like(bits[..., 0]), 0
-        if known:
-            (bits, masked), before = known, config.tokens - int(known[1][0].sum())
+        masked = torch.ones_like(bits[..., 0])
+        bits, masked = known or (bits, masked)
+        left = int(masked[0].sum())  # tokens to draw
+        if (masked.sum(1) != left).any():
+            raise ValueError(f"as many tokens must be masked in each row, not {masked.sum(1).tolist()}")
         everywhere = torch.arange(config.tokens, device=device).expand_as(masked)
         keys = everywhere / config.tokens  # below 1
         if not config.causal and order != "raster":
             keys = torch.rand(masked.shape, generator=generator, device=device)
         sequence = (keys + ~masked).argsort(-1)  # known tokens come last and are not reached
-        left = config.tokens - before
         counts = [1] * left if config.causal else fill_counts(left, steps)
 
         passes = 1 if cfg == 1 else 2  # with the class; guided, also without
@@ -248,7 +249,7 @@ class MaskedAR(nn.Module):
             places = everywhere if confident else sequence[:, filled - count : filled]
             with_class, *rest = (self.logits(part[rows, places]) for part in hidden.chunk(passes))
             without = rest[0] if rest else with_class
-            scale = guidance(cfg, (before + filled) / config.tokens, cfg_schedule)
+            scale = guidance(cfg, (config.tokens - left + filled) / config.tokens, cfg_schedule)
             logits = without + scale * (with_class - without)  # (B, places, d / g, 2^g)
             drawn, confidence = sample_groups(logits, top_p, generator)  # (B, places, d / g), (B, places)
             drawn = index_to_bits(drawn, config.group_bits).flatten(-2)

@@ -167,8 +167,8 @@ def class_grid(args: argparse.Namespace, device: torch.device) -> str:
         random, told = key_generator(device, args.seed), ""
         if args.progress:
             pictures, known = sampler.draw_steps(every, random, order)
-            steps, tokens = (", ".join(map(str, numbers)) for numbers in (known, known.values()))
-            told = f", {order} order, steps {steps} with {tokens} tokens"
+            columns = (f"step {step}: {tokens}" for step, tokens in known.items())
+            told = f", {order} order: tokens known after\n{' | '.join(columns)}"
         else:
             pictures = sampler.draw(every, random, progress=True)
         for label, block in zip(labels, pictures.split(count)):
@@ -199,7 +199,7 @@ def photo(args: argparse.Namespace, device: torch.device) -> str:
     for path in args.image:
         picture = read(path, first.config.image_size)[None].to(device)
         sampled = first.reconstruct(picture, key_generator(device, args.seed), steps)
-        caption = f"{len(rows) + 1}. {Path(path).name}: original | stage 1, {steps} steps | stage 2, refiner"
+        caption = f"{len(rows) + 1}. {Path(path).name}\noriginal | stage 1, {steps} steps | stage 2, refiner"
         rows[caption] = torch.cat([picture, sampled, second.reconstruct(picture)])
     return write_sheet(args, rows)
 
@@ -216,9 +216,10 @@ def complete(args: argparse.Namespace, device: torch.device) -> str:
     """`--image --keep N --class C`: each photo | N of its tokens | four completions; returns the path."""
     sampler, rows = Sampler(args, device), {}
     tokenizer, config = sampler.tokenizer, sampler.ar.config
-    if config.causal or args.keep >= config.tokens:
-        raise UserError(f"--keep {args.keep} leaves nothing to draw: a masked transformer is needed, and "
-                        f"fewer than {config.tokens} tokens")
+    if config.causal:
+        raise UserError(f"ar.safetensors in {args.run} predicts the next token: --keep needs a masked one")
+    if args.keep >= config.tokens:
+        raise UserError(f"--keep {args.keep} leaves nothing to draw: keep fewer than {config.tokens} tokens")
     label = torch.tensor([sampler.label(vars(args)["class"])] * 4, device=device)
     for path in args.image:
         random = key_generator(device, args.seed, len(rows))
@@ -229,9 +230,9 @@ def complete(args: argparse.Namespace, device: torch.device) -> str:
         bits = sampler.ar.generate(label, generator=random, known=start, **sampler.options)
         alone = codes.masked_fill(masked[..., None], 0)
         every = torch.cat([codes, alone, bits_to_codes(bits, config.spherical)])
-        told = f"all tokens | {args.keep} of them | the others drawn as {sampler.classes[int(label[0])]}"
+        told = f"all tokens | {args.keep} of them | the others drawn: {sampler.classes[int(label[0])]}"
         made = torch.cat([picture, tokenizer.to_pictures(every)])
-        rows[f"{len(rows) + 1}. {Path(path).name}: original | {told}"] = made
+        rows[f"{len(rows) + 1}. {Path(path).name}\noriginal | {told}"] = made
     return write_sheet(args, rows, f"-keep-{args.keep}")
 
 

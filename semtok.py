@@ -66,19 +66,23 @@ def to_uint8(pictures: torch.Tensor) -> torch.Tensor:
 
 def picture_grid(rows: dict[str, torch.Tensor], side: int = 96) -> Image.Image:
     """Captioned rows of pictures (N, 3, H, W) uint8 as one image, enlarged to about `side` pixels each.
-    A row whose caption is blank goes on with the one before."""
+    A caption may have several lines; "a | b | c" names the columns. A row whose caption is blank goes on with
+    the one before."""
     factor, letters = max(1, round(side / next(iter(rows.values())).shape[-1])), max(11, side // 16)
     strips = [row.cpu().permute(2, 0, 3, 1).flatten(1, 2).numpy() for row in rows.values()]  # (H, N W, 3)
     strips = [strip.repeat(factor, 0).repeat(factor, 1) for strip in strips]  # without smoothing
-    margins = [(letters + 7) * bool(caption.strip()) for caption in rows]
-    height = sum(margins) + sum(strip.shape[0] for strip in strips)
+    lines, high, width = [caption.strip().splitlines() for caption in rows], letters + 7, strips[0].shape[0]
+    height = sum(high * len(told) + len(strip) for told, strip in zip(lines, strips))
     sheet, top = Image.new("RGB", (max(strip.shape[1] for strip in strips), height), "white"), 0
-    for caption, margin, strip in zip(rows, margins, strips):
-        caption = unicodedata.normalize("NFKD", caption)  # Pillow's font has no umlauts
-        caption = "".join(letter for letter in caption if not unicodedata.combining(letter))
-        ImageDraw.Draw(sheet).text((4, top + 3), caption, "black", font_size=letters)
-        sheet.paste(Image.fromarray(strip), (0, top + margin))
-        top += strip.shape[0] + margin
+    for told, strip in zip(lines, strips):
+        for line in told:
+            line = unicodedata.normalize("NFKD", line[: sheet.width])  # Pillow's font has no umlauts
+            line = "".join(letter for letter in line if not unicodedata.combining(letter))
+            for column, text in enumerate(line.split(" | ")):
+                ImageDraw.Draw(sheet).text((4 + column * width, top + 3), text, "black", font_size=letters)
+            top += high
+        sheet.paste(Image.fromarray(strip), (0, top))
+        top += len(strip)
     return sheet
 
 
@@ -535,20 +539,20 @@ def load_siglip(path: str, device: str | torch.device = "cpu") -> SigLIP:
 @dataclass(frozen=True)
 class SemTokConfig:
     """Sizes, by default the paper's (Table 8, 2^18 codes). ValueError for what cannot be."""
-    image_size: int = 256
+    image_size: int = 256  # pixels a side
     tokens: int = 256  # K
     bits: int = 18  # d, bits of a token
-    patch: int = 2
+    patch: int = 2  # latents a side
     encoder_depth: int = 8
     encoder_width: int = 768
     encoder_heads: int = 12
     decoder_depth: int = 24
     decoder_width: int = 1536
     decoder_heads: int = 24
-    decoder_dual_depth: int = 13
+    decoder_dual_depth: int = 13  # blocks with a second attention, MMDiT-X
     semantic_width: int = 768  # C of SigLIP
     quantizer: Literal["bsq", "lfq"] = "bsq"  # LFQ is the sign without the sphere (Table 10)
-    entropy_group: int = 1  # see BSQ
+    entropy_group: int = 1  # bits with a joint distribution in Eq. 4: see BSQ
     causal: bool = False  # Table 5's "raster": a token sees the picture and the tokens before it
     form: Literal["1d", "2d"] = "1d"  # 2d, our control for Table 3: token i sees itself and patch i alone
     vae: VAEConfig = field(default_factory=VAEConfig)
@@ -598,16 +602,16 @@ class LossWeights:
     """The weights of Eq. 6 (section 4.1). Table 4 sets `distill` or `contrast` to 0."""
     lambda_q: float = 0.0025  # of the entropy loss, Eq. 4
     lambda_s: float = 0.05  # of the semantic alignment, Eq. 2
-    distill: float = 1.0  # within the alignment
-    contrast: float = 1.0
+    distill: float = 1.0  # a part of the alignment
+    contrast: float = 1.0  # the other part of the alignment
 
 
 @dataclass(frozen=True)
 class RefinerWeights(LossWeights):
     """The weights of Eq. 7 (section 4.1), and of LeCAM (MaskBiT)."""
     lambda_p: float = 0.1  # of each perceptual loss
-    lambda_gan: float = 0.1
-    lambda_lecam: float = 0.001
+    lambda_gan: float = 0.1  # of the decoder's adversarial loss
+    lambda_lecam: float = 0.001  # of the discriminator's regulariser
 
 
 class Encoder(MMDiT):

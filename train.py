@@ -31,6 +31,7 @@ import datetime
 import difflib
 import functools
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -81,14 +82,14 @@ class Recipe:
     steps: int
     batch_size: int  # of all ranks together
     lr: float  # at its peak: a linear warm-up times a cosine
-    weight_decay: float = 1e-3
-    warmup: int = 10_000
-    ema: float = 0.9999
+    weight_decay: float = 1e-3  # of weights of linear layers and convolutions
+    warmup: int = 10_000  # steps
+    ema: float = 0.9999  # decay of the averaged weights; 0: no average
     flip: bool = True  # mirror half of the pictures
     patience: float = 1.0  # multiplies steps, warm-up and gan_start
-    log_every: int = 100
+    log_every: int = 100  # steps, as for the next two
     save_every: int = 2_000  # training states
-    preview_every: int = 5_000
+    preview_every: int = 5_000  # a picture, and held-out losses
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -107,8 +108,8 @@ class RefinerRecipe(RefinerWeights, Recipe):
     """Stage II: a recipe with the weights of Eq. 7."""
     init: Literal["stage1", "scratch"] = "stage1"  # Table 12; scratch still takes SD3.5's decoder
     perceptual: Literal["all", "lpips", "resnet"] = "all"  # of JUDGES (Table 11)
-    freeze_encoder: bool = False
-    gan_start: int = 20_000  # the step at which the discriminator joins; from `steps` on: never
+    freeze_encoder: bool = False  # 1: the tokens stay as stage 1 left them
+    gan_start: int = 20_000  # the discriminator joins at this step
     discriminator_lr: float = 1e-4  # at its peak: its own warm-up and cosine begin when it joins
 
 
@@ -116,8 +117,8 @@ class RefinerRecipe(RefinerWeights, Recipe):
 class ARRecipe(Recipe):
     """The masked AR transformer: with what training hides from it (section 4.1)."""
     least_masked: float = 0.7  # the share of masked tokens is uniform between this and 1
-    class_dropout: float = 0.1
-    smoothing: float = 0.01
+    class_dropout: float = 0.1  # the share of pictures that lose their class
+    smoothing: float = 0.01  # of labels
 
 
 SHARES = ("ema", "least_masked", "class_dropout", "smoothing")
@@ -1266,6 +1267,10 @@ def worse_than_before(name: str, run: Run, figures: dict[str, float]) -> str:
     return found and f"{found}: {count} were trained on, {seen:.0f} times each; {advice}"
 
 
+HEALTHY = {  # the range of a good run, green in its curves
+    "flow_loss": (0, 1), "entropy_loss": (-math.inf, 0), "used": (0.9, 1), "imbalance": (0, 0.2),
+    "dead_bits": (0, 0), **dict.fromkeys(("nll", "val_nll_per_bit"), (0, math.log(2))),
+}
 # The order of curves: the loss, its terms, held-out pictures, codes; then norms, rates and speed
 CURVES = "loss$", "(?!val_).*loss$|nll|accuracy|d_", "val_|psnr|ssim", "used|imbalance|dead_|.*entropy"
 
@@ -1296,10 +1301,16 @@ def draw_curves(log: str, stage: str) -> Image.Image:
         values, left, top = [y for line in both for _, y in line] or [0], i % 5 * 280 + 68, i // 5 * 120 + 4
         low, high, ends = min(values), max(values), [f"{points[-1][1]:.5g}" for points in both if points]
         pen.text((left, top), f"{name}  {', held out '.join(ends)}", fill="black")
+
+        def height(y):
+            return top + 92 - 78 * (min(max(y, low), high) - low) / (high - low or 1)
+
+        if name in HEALTHY and low <= HEALTHY[name][1] and high >= HEALTHY[name][0]:
+            worst, best = map(height, HEALTHY[name])
+            pen.rectangle((left, best, left + 206, worst), fill="honeydew")
         pen.rectangle((left, top + 14, left + 206, top + 92), outline="lightgrey")
         for points, colour in zip(both, ("steelblue", "darkorange")):
-            line = [(left + 206 * x / last, top + 92 - 78 * (y - low) / (high - low or 1)) for x, y in points]
-            pen.line(line, fill=colour, width=2)
+            pen.line([(left + 206 * x / last, height(y)) for x, y in points], fill=colour, width=2)
         for text, height in ((high, 10), ((low + high) / 2, 48), (low, 85)):
             pen.text((left - 64, top + height), f"{text:.6g}", fill="grey")
         pen.text((left, top + 93), f"step 0 to {last}", fill="grey")
@@ -1310,12 +1321,21 @@ def draw_curves(log: str, stage: str) -> Image.Image:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line of this file. Exits with code 2 and one sentence for what it does not know."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.partition("\n")[0])
-    for stage, recipe in RECIPES["tiny"].items():
-        values = vars(AR_PRESETS["tiny"]) | vars(PRESETS["tiny"]) | vars(recipe)
-        values = {name: int(value) if value in (False, True) else value for name, value in values.items()}
-        listed = ", ".join(f"{name}={values[name]}" for name in setting_names(stage))
-        parser.add_argument_group(f"stage {stage}, --set changes (with tiny's values)", listed)
+    form = argparse.RawDescriptionHelpFormatter
+    title = __doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="train.py", description=title, formatter_class=form)
+    sources = Recipe, LossWeights, RefinerWeights, RefinerRecipe, ARRecipe, ARConfig, SemTokConfig
+    meanings = {}  # of a setting: the comment behind its field
+    for source in sources:
+        meanings |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(source), re.M)
+    sizes = vars(AR_PRESETS["tiny"]) | vars(PRESETS["tiny"])
+    values = {stage: sizes | vars(recipe) for stage, recipe in RECIPES["tiny"].items()}
+    names = {stage: setting_names(stage) for stage in values}
+    lines = [" " * 16 + "".join(f"{stage:<9}" for stage in values)]
+    for name in dict.fromkeys(name for stage in names for name in names[stage]):
+        cells = (f"{values[stage][name] if name in names[stage] else '':<9}" for stage in values)
+        lines.append(f"{name:<16}{''.join(cells)}{meanings.get(name, '')}")
+    parser.add_argument_group("--set NAME=VALUE, with tiny's values in each stage", "\n".join(lines))
     add = parser.add_argument
     add("--stage", required=True, choices=[*STAGES, "all"], help="what to train; all: every stage in order")
     add("--out", metavar="FOLDER", help="the run: results, previews, log and states (default: runs/PRESET)")

@@ -151,7 +151,7 @@ def draw_samples(folders: dict[str, Path]) -> Image.Image:
     rows = {}
     for name in SHOWN:
         made = [s.draw([s.label(name)] * 6, key_generator("cpu", 0, name)) for s in samplers.values()]
-        rows[f"{name}: {' | '.join(samplers)}"] = made
+        rows[f"{name}: {' / '.join(samplers)}"] = made
     return side_by_side(rows)
 
 
@@ -165,7 +165,7 @@ def draw_progress(folders: dict[str, Path]) -> Image.Image:
             pictures, known = each.draw_steps([each.label(name)], key_generator("cpu", 0, name), "raster")
             parts.append(pictures[0])
         counts = ", ".join(map(str, known.values()))
-        rows[f"{name}, raster order, {counts} tokens: {' | '.join(samplers)}"] = parts
+        rows[f"{name}, raster order, {counts} tokens: {' / '.join(samplers)}"] = parts
     return side_by_side(rows)
 
 

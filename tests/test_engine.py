@@ -482,6 +482,11 @@ def test_curves_are_in_the_order_of_their_meaning_and_no_log_stops_them(tmp_path
     assert [words.split()[0] for words in said if "  " in words] == order and {"17", "18", "19"} <= {*said}
     assert [words for words in said if "held out" in words] == ["flow_loss  19, held out 19"]
     whole = train.draw_curves(str(tmp_path / "log"), "1").tobytes()
+    for values, healthy in (((17, 19), False), ((1, 0.5), True)):  # of nll: a coin has 0.69
+        (tmp_path / "nll").write_text("\n".join(json.dumps({"stage": "ar", "step": i, "nll": value})
+                                                for i, value in enumerate(values)))
+        colours = train.draw_curves(str(tmp_path / "nll"), "ar").getcolors(10**6)
+        assert ((240, 255, 240) in [colour for _, colour in colours]) == healthy
     for odd in ('{"stage": "1", "step": 3, "loss": {}, "lr": [[]], "used": 1%s}' % ("0" * 500), "[" * 99_999,
                 '{"stage": "1", "step": 1e999, "psnr": 1}', '{"stage": "1", "step": "x"}', "7",
                 '{"stage": "1", "step": 3, "loss": NaN, "lr": 1e308, "nll": null, "used": "x"}'):

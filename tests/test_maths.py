@@ -362,6 +362,9 @@ def test_known_tokens_stay_and_the_others_are_drawn_as_if_by_then(order, monkeyp
     assert scales == [7 / 9, 1.0]  # the shares that are known then
     bits = steps[-1][0]
     assert torch.equal(bits[~masked], start[~masked]) and not torch.equal(bits, start)
+    masked[0, 1] = False
+    with pytest.raises(ValueError, match=r"in each row, not \[3, 4\]"):
+        model.generate(labels, known=(start, masked), **options)
 
 
 def test_guided_logits_are_u_plus_g_times_c_minus_u(monkeypatch):

@@ -424,6 +424,22 @@ def test_bad_flags_and_settings(arguments, words, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_help_says_what_every_setting_is():
+    text = call("train.py", "--help").stdout
+    assert re.search(r"\n +lr +0.001 +0.003 +0.008 +0.005 +at its peak", text)
+    assert re.search(r"\n +lambda_q +0.0025 +0.0025 +of the entropy loss, Eq. 4", text)
+    assert all(f"\n  {name} " in text for stage in train.STAGES for name in train.setting_names(stage))
+
+
+def test_captions_stand_above_their_columns():
+    rows = {"Übung\na | b | c": torch.zeros(3, 3, 8, 8, dtype=torch.uint8), " ": torch.zeros(3, 3, 8, 8)}
+    with mock.patch.object(semtok.ImageDraw.ImageDraw, "text") as text:
+        sheet = semtok.picture_grid({**rows, "x" * 10**6: rows[" "]} | {" ": rows[" "].byte()}, side=80)
+    said = [(call.args[0], call.args[1]) for call in text.mock_calls]
+    assert said[:4] == [((4, 3), "Ubung"), ((4, 21), "a"), ((84, 21), "b"), ((164, 21), "c")]
+    assert len(said) == 5 and len(said[4][1]) == sheet.width == 240 and sheet.height == 3 * 80 + 3 * 18
+
+
 def test_only_files_are_replaced(finished, pictures, tmp_path):
     target, link, pipe, folder = (tmp_path / name for name in ("target", "link", "pipe", "folder"))
     semtok.write_text(str(target), "old")
