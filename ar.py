@@ -42,9 +42,10 @@ class ARConfig:
     causal: bool = False  # Table 5's "raster": next-token prediction from left to right in place of masks
 
     def __post_init__(self):
-        least = min(self.depth, self.width, self.heads, self.classes, self.tokens, self.bits)
-        if least < 1 or max(self.tokens, self.bits) > 8192:
-            raise ValueError("all sizes must be at least 1, tokens and bits at most 8192")
+        for name in ("depth", "width", "heads", "classes", "tokens", "bits"):
+            value, most = getattr(self, name), {"depth": 100, "classes": 10**6}.get(name, 8192)
+            if not 1 <= value <= most:
+                raise ValueError(f"{name} must be at least 1 and at most {most}, not {value}")
         if self.width % (2 * self.heads):
             raise ValueError(f"heads {self.heads}, doubled, must divide the width {self.width}")
         if not 1 <= self.group_bits <= 12 or self.bits % self.group_bits:

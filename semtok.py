@@ -558,13 +558,15 @@ class SemTokConfig:
     vae: VAEConfig = field(default_factory=VAEConfig)
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if type(value) is int and value < 1 and name != "decoder_dual_depth":
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        sizes = {name: n for name, n in vars(self).items() if type(n) is int} | {"vae.blocks": self.vae.blocks}
+        for name, value in sizes.items():
+            least, most = name != "decoder_dual_depth", 100 if name.endswith(("depth", "blocks")) else 8192
+            if not least <= value <= most:
+                raise ValueError(f"{name} must be at least {least:d} and at most {most}, not {value}")
         if self.image_size % (side := self.vae.factor * self.patch):
             raise ValueError(f"image_size {self.image_size} is no multiple of {side}, a patch's pixels")
-        if max(self.tokens + self.grid**2, self.bits) > 8192:  # masks are allocated even on the meta device
-            raise ValueError("tokens and patches together, and bits, must be at most 8192")
+        if self.tokens + self.grid**2 > 8192:  # masks are allocated even on the meta device
+            raise ValueError("tokens and patches together must be at most 8192")
         if self.form == "2d" and (self.tokens != self.grid**2 or self.causal):
             raise ValueError(f"form=2d has a token for each patch: set tokens={self.grid**2} and causal=0")
         if self.bits % self.entropy_group:

@@ -93,8 +93,8 @@ class Recipe:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if name in POSITIVE and value <= 0 or name in SHARES and value > 1:
-                limit = "at most 1" if name in SHARES else "above 0"
+            if name in POSITIVE and value <= 0 or name in MOST and value > MOST[name]:
+                limit = "above 0" if value <= 0 else f"at most {MOST[name]}"
                 raise ValueError(f"{name} must be {limit}, not {value}")
 
 
@@ -121,11 +121,10 @@ class ARRecipe(Recipe):
     smoothing: float = 0.01  # of labels
 
 
-SHARES = ("ema", "least_masked", "class_dropout", "smoothing")
+MOST = {"ema": 1, "least_masked": 1, "class_dropout": 1, "smoothing": 1, "patience": 1000}
 FOR_ALL = ("flip", "patience", "distill", "contrast")  # set for one stage, they hold for the later ones too
 CADENCE = ("log_every", "save_every", "preview_every")
 POSITIVE = (*CADENCE, "steps", "batch_size", "lr", "warmup", "patience")
-MOST = {"patience": 1000.0} | dict.fromkeys(("depth", "encoder_depth", "decoder_depth"), 100)
 MAY_CHANGE = (*CADENCE, "steps", "patience", "lr", "discriminator_lr", "warmup", "gan_start")  # within a run
 TINY_EVERY = {"log_every": 25, "save_every": 400, "preview_every": 400}
 RECIPES = {
@@ -177,12 +176,11 @@ def changed(settings, changes: dict[str, str]):
         text, choices = changes[name], get_args(kind) or ("0", "1")
         try:
             values[name] = kind(text) if kind in numbers else text == "1" if kind is bool else text
-            fits = 0 <= values[name] <= MOST.get(name, 2**31) if kind in numbers else text in choices
+            fits = 0 <= values[name] <= 2**31 if kind in numbers else text in choices
         except ValueError:
             fits = False
         if not fits:
             needed = numbers.get(kind, f"one of {', '.join(choices)}")
-            needed += f", and of {MOST[name]} at most," if name in MOST else ""
             raise UserError(f"{name}={text} cannot be set: {needed} is needed")
     try:
         return replace(settings, **values)

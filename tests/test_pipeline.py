@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import stat
@@ -235,7 +236,7 @@ def test_each_job_of_sampling(finished, pictures, tmp_path):
     photos = ("--image", pictures / "fish" / "003.png", pictures / "fish" / "004.png")
     assert Image.open(draw("maps.png", *photos, "--tokens")).size == (4 * 256, 4 * 256 + 23)
     kept = Image.open(draw("kept.png", *photos, "--keep", 5, "--class", "fish"))
-    assert kept.size == (7 * 256, 2 * (256 + 23))  # original, reconstruction, five tokens, four completions
+    assert kept.size == (7 * 256, 2 * (256 + 46))  # original, reconstruction, five tokens, four completions
     sentence(call("sample.py", *photos, "--class", 0, "--run", finished[0]), "give one of --class")
     sentence(call("sample.py", *photos, "--keep", 16, "--class", 0, "--run", finished[0]), "fewer than 16")
     arrays = [np.load(draw(f"{i}.npz", "--npz", 7, "--steps", 2))["arr_0"] for i in range(2)]
@@ -256,9 +257,9 @@ def test_progress(finished, tmp_path):
     draw = ("sample.py", "--class", "fish", "--progress", "--steps", 6, "--run", finished[0])
     result, path = call(*draw), finished[0] / "class-fish-progress-seed-0.png"
     assert result.returncode == 0 and result.stdout.strip() == str(path), result.stderr
-    assert Image.open(path).size == (4 * 96, 2 * (2 * 96 + 18))
+    assert Image.open(path).size == (4 * 96, 2 * (2 * 96 + 36))
     assert call(*draw, "--order", "raster", "--n", 3, "--out", tmp_path / "a.png").returncode == 0
-    assert Image.open(tmp_path / "a.png").size == (4 * 96, 3 * 96 + 18)
+    assert Image.open(tmp_path / "a.png").size == (4 * 96, 3 * 96 + 36)
     sentence(call("sample.py", "--npz", 9, "--progress"),
              "--progress changes nothing with --npz: it belongs to --class, --labels")
     sampler = sample.Sampler(sample.parse_arguments([*map(str, draw[1:])]), torch.device("cpu"))
@@ -415,7 +416,7 @@ def test_unreadable_pictures_are_skipped_counted_and_named(tmp_path):
     ("--stage 1 --set entropy_group=5", "divide the 24"), ("--stage 1 --set encoder_heads=3", "encoder_"),
     ("--stage 1 --set image_size=30", "multiple of 8"), ("--stage ar --set heads=3", "heads 3, doubled"),
     ("--stage 1 --set image_size=8", "image_size 8 is too small"), ("--stage 1 --accumulate=--", "value --"),
-    ("--stage 1 --set patience=1e9", "1000"), ("--stage 1 --set encoder_depth=999", "of 100 at most"),
+    ("--stage 1 --set patience=1e9", "1000"), ("--stage 1 --set encoder_depth=999", "at most 100"),
     ("--stage 1 --set token=3", "did you mean tokens?"),
     ("--stage all --set group_bits=5", "group_bits 5"), ("--stage ar --set group_bits=24", "at most 12"),
 ])
@@ -432,9 +433,9 @@ def test_help_says_what_every_setting_is():
 
 
 def test_captions_stand_above_their_columns():
-    rows = {"Übung\na | b | c": torch.zeros(3, 3, 8, 8, dtype=torch.uint8), " ": torch.zeros(3, 3, 8, 8)}
+    rows = {"Übung\na | b | c": torch.zeros(3, 3, 8, 8, dtype=torch.uint8), " ": torch.zeros(3, 3, 8, 8, dtype=torch.uint8)}
     with mock.patch.object(semtok.ImageDraw.ImageDraw, "text") as text:
-        sheet = semtok.picture_grid({**rows, "x" * 10**6: rows[" "]} | {" ": rows[" "].byte()}, side=80)
+        sheet = semtok.picture_grid(rows | {"x" * 10**6: rows[" "]}, side=80)
     said = [(call.args[0], call.args[1]) for call in text.mock_calls]
     assert said[:4] == [((4, 3), "Ubung"), ((4, 21), "a"), ((84, 21), "b"), ((164, 21), "c")]
     assert len(said) == 5 and len(said[4][1]) == sheet.width == 240 and sheet.height == 3 * 80 + 3 * 18
