@@ -234,10 +234,10 @@ class MaskedAR(nn.Module):
         if (masked.sum(1) != left).any():
             raise ValueError(f"as many tokens must be masked in each row, not {masked.sum(1).tolist()}")
         everywhere = torch.arange(config.tokens, device=device).expand_as(masked)
-        keys = everywhere / config.tokens  # below 1
+        keys = everywhere / config.tokens  # a token's turn, below 1
         if not config.causal and order != "raster":
             keys = torch.rand(masked.shape, generator=generator, device=device)
-        sequence = (keys + ~masked).argsort(-1)  # known tokens come last and are not reached
+        sequence = (keys + ~masked).argsort(-1)  # a known token's key is 1 or more: never reached
         counts = [1] * left if config.causal else fill_counts(left, steps)
 
         passes = 1 if cfg == 1 else 2  # with the class; guided, also without

@@ -2,7 +2,7 @@
 
     z (..., d) --z/|z|--> u (..., d) --sign(u)/sqrt(d)--> codes (..., d) --> bits (..., d) --> index (...)
                              |        <-- gradient, unchanged --
-                             '--> entropy_loss, Eq. 4: each token sure of its code, all tokens together unsure
+                             '--> entropy_loss, Eq. 4: each token sure of its code, all together unsure
 
 SemTok section 3.1, Eq. 3 and 4; Zhao et al., "Image and Video Tokenization with Binary Spherical
 Quantization" (2024). `spherical=False` is LFQ (Yu et al. 2023; Table 10). This file needs torch alone.
@@ -66,8 +66,8 @@ def ranks() -> tuple[int, int]:
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The mean of equal shapes over all ranks, each of which must call this.
-    Backward: the derivative by this rank's value is 1, not 1/ranks: FSDP divides by the number of ranks when
-    it averages gradients. So this is exact where every rank computes the same loss from the mean (Eq. 4)."""
+    Backward: the derivative by this rank's value counts as 1, not 1/ranks, as FSDP divides gradients by ranks
+    once more. Exact where every rank's loss is the same function of the mean (Eq. 4)."""
     if ranks()[1] == 1:
         return value
     mean = value.detach().clone(memory_format=torch.contiguous_format)
@@ -109,9 +109,10 @@ class BSQ(nn.Module):
         """Eq. 4 on u (..., d), in nats: `entropy_loss` = `token_entropy` - `code_entropy`.
         A token picks corner c with probability q(c|u) ~ exp(-tau |u - c|^2), that is exp(2 tau c.u), with
         tau = 1. It factorises: bit i is 1 with probability p_i = sigmoid(4 m u_i), m the magnitude of a
-        channel. So the first term, the mean entropy of q, is exactly the sum of its bits'. The second, the
-        entropy of the mean q, is not: the sum over groups of bits stands for it, an upper bound. The mean of
-        all ranks' losses is never positive; near 0, codes collapse."""
+        channel. So the first term, the mean entropy of q, is exactly the sum of its bits'. On the sphere it
+        hardly moves: for 24 bits it is 16.55 or 16.56, whatever u. For the second, the entropy of the mean q,
+        stands the sum over groups of bits, an upper bound. The mean of all ranks' losses is never positive;
+        near 0, codes collapse."""
         logits = (4 * self.magnitude) * u.float().reshape(-1, self.bits)  # (N, d)
         p = logits.sigmoid()
         token_entropy = (p * F.softplus(-logits) + (1 - p) * F.softplus(logits)).sum(-1).mean()

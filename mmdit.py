@@ -61,7 +61,8 @@ def rope_2d(height: int, width: int, head_dim: int) -> torch.Tensor:
 
 
 def apply_rope(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Rotate x (..., L, head_dim) by rope (2, L, head_dim): channel i turns with channel i + head_dim/2."""
+    """Rotate x (..., L, head_dim) by rope (2, L, head_dim): channel i turns with channel i + head_dim/2.
+    Halves (a, b) become (a cos - b sin, b cos + a sin); the table holds (-sin, sin)."""
     cos, sin = rope.to(x.dtype)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
@@ -84,11 +85,11 @@ class RotaryTable(nn.Module):
 def normed_rotated(qkv: torch.Tensor, heads: int, q_norm: nn.RMSNorm, k_norm: nn.RMSNorm, rope: torch.Tensor):
     """qkv (B, L, 3 width) -> q, k, v (B, heads, L, head_dim), q and k RMS-normalised per head and rotated."""
     qkv = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, heads, L, head_dim)
-    qk, (v,) = qkv.split([2, 1])  # q and k as one tensor: small models are bound by kernel launches
+    qk, v = qkv.split([2, 1])  # q and k as one tensor: small models are bound by kernel launches
     weight = torch.stack([q_norm.weight, k_norm.weight])[:, None, None, None]
     qk = F.rms_norm(qk.float(), qk.shape[-1:], eps=q_norm.eps) * weight
     q, k = apply_rope(qk, rope).to(v.dtype)
-    return q, k, v
+    return q, k, v[0]
 
 
 def attend(q, k, v, mask: torch.Tensor | None = None, causal: bool = False) -> torch.Tensor:
@@ -149,13 +150,14 @@ class StreamBlock(nn.Module):
         if adaln:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.chunks * width))
 
-    def modulations(self, conditioning: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        """(B, width) -> nine of (B, 1, width): shift, scale, gate of the attention, of the MLP, of attn2.
+    def modulations(self, conditioning: torch.Tensor | None) -> tuple[tuple, tuple, tuple]:
+        """(B, width) -> shift, scale, gate of the attention, of the MLP and of attn2, each (B, 1, width).
         What the block lacks is None; without conditioning all nine are."""
-        if conditioning is None:
-            return (None,) * 9
-        chunks = self.adaLN_modulation(conditioning)[:, None].chunk(self.chunks, -1)
-        return (*chunks, *[None] * (9 - self.chunks))
+        chunks = (None,) * 9
+        if conditioning is not None:
+            made = self.adaLN_modulation(conditioning)[:, None].chunk(self.chunks, -1)
+            chunks = made + chunks[self.chunks :]
+        return chunks[:3], chunks[3:6], chunks[6:]
 
     def residual_mlp(self, x: torch.Tensor, shift, scale, gate) -> torch.Tensor:
         """x (B, L, width) -> x plus its gated MLP."""
@@ -172,8 +174,8 @@ class JointBlock(nn.Module):
 
     def forward(self, x, context, x_rope, context_rope, conditioning=None, mask=None):
         x_block, context_block = self.x_block, self.context_block
-        shift, scale, gate, *for_mlp, attn2_shift, attn2_scale, attn2_gate = x_block.modulations(conditioning)
-        c_shift, c_scale, c_gate, *c_for_mlp, _, _, _ = context_block.modulations(conditioning)
+        (shift, scale, gate), mlp, (shift2, scale2, gate2) = x_block.modulations(conditioning)
+        (c_shift, c_scale, c_gate), c_mlp, _ = context_block.modulations(conditioning)
         x_norm, c_norm = x_block.norm1(x), context_block.norm1(context)  # (B, L, width), (B, M, width)
         x_qkv = x_block.attn(modulate(x_norm, shift, scale), x_rope)  # three of (B, heads, L, head_dim)
         c_qkv = context_block.attn(modulate(c_norm, c_shift, c_scale), context_rope)  # with M in place of L
@@ -181,13 +183,13 @@ class JointBlock(nn.Module):
         from_context, from_x = attend(q, k, v, mask).split([context.shape[1], x.shape[1]], 1)
         attention = gated(x_block.attn.proj(from_x), gate)  # (B, L, width)
         if x_block.dual:
-            own = attend(*x_block.attn2(modulate(x_norm, attn2_shift, attn2_scale), x_rope))  # (B, L, width)
-            attention = attention + gated(x_block.attn2.proj(own), attn2_gate)
-        x = x_block.residual_mlp(x + attention, *for_mlp)
+            own = attend(*x_block.attn2(modulate(x_norm, shift2, scale2), x_rope))  # (B, L, width)
+            attention = attention + gated(x_block.attn2.proj(own), gate2)
+        x = x_block.residual_mlp(x + attention, *mlp)
         if context_block.pre_only:
             return x, None
         context = context + gated(context_block.attn.proj(from_context), c_gate)  # (B, M, width)
-        return x, context_block.residual_mlp(context, *c_for_mlp)
+        return x, context_block.residual_mlp(context, *c_mlp)
 
 
 class MMDiT(nn.Module):
@@ -266,7 +268,8 @@ class FinalLayer(nn.Module):
         shift, scale = self.adaLN_modulation(conditioning)[:, None].chunk(2, -1)
         patches = self.linear(modulate(self.norm_final(x), shift, scale))  # (B, h w, p p c)
         patches = patches.unflatten(-1, (self.patch, self.patch, -1)).unflatten(1, grid)  # (B, h, w, p, p, c)
-        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        patches = patches.permute(0, 5, 1, 3, 2, 4)  # (B, c, h, p, w, p)
+        return patches.flatten(4, 5).flatten(2, 3)
 
 
 # ---------------------------------------------------------------------------------------- reading weights

@@ -558,11 +558,12 @@ class SemTokConfig:
     vae: VAEConfig = field(default_factory=VAEConfig)
 
     def __post_init__(self):
-        sizes = {name: n for name, n in vars(self).items() if type(n) is int} | {"vae.blocks": self.vae.blocks}
-        for name, value in sizes.items():
-            least, most = name != "decoder_dual_depth", 100 if name.endswith(("depth", "blocks")) else 8192
+        sizes = {name: value for name, value in vars(self).items() if type(value) is int}
+        for name, value in (sizes | {"vae.blocks": self.vae.blocks}).items():
+            least = 0 if name == "decoder_dual_depth" else 1
+            most = 100 if name.endswith(("depth", "blocks")) else 8192
             if not least <= value <= most:
-                raise ValueError(f"{name} must be at least {least:d} and at most {most}, not {value}")
+                raise ValueError(f"{name} must be at least {least} and at most {most}, not {value}")
         if self.image_size % (side := self.vae.factor * self.patch):
             raise ValueError(f"image_size {self.image_size} is no multiple of {side}, a patch's pixels")
         if self.tokens + self.grid**2 > 8192:  # masks are allocated even on the meta device
@@ -578,11 +579,6 @@ class SemTokConfig:
     def grid(self) -> int:
         """Patches a side."""
         return self.image_size // self.vae.factor // self.patch
-
-    @property
-    def bits_per_pixel(self) -> float:
-        """Table 1's compression ratio."""
-        return self.tokens * self.bits / self.image_size**2
 
 
 PRESETS = {
@@ -674,7 +670,7 @@ class Decoder(MMDiT):
         self.final_layer = FinalLayer(width, config.patch, config.vae.latent_channels)
         # SD3.5 has neither of the next two, so no file fills them: made on the CPU even if the rest is not
         self.token_embedder = nn.Linear(config.bits, width, device="cpu")
-        if config.quantizer == "bsq":  # its channels are +-1/sqrt(d): start with unit variance all the same
+        if config.quantizer == "bsq":  # its channels are +-1/sqrt(d): start as if they were +-1
             self.token_embedder.weight.data *= config.bits**0.5
         self.mask_tokens = nn.Parameter(torch.randn(config.grid**2, width, device="cpu") * 0.02)
         self.x_rope = RotaryTable(rope_2d(*self.grid, head_dim))
@@ -807,7 +803,7 @@ class SemTok(nn.Module):
         self.encoder = Encoder(config)
         self.quantizer = BSQ(config.bits, config.entropy_group, spherical=config.quantizer == "bsq")
         self.decoder = decoder or Decoder(config)
-        self.refines = True  # False: a file of stage 1, whose decoder's mask tokens are not trained
+        self.refines = True  # False: loaded from a file of stage 1, whose mask tokens are not trained
         self.w_x = nn.Linear(config.encoder_width, config.semantic_width)
         # w_z reads all tokens, flattened: their mean would leave only d numbers.
         self.w_z = nn.Linear(config.tokens * config.bits, config.semantic_width)
@@ -877,7 +873,8 @@ class SemTok(nn.Module):
         return weights.lambda_q * terms["entropy_loss"] + weights.lambda_s * semantic_loss, terms
 
     def alignment_losses(self, x, codes, features, positive, candidates) -> dict[str, torch.Tensor]:
-        """Eq. 2: x (B, grid^2, encoder width), codes (B, K, d), `frozen_pass`'s results -> two scalars."""
+        """Eq. 2: x (B, grid^2, encoder width), codes (B, K, d), `frozen_pass`'s results -> two scalars.
+        Its u is `candidates` here, and its t exp(log_t)."""
         grid, targets = self.config.grid, features.float()
         if targets.shape[-1] != grid:
             targets = F.interpolate(targets, (grid, grid), mode="bilinear", antialias=True)
@@ -901,7 +898,7 @@ class SemTok(nn.Module):
         predicts x_v - eps from eps: with eps near 0, about the mean latent for these tokens."""
         self.refines = True
         embedder = self.decoder.x_embedder
-        noise = 0.1 * torch.randn(1, *self.latent_shape)  # not zero: mask tokens must differ by place
+        noise = 0.1 * torch.randn(1, *self.latent_shape)  # not zero: mask tokens differ from the start
         self.decoder.mask_tokens.copy_(embedder(noise.to(embedder.proj.weight))[0])
 
     @torch.no_grad()
@@ -922,8 +919,8 @@ class SemTok(nn.Module):
 
     @torch.no_grad()
     def refine(self, codes: torch.Tensor) -> torch.Tensor:
-        """Eq. 7, stage II: codes (B, K, d) -> latents in one step, the same every time. ValueError after
-        stage I alone, whose mask tokens are not trained."""
+        """Eq. 7, stage II: codes (B, K, d) -> latents in one step, the same every time. ValueError for a
+        file of stage I, whose mask tokens are not trained."""
         if not self.refines:
             raise ValueError("this tokenizer is of stage 1 and cannot refine: take sample(codes), or stage 2")
         return self.decoder(codes)
@@ -948,7 +945,7 @@ class SemTok(nn.Module):
         return euler(lambda x, t: self.decoder(codes, x, t.expand(len(x))), noise, steps)
 
     def reconstruct(self, pictures: torch.Tensor, generator=None, steps: int = 25) -> torch.Tensor:
-        """Pictures as `encode` takes them -> uint8, by stage I with a generator, else by stage II."""
+        """Pictures as `encode` takes them -> uint8; with a generator by `steps` of stage I, else stage II."""
         codes = self.encode(pictures)
         if generator is None:
             return self.to_pictures(codes)

@@ -78,7 +78,8 @@ from semtok import (
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a stage is trained. The defaults are the paper's (section 4.1, appendix A.1). Raises ValueError."""
+    """How a stage is trained. The defaults are the paper's for the tokenizer (section 4.1, appendix A.1); it
+    names no warm-up or EMA for the transformer. Raises ValueError."""
     steps: int
     batch_size: int  # of all ranks together
     lr: float  # at its peak: a linear warm-up times a cosine
@@ -115,7 +116,7 @@ class RefinerRecipe(RefinerWeights, Recipe):
 
 @dataclass(frozen=True)
 class ARRecipe(Recipe):
-    """The masked AR transformer: with what training hides from it (section 4.1)."""
+    """The masked AR transformer: with what training hides from it (section 4.1, A.2)."""
     least_masked: float = 0.7  # the share of masked tokens is uniform between this and 1
     class_dropout: float = 0.1  # the share of pictures that lose their class
     smoothing: float = 0.01  # of labels
@@ -175,7 +176,7 @@ def changed(settings, changes: dict[str, str]):
     for name, kind in ((field.name, field.type) for field in fields(settings) if field.name in changes):
         text, choices = changes[name], get_args(kind) or ("0", "1")
         try:
-            values[name] = kind(text) if kind in numbers else text == "1" if kind is bool else text
+            values[name] = {int: int, float: float, bool: lambda text: text == "1"}.get(kind, str)(text)
             fits = 0 <= values[name] <= 2**31 if kind in numbers else text in choices
         except ValueError:
             fits = False
@@ -777,7 +778,7 @@ class Generating(nn.Module):
         bits = codes_to_bits(in_batches(tokenizer.encode, to_signed(pictures)))
         masked = self.ar.draw_masks(len(bits), self.recipe.least_masked, key_generator(device, "masks"))
         losses = self.ar.loss(bits, labels, masked, masked.sum(1).float().mean())
-        return sheet, {"val_nll_per_bit": losses["nll"].item(), "val_bit_accuracy": losses["accuracy"].item()}
+        return sheet, {"val_nll": losses["nll"].item(), "val_accuracy": losses["accuracy"].item()}
 
     def export(self, metadata: dict[str, str]) -> None:
         write_model(self.run.path(self.result), "semtok-ar", self.ar, metadata)
@@ -814,8 +815,8 @@ class StandIns(nn.Module):
         if step < 0.8 * self.recipe.steps:
             side //= 2
             top, left = np.random.default_rng(step).integers(0, side + 1, 2)
-        windows, place = pictures[::3, :, top : top + side, left : left + side], side // config.factor
-        shape = world * len(windows), config.latent_channels, place, place
+        windows, latents = pictures[::3, :, top : top + side, left : left + side], side // config.factor
+        shape = world * len(windows), config.latent_channels, latents, latents
         noise = torch.randn(shape, generator=rng, device=pictures.device).chunk(world)[rank]
         return {"pictures": pictures, "labels": labels, "windows": windows, "noise": noise}, {}
 
@@ -1121,15 +1122,15 @@ def one_step(training: Training, batch: list[torch.Tensor]) -> dict[str, torch.T
         parts.append({n: value.detach().float() for n, value in out.items()})
     losses = {n: torch.stack([part[n] for part in parts]).mean() for n in parts[0]}
 
-    # ---- players are clipped apart: the large gradients of one must not shrink those of another
-    players = {}
+    # ---- parts are clipped apart: the discriminator's large gradients must not shrink the tokenizer's
+    clipped = {}
     for n, parameter in training.parameters.items():
         if parameter.grad is not None:
-            players.setdefault(n.split(".")[0], []).append(parameter)
-    for player, members in players.items():
+            clipped.setdefault(n.split(".")[0], []).append(parameter)
+    for part, members in clipped.items():
         norm = full(nn.utils.get_total_norm([p.grad for p in members], foreach=True))
         nn.utils.clip_grads_with_norm_(members, 1.0, norm, foreach=True)
-        losses[f"grad_norm_{player}"] = norm
+        losses[f"grad_norm_{part}"] = norm
     means = mean_over_ranks(torch.stack(list(losses.values())))  # one rank's NaN: all skip the step
     losses = dict(zip(losses, means.unbind()))
 
@@ -1215,8 +1216,9 @@ def train_stage(name: str, run: Run) -> None:
                 entry = {n: value.item() for n, value in losses.items()}
                 entry |= {group["rate"]: group["lr"] for group in training.optimizer.param_groups}
                 entry["skipped"] = training.skipped
-                (then, first), since = since, (time.time(), step)
-                speed = (step - first) / max(since[0] - then, 1e-9)  # including previews and saving
+                now = time.time()
+                speed = (step - since[1]) / max(now - since[0], 1e-9)  # including previews and saving
+                since = now, step
                 write_log(**entry, images_per_s=speed * recipe.batch_size)
                 bar.set_postfix(loss=entry["loss"])
             if step % recipe.preview_every == 0 and not last:
@@ -1254,7 +1256,7 @@ def train_stage(name: str, run: Run) -> None:
 def worse_than_before(name: str, run: Run, figures: dict[str, float]) -> str:
     """A line for a stage that ends worse than a coin, or than stage 1, on held-out pictures; or ""."""
     recipe, count, found = run.recipe(name), len(run.train), ""
-    if figures.get("val_nll_per_bit", 0) > math.log(2):
+    if figures.get("val_nll", 0) > math.log(2):
         found = "are predicted worse than by a coin, 0.693 nats a bit"
     elif name == "2" and os.path.exists(first := run.path("stage1.safetensors")):
         psnr = json.loads(TensorFiles(first).metadata.get("figures", "{}")).get("psnr", 0)
@@ -1267,7 +1269,7 @@ def worse_than_before(name: str, run: Run, figures: dict[str, float]) -> str:
 
 HEALTHY = {  # the range of a good run, green in its curves
     "flow_loss": (0, 1), "entropy_loss": (-math.inf, 0), "used": (0.9, 1), "imbalance": (0, 0.2),
-    "dead_bits": (0, 0), **dict.fromkeys(("nll", "val_nll_per_bit"), (0, math.log(2))),
+    "dead_bits": (0, 0), "nll": (0, math.log(2)),
 }
 # The order of curves: the loss, its terms, held-out pictures, codes; then norms, rates and speed
 CURVES = "loss$", "(?!val_).*loss$|nll|accuracy|d_", "val_|psnr|ssim", "used|imbalance|dead_|.*entropy"

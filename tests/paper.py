@@ -381,7 +381,7 @@ class Laboratory:
                 scores = {"gFD": self.distance(features), "recognised": right}
                 scores |= zip(("precision", "recall"), fid.precision_recall(self.features, features))
                 figures = json.loads(TensorFiles(str(path)).metadata["figures"])
-                scores["nats"] = figures["val_nll_per_bit"]
+                scores["nats"] = figures["val_nll"]
             else:
                 tokenizer, rng = load_semtok(str(path))[0], torch.Generator().manual_seed(seed)
                 rng = rng if what == DIFFUSED else None

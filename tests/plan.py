@@ -282,10 +282,11 @@ def plan(run: Planned, name: str, gpus: int, memory: float | None) -> float:
     card, room = ("this GPU", memory * 2**30) if memory else (card, room)
     batch = recipe.batch_size // (gpus * run.args.accumulate)
     stage, flops, forward, activations, checkpointed = measure(name, run, batch)
+    bits = config.tokens * config.bits / config.image_size**2  # Table 1's compression
     print(
         f"stage {name}, {stage.title}, {run.preset} preset: {recipe.steps:,} steps of {recipe.batch_size} "
         f"pictures of {config.image_size} x {config.image_size}, {batch} at once on each of {gpus} GPUs\n"
-        f"{config.tokens} tokens of {config.bits} bits: {config.bits_per_pixel:.3f} bits per pixel\n\n"
+        f"{config.tokens} tokens of {config.bits} bits: {bits:.3f} bits per pixel\n\n"
         f"{'network':20}{'trained, M':>12}{'frozen, M':>12}{'published':>12}{'forward, TFLOP a picture':>28}"
     )
 

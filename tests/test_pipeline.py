@@ -131,7 +131,7 @@ def test_log_has_every_term(finished):
         ("1", codes + "flow_loss", "psnr ssim used imbalance dead_bits val_flow_loss" + held_out),
         ("2", codes + judges + "pixel_loss", "psnr ssim used imbalance dead_bits val_pixel_loss "
          "val_lpips_loss val_resnet_loss" + held_out),
-        ("ar", "nll accuracy grad_norm_ar", "val_nll_per_bit val_bit_accuracy"),
+        ("ar", "nll accuracy grad_norm_ar", "val_nll val_accuracy"),
     ):
         step, look = (entry for entry in entries if entry["stage"] == stage)
         assert {*terms.split(), "loss", "lr", "skipped", "images_per_s"} <= step.keys(), stage
