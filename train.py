@@ -578,7 +578,7 @@ def open_run(args: argparse.Namespace) -> tuple[Run, list[str]]:
 
 @torch.no_grad()
 def random_twin(make) -> nn.Module:
-    """A small random network for tiny. It judges pictures almost as well (Zhang et al. 2018, section 4)."""
+    """A small random network for tiny, where a published one cannot be had. It judges edges and textures."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = make()
