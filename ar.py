@@ -228,11 +228,11 @@ class MaskedAR(nn.Module):
         if config.causal and (steps != config.tokens or confident or known):
             raise ValueError(f"a next-token model draws all {config.tokens} tokens, one a step, in order")
         bits = torch.zeros(len(labels), config.tokens, config.bits, dtype=torch.bool, device=device)
-        masked = torch.ones_like(bits[..., 0])
-        bits, masked = known or (bits, masked)
-        left = int(masked[0].sum())  # tokens to draw
-        if (masked.sum(1) != left).any():
-            raise ValueError(f"as many tokens must be masked in each row, not {masked.sum(1).tolist()}")
+        masked, left = torch.ones_like(bits[..., 0]), config.tokens  # left: tokens to draw
+        if known:
+            (bits, masked), left = known, int(known[1][0].sum())
+            if (masked.sum(1) != left).any():
+                raise ValueError(f"as many tokens must be masked in each row, not {masked.sum(1).tolist()}")
         everywhere = torch.arange(config.tokens, device=device).expand_as(masked)
         keys = everywhere / config.tokens  # a token's turn, below 1
         if not config.causal and order != "raster":
@@ -305,4 +305,4 @@ def sample_groups(logits: torch.Tensor, top_p: float, generator: torch.Generator
 
 def load_ar(path: str, device: str | torch.device = "cpu") -> tuple[MaskedAR, dict[str, str]]:
     """A transformer from train.py's `ar.safetensors`, and its metadata. Raises UserError."""
-    return load_checkpoint(path, "semtok-ar", ARConfig, MaskedAR, device, "parent")
+    return load_checkpoint(path, "semtok-ar", ARConfig, MaskedAR, device)

@@ -364,18 +364,18 @@ def find_weights(folder, stem, told):
 
 
 def read_tensors(path):
-    """Tensors by name (mapped into memory) and metadata of a .safetensors or .pth file. Raises UserError."""
+    """Tensors by name (mapped into memory) of a .safetensors or .pth file. Raises UserError."""
     with _reading(path, "tensors by name in .pth or .safetensors"):
         if str(path).endswith(".safetensors"):
             with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+                return {key: file.get_tensor(key) for key in file.keys()}
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         for key, value in tensors.items():
             # A sparse tensor has no storage. A meta or an expanded one claims more bytes than it has.
             if not (isinstance(key, str) and (value.is_floating_point() or value.dtype == torch.int64)
                     and value.device.type == "cpu" and 0 < value.nbytes <= value.untyped_storage().nbytes()):
                 raise ValueError(f"{key!r} names no plain tensor")
-        return tensors, {}
+        return tensors
 
 
 def check_keys(tensors, expected, path, what):
@@ -394,7 +394,7 @@ def check_keys(tensors, expected, path, what):
 def load_network(make, path, what, tensors=None):
     """The network that make() builds with the weights of a file, or with `tensors` of it, frozen. Raises
     UserError that says the file is not `what` and names the keys that do not fit."""
-    tensors = read_tensors(path)[0] if tensors is None else tensors
+    tensors = read_tensors(path) if tensors is None else tensors
     with torch.device("meta"):  # spends no time on random weights; buffers too must come from the file
         network = make()
     # Older files lack each norm's `num_batches_tracked`, which only training reads.
@@ -416,7 +416,7 @@ def load_inception(path):
 
 def load_lpips(vgg_path, heads_path):
     """LPIPS of torchvision's VGG16, any widths, and the official heads (v0.1). UserError as load_network."""
-    tensors, heads = read_tensors(vgg_path)[0], read_tensors(heads_path)[0]
+    tensors, heads = read_tensors(vgg_path), read_tensors(heads_path)
     tensors = {key: value for key, value in tensors.items() if not key.startswith("classifier.")}
     last = [tensors.get(f"features.{i}.bias") for i in (2, 7, 14, 21, 28)]  # each stage's last convolution
     widths = [real if bias is None else bias.numel() for real, bias in zip(VGG_WIDTHS, last)]
@@ -633,8 +633,6 @@ def measure(source, network, args, rows=None):
     batches = read_batches(source, args.batch_size, args.workers) if source.count else ()
     for pictures in tqdm(batches, unit="batch", leave=False, disable=None):
         pool, spatial = network(prepare(pictures, resize=args.resize, device=args.device))
-        if not (pool.isfinite().all() and spatial.isfinite().all()):
-            raise UserError(f"the network gives NaN or infinity for {source.path}: check its weights")
         moments.update(pool)
         moments_s.update(spatial)
         if rows is not None:

@@ -404,9 +404,7 @@ def load_tensors(module, source: TensorFiles, mapping: dict, expected: str, unus
 
 def config_from(config_class: type, entries):
     """A dataclass of sizes out of a JSON table. A missing size takes its default: files outlive a new field.
-    ValueError for an unknown name, a wrong type or value. TypeError for a missing size without a default."""
-    if type(entries) is not dict:
-        raise ValueError("its sizes are no table")
+    ValueError for an unknown name, a wrong type or value; TypeError and others for what is no table."""
     hints, values = typing.get_type_hints(config_class), dict(entries)
     for name, value in entries.items():
         if name not in hints:
@@ -421,14 +419,14 @@ def config_from(config_class: type, entries):
     return config_class(**values)
 
 
-def load_checkpoint(path: str, kind: str, config_class: type, model_class: type, device, *facts: str):
+def load_checkpoint(path: str, kind: str, config_class: type, model_class: type, device):
     """A model of train.py, built by the sizes that its own file gives, and the file's metadata.
-    kind: the metadata's `format`. facts: what else it must name. Raises UserError for any other file."""
+    kind: the metadata's `format`. Raises UserError for any other file."""
     source, expected = TensorFiles(path), f"a {kind}, which python train.py makes,"
     with source.building(expected):
         if source.metadata.get("format") != kind:
             raise ValueError(f"its format is {source.metadata.get('format')}")
-        texts = {name: source.metadata[name] for name in ("config", "classes", "fingerprint", *facts)}
+        texts = {name: source.metadata[name] for name in ("config", "classes", "fingerprint", "parent")}
         config, classes = config_from(config_class, json.loads(texts["config"])), json.loads(texts["classes"])
         count = getattr(config, "classes", len(classes))  # a tokenizer may have any number
         if type(classes) is not list or {*map(type, classes)} - {str} or len(classes) != count:

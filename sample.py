@@ -48,10 +48,9 @@ from semtok import (
     picture_grid, run_command, target_of, write_file, write_picture, write_text,
 )
 
-def load(run: str, name: str, device: torch.device) -> tuple[nn.Module, dict[str, str]]:
-    """The model "stage1", "stage2" or "ar" of a run, and its metadata.
-
-    Raises UserError for a missing file, and for weights that are not finite."""
+def load(run: str, name: str, device: torch.device, before: dict | None = None) -> tuple[nn.Module, dict]:
+    """The model "stage1", "stage2" or "ar" of a run, and its metadata. before: the metadata of the result
+    that it must have been made from. Raises UserError for a missing file, and if it was made from another."""
     path = os.path.join(run, f"{name}.safetensors")
     command = f"python train.py --stage {name.removeprefix('stage')}"
     if os.path.normpath(run) != os.path.join("runs", "tiny"):
@@ -59,16 +58,11 @@ def load(run: str, name: str, device: torch.device) -> tuple[nn.Module, dict[str
     if not os.path.isfile(path):
         raise UserError(f"{path} is missing: make it with {command} (--stage all makes everything)")
     model, metadata = (load_ar if name == "ar" else load_semtok)(path, device)
-    for key, tensor in model.state_dict().items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{path} has NaN or infinity in {key}: make it again (--overwrite), {command}")
+    if before and metadata["parent"] != before["fingerprint"]:
+        earlier = {"ar": "stage2", "stage2": "stage1"}[name]
+        raise UserError(f"{path} was made from another {earlier}.safetensors than the one beside it: "
+                        f"{command} --overwrite makes it again")
     return model, metadata
-
-
-def stale(run: str, stage: str, name: str, before: str) -> str:
-    """The sentence about a result that was made from another one than the run now has."""
-    made = f"{name}.safetensors in {run} was made from another {before}.safetensors than the one beside it"
-    return f"{made}: python train.py --stage {stage} --out {shlex.quote(run)} --overwrite makes it again"
 
 
 class Sampler:
@@ -76,11 +70,9 @@ class Sampler:
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.device, self.batch_size = device, args.batch_size
-        self.ar, metadata = load(args.run, "ar", device)
         self.tokenizer, about = load(args.run, "stage2", device)
+        self.ar, metadata = load(args.run, "ar", device, about)
         self.classes, config = json.loads(metadata["classes"]), self.ar.config
-        if metadata["parent"] != about["fingerprint"]:
-            raise UserError(stale(args.run, "ar", "ar", "stage2"))
         ordered = args.order not in (None, "raster")
         if config.causal and (args.steps not in (None, config.tokens) or ordered or args.compile):
             raise UserError(
@@ -175,7 +167,7 @@ def class_grid(args: argparse.Namespace, device: torch.device) -> str:
             for i, row in enumerate(block if args.progress else block.split(8)):
                 # captions are dict keys, so blank ones differ in length
                 rows[" " * len(rows) if i else f"{label}: {sampler.classes[label]}{told}"] = row
-    asked = re.sub(r"[^\w-]+", "_", "-".join(args.labels or [vars(args)["class"]]))
+    asked = re.sub(r"[^\w-]+", "_", "-".join(args.labels or [vars(args)["class"]]))[:100]
     name = f"class-{asked}{'-progress' * args.progress}-seed-{args.seed}.png"
     path = args.out or os.path.join(args.run, name)
     write_picture(path, picture_grid(rows))
@@ -189,11 +181,10 @@ def read(path: str, size: int) -> torch.Tensor:
 
 def photo(args: argparse.Namespace, device: torch.device) -> str:
     """`--image` (Figures 3, 11): original | stage-1 sample | stage-2 refiner; returns the picture's path."""
-    (first, one), (second, two) = (load(args.run, name, device) for name in ("stage1", "stage2"))
-    if two["parent"] != one["fingerprint"]:
-        raise UserError(stale(args.run, "2", "stage2", "stage1"))
+    first, about = load(args.run, "stage1", device)
+    second, about = load(args.run, "stage2", device, about)
     rows, steps = {}, args.steps or 25
-    if " drawn," in two.get("pictures", ""):
+    if " drawn," in about.get("pictures", ""):
         print("this tokenizer has seen the shapes alone that train.py draws: a photo keeps little more than "
               "its colours", file=sys.stderr)
     for path in args.image:
@@ -206,7 +197,7 @@ def photo(args: argparse.Namespace, device: torch.device) -> str:
 
 def write_sheet(args: argparse.Namespace, rows: dict[str, torch.Tensor], what: str = "") -> str:
     """Write the sheet that --image asks for, named by its first photo and its folder; returns the path."""
-    name = "-".join(Path(args.image[0]).absolute().with_suffix("").parts[-2:])
+    name = "-".join(Path(args.image[0]).absolute().with_suffix("").parts[-2:]).strip("/-")
     out = args.out or os.path.join(args.run, f"image-{name}{what}.png")
     write_picture(out, picture_grid(rows, side=256))
     return out
@@ -313,7 +304,14 @@ def npz(args: argparse.Namespace, device: torch.device) -> str:
                             shutil.copyfileobj(pictures, member)
 
         if rank == 0:
-            while world > 1 and not all(map(is_whole, parts)):  # the other processes are at work
+            left, since = 0, time.time()
+            while missing := [file for file in parts if not is_whole(file)]:
+                if len(missing) != left:
+                    left, since = len(missing), time.time()
+                    print(f"waiting for {left} parts of the other processes", file=sys.stderr)
+                if time.time() - since > 3600:
+                    raise UserError(f"the other processes made none of {left} missing parts in an hour: "
+                                    "the same command makes what is missing")
                 time.sleep(0.2)
             write_file(path, join)
             shutil.rmtree(folder)
@@ -339,7 +337,8 @@ def reconstruct(args: argparse.Namespace, device: torch.device) -> str:
         raise UserError(f"--reconstruct {source} holds no pictures: give a folder of JPEG or PNG files")
     claim(out, {"tokenizer": metadata["fingerprint"], "pictures": str(source.resolve())})
     batches = [list(targets)[i : i + 32] for i in range(0, len(targets), 32)]
-    for batch in tqdm(batches[rank::world], "reconstructing", unit="x32", disable=rank > 0):
+    mine = batches[rank::world]
+    for batch in tqdm(mine, "reconstructing", unit="x32", disable=rank > 0):
         if all(target.exists() for target in batch):
             continue
         pictures = {}
@@ -352,10 +351,10 @@ def reconstruct(args: argparse.Namespace, device: torch.device) -> str:
             outputs = tokenizer.reconstruct(torch.stack(list(pictures.values())).to(device))
             for target, output in zip(pictures, outputs):
                 write_picture(str(target), picture_grid({"": output[None]}, side=size))
-    if len(bad) == len(targets):
+    if bad and len(bad) == sum(map(len, mine)):
         raise UserError(f"none of the {len(bad)} pictures can be read: {bad[0]}")
     if bad:
-        print(f"skipped {len(bad)} of {len(targets)} pictures: {'; '.join(bad[:3])}", file=sys.stderr)
+        print(f"skipped {len(bad)} of {sum(map(len, mine))} pictures: {'; '.join(bad[:3])}", file=sys.stderr)
     return out
 
 

@@ -27,6 +27,7 @@ import os
 import re
 import signal
 import sys
+import time
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -227,8 +228,9 @@ def run_command(name: str, main, faults: tuple, memory_advice: str) -> int:
         else:
             raise
         text = str(UserError(text))
-    if ranks()[0] == 0:
-        print(f"{name}: {text}", file=sys.stderr)
+    if ranks()[0] > 0:
+        time.sleep(20)  # rank 0 has mostly stopped for the same reason, and its end is this process's end
+    print(f"{name}: {text}", file=sys.stderr)
     return code
 
 
@@ -799,7 +801,7 @@ class SemTok(nn.Module):
         super().__init__()
         self.config, side = config, config.grid * config.patch
         self.latent_shape = (config.vae.latent_channels, side, side)  # of one picture
-        self.vae = (vae or VAE(config.vae)).requires_grad_(False).eval()
+        self.vae = (vae or VAE(config.vae)).requires_grad_(False)
         self.encoder = Encoder(config)
         self.quantizer = BSQ(config.bits, config.entropy_group, spherical=config.quantizer == "bsq")
         self.decoder = decoder or Decoder(config)
@@ -958,9 +960,11 @@ def without_tf32() -> Iterator[None]:
     products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.set_float32_matmul_precision(products)
-    torch.backends.cudnn.allow_tf32 = convolutions
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def euler(velocity, x: torch.Tensor, steps: int) -> torch.Tensor:

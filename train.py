@@ -384,15 +384,16 @@ class Tokens(Dataset):
             Path(part).unlink(missing_ok=True)  # a link would be followed
             np.lib.format.open_memmap(part, "w+", kind, (count, 1 + flip))
         wait_for_all()
-        mine = [(index, False) for index in range(count * rank // world, count * (rank + 1) // world)]
+        first, last = count * rank // world, count * (rank + 1) // world
+        mine = [(index, False) for index in range(first, last)]
         loader = DataLoader(run.train, 256, sampler=mine, num_workers=self.workers)
         with open(part, "r+b") as file:
-            file.seek((mine[0][0] - count) * (1 + flip) * kind.itemsize, os.SEEK_END)
+            file.seek((first - count) * (1 + flip) * kind.itemsize, os.SEEK_END)
             for pictures, labels in tqdm(loader, "tokenising", unit="x256", leave=False, disable=rank > 0):
-                rows, signed = np.empty((len(labels), 1 + flip), kind), to_signed(pictures.to(run.device))
+                rows, pictures = np.empty((len(labels), 1 + flip), kind), pictures.to(run.device)
                 rows["label"] = labels[:, None]
                 for flipped in range(1 + flip):
-                    codes = in_batches(tokenizer.encode, signed.flip(-1) if flipped else signed)  # (B, K, d)
+                    codes = in_batches(tokenizer.encode, pictures.flip(-1) if flipped else pictures)
                     bits = codes_to_bits(codes).flatten(1).cpu().numpy()
                     rows["bits"][:, flipped] = np.packbits(bits, axis=1)
                 file.write(rows.tobytes())
@@ -624,8 +625,11 @@ def compared(run: Run, redraw, rows: dict, caption: str) -> tuple[Image.Image, d
     return sheet, {name: metric(made, measured).mean().item() for name, metric in metrics.items()}
 
 
-def new_tokenizer(run: Run, semantic_width: int) -> SemTok:
-    """A tokenizer at its start: its VAE and, from SD3.5, its decoder are pretrained, the rest is new."""
+def first_tokenizer(run: Run, stage: str, semantic_width: int) -> SemTok:
+    """What a stage starts from: stage 1's tokenizer; or a new one, whose VAE and, from SD3.5, decoder are
+    pretrained."""
+    if stage == "2" and run.recipe("2").init == "stage1":
+        return load_semtok(run.path("stage1.safetensors"), run.device)[0]
     vae, decoder = load_vae(run.weights("sd3.5_vae", "sd3.5_medium"), run.device), None
     config = replace(run.config, semantic_width=semantic_width, vae=vae.config)
     if run.preset == "paper":
@@ -650,12 +654,8 @@ class Pretraining(nn.Module):
         # VAE is frozen too, but belongs to the tokenizer, and to its file.
         siglip = load_siglip(run.weights("siglip2-base-patch16-256"), run.device).requires_grad_(False)
         self.frozen = {"siglip": siglip}
-        self.semtok = self.first_tokenizer(siglip.config.width)
+        self.semtok = first_tokenizer(run, self.name, siglip.config.width)
         self.semtok.decoder.mask_tokens.requires_grad_(False)  # they are used in stage II only
-
-    def first_tokenizer(self, semantic_width: int) -> SemTok:
-        """What the stage starts from."""
-        return new_tokenizer(self.run, semantic_width)
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
@@ -675,7 +675,7 @@ class Pretraining(nn.Module):
     @torch.no_grad()
     def look(self) -> tuple[Image.Image, dict[str, float]]:
         sheet, figures = compared(self.run, self.redraw, self.rows_before, self.caption)
-        pictures = to_signed(self.run.val.spread(64)[0].to(self.run.device))
+        pictures = self.run.val.spread(64)[0].to(self.run.device)
         figures |= code_usage(codes_to_bits(self.semtok.encode(pictures)))
         return sheet, figures | self.held_out_losses()
 
@@ -718,12 +718,6 @@ class Refining(Pretraining):
         names = JUDGES if self.recipe.perceptual == "all" else [self.recipe.perceptual]
         self.frozen |= {name: JUDGES[name].network(run) for name in names}
         self.judges = {name: functools.partial(JUDGES[name].loss, self.frozen[name]) for name in names}
-
-    def first_tokenizer(self, semantic_width: int) -> SemTok:
-        """Stage 1's, or with init=scratch a new one."""
-        if self.recipe.init == "scratch":
-            return super().first_tokenizer(semantic_width)
-        return load_semtok(self.run.path("stage1.safetensors"), self.run.device)[0]
 
     @torch.no_grad()
     def prepare(self, pictures: torch.Tensor, labels: torch.Tensor, rng: torch.Generator, step: int):
@@ -775,7 +769,7 @@ class Generating(nn.Module):
         pictures = tokenizer.to_pictures(bits_to_codes(drawn, config.spherical))
         sheet = picture_grid({"one sample of each class": pictures})
         pictures, labels = (tensor.to(device) for tensor in self.run.val.spread(500))
-        bits = codes_to_bits(in_batches(tokenizer.encode, to_signed(pictures)))
+        bits = codes_to_bits(in_batches(tokenizer.encode, pictures))
         masked = self.ar.draw_masks(len(bits), self.recipe.least_masked, key_generator(device, "masks"))
         losses = self.ar.loss(bits, labels, masked, masked.sum(1).float().mean())
         return sheet, {"val_nll": losses["nll"].item(), "val_accuracy": losses["accuracy"].item()}
@@ -1013,7 +1007,8 @@ def load_state(folder: str, tensors: dict[str, torch.Tensor]) -> dict:
     except dcp.api.CheckpointException as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"{path} is no state of this run ({reason}): start again with --overwrite") from None
-    logging.disable(logging.NOTSET)
+    finally:
+        logging.disable(logging.NOTSET)
     return facts
 
 
@@ -1135,8 +1130,7 @@ def one_step(training: Training, batch: list[torch.Tensor]) -> dict[str, torch.T
     losses = dict(zip(losses, means.unbind()))
 
     # ---- the step, unless a loss or gradient is not finite
-    decisive = [value for n, value in losses.items() if n == "loss" or n.startswith("grad_norm")]
-    good = bool(torch.stack(decisive).isfinite().all())
+    good = bool(means.isfinite().all())
     if good:
         training.optimizer.step()
         stage.after_step(losses)
@@ -1158,7 +1152,7 @@ def is_finished(name: str, run: Run) -> bool:
         return False
     about = TensorFiles(result).metadata
     run.check_parent(name, result, about.get("parent", ""))
-    return int(about["steps"]) == run.recipe(name).steps
+    return int(about.get("steps", 0)) == run.recipe(name).steps
 
 
 def train_stage(name: str, run: Run) -> None:
@@ -1277,18 +1271,15 @@ CURVES = "loss$", "(?!val_).*loss$|nll|accuracy|d_", "val_|psnr|ssim", "used|imb
 
 def draw_curves(log: str, stage: str) -> Image.Image:
     """What a stage wrote into log.jsonl: a panel for each number over the steps; val_NAME is in NAME's."""
-    curves = {"loss": {}}  # name -> {step: value}; a later line of the same step counts
-    for line in Path(log).read_bytes().splitlines():
+    curves, begun = {"loss": {}}, 2**31  # name -> {step: value}
+    for line in reversed(Path(log).read_bytes().splitlines()):  # the later line of a step counts
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):  # not ours
             entry = json.loads(line)
-            if entry["stage"] != stage or not 0 <= entry["step"] < 2**31:
-                continue
-            for points in curves.values():  # where a stage was taken up again, what followed counts no more
-                for step in [step for step in points if step > entry["step"]]:
-                    del points[step]
-            for name in sorted(entry.keys() - {"stage", "step", "skipped"}):
-                if type(value := entry[name]) in (int, float) and abs(value) < 1e30:  # NaN is not
-                    curves.setdefault(name, {})[int(entry["step"])] = value
+            if entry["stage"] == stage and 0 <= entry["step"] <= begun:
+                begun = int(entry["step"])
+                for name in entry.keys() - {"stage", "step", "skipped"}:
+                    if type(value := entry[name]) in (int, float) and abs(value) < 1e30:  # NaN is not
+                        curves.setdefault(name, {}).setdefault(begun, value)
     last = max([1, *(step for points in curves.values() for step in points)])
 
     names = [name for name in curves if len(curves[name]) > 1 or name == "loss"]
@@ -1412,10 +1403,7 @@ def command_line(arguments: list[str] | None = None) -> int:
     """`main` for a shell -> exit code."""
     faults = UserError, fid.UserError, SafetensorError
     advice = "try --checkpoint-activations, --accumulate or more GPUs"
-    code = run_command("train.py", lambda: main(arguments), faults, advice)
-    if code and ranks()[0] > 0:
-        time.sleep(20)  # rank 0 has mostly stopped for the same reason, and its end is this process's end
-    return code
+    return run_command("train.py", lambda: main(arguments), faults, advice)
 
 
 if __name__ == "__main__":

@@ -354,7 +354,7 @@ def sampling_speed(_, size):
     about, (count, batch) = {"classes": "[]", "parent": "", "fingerprint": ""}, (512, 64) if CUDA else (8, 4)
     with DEVICE:
         networks = {"ar": ar.MaskedAR(ar.AR_PRESETS[size]), "stage2": semtok.SemTok(semtok.PRESETS[PRESET])}
-    with mock.patch.object(sample, "load", lambda _, name, device: (networks[name].to(device), about)):
+    with mock.patch.object(sample, "load", lambda _, name, device, *__: (networks[name].to(device), about)):
         arguments = sample.parse_arguments(["--npz", str(count), "--batch-size", str(batch)])
         sampler = sample.Sampler(arguments, DEVICE)
     bits = torch.zeros(1, sampler.ar.config.tokens, sampler.ar.config.bits, dtype=torch.bool, device=DEVICE)

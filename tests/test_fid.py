@@ -765,7 +765,7 @@ def bad_npz(folder):
 
 def bad_weights(folder, weights):
     """Folders of weights where Inception's file is none: folder -> what the sentence says."""
-    state, key = fid.read_tensors(weights)[0], "Mixed_7c.branch1x1.bn.weight"
+    state, key = fid.read_tensors(weights), "Mixed_7c.branch1x1.bn.weight"
     files = {"nan": (state | {key: state[key] * np.nan}, "NaN"), "list": ([1], "no attribute"),
              "integers": ({1: state[key]}, "1 names no"), "sparse": ({key: state[key].to_sparse()}, "sparse"),
              "meta": ({key: state[key].to("meta")}, "names no"), "junk": (b"no weights", "tensors by name"),

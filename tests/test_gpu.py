@@ -257,7 +257,7 @@ def take_a_step(waits, patch, device, preset, stage, *flags):
         (train, "load_vae", lambda *_: semtok.VAE(config.vae).to(device)),
         (train, "load_siglip", lambda *_: semtok.SigLIP(tower).to(device)),
         (train, "load_sd35", lambda decoder, *_: decoder.to_empty(device=device)),
-        (train, "load_semtok", lambda *_: (train.new_tokenizer(run, tower.width).to(device), {})),
+        (train, "load_semtok", lambda *_: (train.first_tokenizer(run, "1", tower.width).to(device), {})),
         (train, "key_generator", lambda *_: Random() if device == CUDA else key),
         (train, "picture_grid", lambda rows: [row.cpu() for row in rows.values()]), (ar.ARConfig, "steps", 2),
         (train, "code_usage", lambda bits: {}), (train, "Tokens", lambda *_: None),
@@ -296,7 +296,7 @@ def test_sampling_waits_for_its_end(waits, size, monkeypatch):
     few = replace(semtok.PRESETS["paper"], encoder_depth=1, decoder_depth=3, decoder_dual_depth=1)
     models = {"ar": ar.MaskedAR(replace(ar.AR_PRESETS[size], depth=2)), "stage2": semtok.SemTok(few)}
     about = {"classes": "[]", "parent": "", "fingerprint": ""}
-    monkeypatch.setattr(sample, "load", lambda run, name, device: (models[name].to(device), about))
+    monkeypatch.setattr(sample, "load", lambda run, name, device, *_: (models[name].to(device), about))
     for order in ("random", "raster", "confidence"):
         arguments = ["--class", "1", "--steps", "3", "--batch-size", "2", "--order", order]
         sampler = sample.Sampler(sample.parse_arguments(arguments), CUDA)

@@ -370,8 +370,8 @@ def test_missing_predecessors_and_bad_folders(pictures, tmp_path):
     for stage, before in (("2", "1"), ("ar", "2")):
         sentence(call("train.py", "--stage", stage, "--data", pictures, "--out", tmp_path),
                  f"stage{before}.s", f"make it first with python train.py --stage {before} --out {tmp_path}")
-    sentence(call("sample.py", "--class", "1", "--run", tmp_path / "x"), "ar.safetensors is missing",
-             f"python train.py --stage ar --out {tmp_path / 'x'}")
+    sentence(call("sample.py", "--class", "1", "--run", tmp_path / "x"), "stage2.safetensors is missing",
+             f"python train.py --stage 2 --out {tmp_path / 'x'}")
     paper = ("train.py", "--stage", "1", "--preset", "paper", "--out", tmp_path, "--weights", tmp_path)
     sentence(call(*paper), "--data needs a folder")
     sentence(call(*paper, "--data", pictures), tmp_path / "siglip2-base-patch16-256", "weights.md")
@@ -425,6 +425,26 @@ def test_bad_flags_and_settings(arguments, words, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_no_rank_stays_silent_and_waiting_has_an_end(finished, pictures, tmp_path, monkeypatch, capsys):
+    """What another rank alone meets is said, and rank 0 does not wait for ever for another rank's parts."""
+    monkeypatch.setattr(semtok, "ranks", lambda: (1, 2))
+    with mock.patch("time.sleep") as sleep:
+        assert semtok.run_command("x.py", lambda: Path(tmp_path, "none").read_text(), (), "") == 2
+    assert "none" in capsys.readouterr().err and sleep.mock_calls == [mock.call(20)]
+    clock = iter(range(0, 10**6, 2000))
+    monkeypatch.setattr(sample, "launched", lambda: (0, 2, 0))
+    with mock.patch("time.sleep"), mock.patch("time.time", lambda: next(clock)):
+        made = ("--npz", 501, "--steps", 1, "--out", tmp_path / "a.npz")
+        result = call("sample.py", *made, "--run", finished[0])
+    assert result.returncode == 2 and "waiting for 1 parts" in result.stderr and "in an hour" in result.stderr
+    (tmp_path / "bad").mkdir()
+    for i in range(33):  # rank 0 has all but the last
+        (tmp_path / f"bad/{i:02d}.png").write_bytes(b"no picture")
+    made = ("--reconstruct", tmp_path / "bad", "--out", tmp_path / "r")
+    sentence(call("sample.py", *made, "--run", finished[0]),
+             "none of the 32 pictures can be read")
+
+
 def test_help_says_what_every_setting_is():
     text = call("train.py", "--help").stdout
     assert re.search(r"\n +lr +0.001 +0.003 +0.008 +0.005 +at its peak", text)
@@ -433,7 +453,8 @@ def test_help_says_what_every_setting_is():
 
 
 def test_captions_stand_above_their_columns():
-    rows = {"Übung\na | b | c": torch.zeros(3, 3, 8, 8, dtype=torch.uint8), " ": torch.zeros(3, 3, 8, 8, dtype=torch.uint8)}
+    black = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+    rows = {"Übung\na | b | c": black, " ": black}
     with mock.patch.object(semtok.ImageDraw.ImageDraw, "text") as text:
         sheet = semtok.picture_grid(rows | {"x" * 10**6: rows[" "]}, side=80)
     said = [(call.args[0], call.args[1]) for call in text.mock_calls]

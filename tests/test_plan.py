@@ -189,7 +189,7 @@ def test_what_the_ablations_say_of_their_figures():
     ):
         assert paper.verdict(ours, published) == said
     every = {need: [] for entry in paper.ENTRIES.values() for need in paper.needs(entry)}
-    scores = ("rFD", "PSNR", "SSIM", "kNN", "gFD", "recognised", "precision", "recall", "nats",
+    scores = ("rFD", "PSNR", "SSIM", "kNN", "gFD", "recognised", "precision", "recall", "nats", "likelihood",
               *paper.LOCALITY.split())
     for (run, _), seeds in every.items():
         seeds += [dict.fromkeys(scores, 1.0 + seed + (run == "default")) for seed in range(2)]
