@@ -187,8 +187,9 @@ class MaskedAR(nn.Module):
         if self.config.causal:
             return torch.ones(count, self.config.tokens, dtype=torch.bool, device=rng.device)
         share = least + (1 - least) * torch.rand(count, 1, generator=rng, device=rng.device)
-        order = torch.rand(count, self.config.tokens, generator=rng, device=rng.device).argsort(-1)
-        return order.argsort(-1) < (share * self.config.tokens).ceil().clamp_min(1)
+        keys = torch.rand(count, self.config.tokens, generator=rng, device=rng.device)
+        places = keys.argsort(-1).argsort(-1)  # of each token in a random order
+        return places < (share * self.config.tokens).ceil().clamp_min(1)
 
     def loss(self, bits, labels, masked, masked_per_picture: torch.Tensor, smoothing: float = 0.01) -> dict:
         """Eq. 8's likelihood on the results of `hide`: cross-entropy of MASKED tokens, in nats a bit.

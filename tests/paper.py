@@ -11,9 +11,9 @@ repository.
 
 Scores are of pictures that no training saw: PSNR and SSIM of reconstructions, the share of samples that an
 independent classifier recognises, and in the classifier's features Frechet distance (rFD of reconstructions,
-gFD of samples), precision and recall; kNN is neighbour_accuracy in the encoder's tokens; nats is the
-transformer's loss a bit on pictures that train.py held out, likelihood on these. For the last three columns of locality see its function. Every number is the mean
-of the seeds, with half their range behind it.
+gFD of samples), precision and recall; kNN is neighbour_accuracy in the encoder's tokens; likelihood is the
+transformer's loss a bit on them, nats that on the pictures which train.py held out. For the last three
+columns of locality see its function. Every number is the mean of the seeds, with half their range behind it.
 """
 
 import argparse
@@ -75,7 +75,9 @@ RUNS = {
     "lfq": Run("quantizer=lfq", ("1", "2")),
     "lpips": Run("perceptual=lpips", ("2",)), "resnet": Run("perceptual=resnet", ("2",)),
     "scratch": Run("init=scratch", ("2",)),
-    # as many steps as both stages have, and as many of them with the discriminator
+    # as many FLOPs, by tests/plan.py, and as many steps as both stages have, and as many of them with the
+    # discriminator
+    "equal scratch": Run("init=scratch steps=1808 gan_start=1408", ("2",)),
     "long scratch": Run("init=scratch steps=2500 gan_start=2100", ("2",)),
     "groups": Run("group_bits=12", ("ar",)),
     **{f"{count} pictures": Run(pictures=count) for count in (30, 100, 300, 1000, 3000)},
@@ -256,6 +258,8 @@ ENTRIES = {
     }),
     "table12": Table("Generative pre-training", *RECONSTRUCTION, {
         "only stage 2": ("scratch", (REFINED,), (1.80, 20.54, 0.556)),
+        "only stage 2, as much compute as both":
+            ("equal scratch", (REFINED,), (1.80, 20.54, 0.556)),
         "only stage 2, as many steps as both":
             ("long scratch", (REFINED,), (1.80, 20.54, 0.556)),
         "stages 1 and 2": ("default", (REFINED,), (0.88, 22.19, 0.639)),
@@ -307,7 +311,8 @@ class Laboratory:
         if count := RUNS[out.name.rpartition("-")[0]].pictures:
             options += ["--data", str(out / "pictures")]
             for i, picture in enumerate(recognise.drawn("train", seed, range(count))[0]):
-                write_picture(str(out / f"pictures/{i % 10}/{i:05d}.png"), picture_grid({"": picture[None]}, side=1))
+                path = str(out / f"pictures/{i % 10}/{i:05d}.png")
+                write_picture(path, picture_grid({"": picture[None]}, side=1))
         key = f"{out.name} {' '.join(options)}"
         if key not in self.scores:
             command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), *options]
