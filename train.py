@@ -31,7 +31,6 @@ import datetime
 import difflib
 import functools
 import hashlib
-import inspect
 import json
 import logging
 import math
@@ -1315,10 +1314,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     title = __doc__.partition("\n")[0]
     parser = argparse.ArgumentParser(prog="train.py", description=title, formatter_class=form)
-    sources = Recipe, LossWeights, RefinerWeights, RefinerRecipe, ARRecipe, ARConfig, SemTokConfig
-    meanings = {}  # of a setting: the comment behind its field
-    for source in sources:
-        meanings |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(source), re.M)
+    files = (Path(__file__).with_name(f"{name}.py") for name in ("ar", "semtok", "train"))
+    source = "".join(file.read_text("utf-8") for file in files)
+    meanings = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))  # the comments behind the fields
     sizes = vars(AR_PRESETS["tiny"]) | vars(PRESETS["tiny"])
     values = {stage: sizes | vars(recipe) for stage, recipe in RECIPES["tiny"].items()}
     names = {stage: setting_names(stage) for stage in values}

@@ -427,8 +427,7 @@ def test_bad_flags_and_settings(arguments, words, tmp_path):
 
 def test_no_rank_stays_silent_and_waiting_has_an_end(finished, pictures, tmp_path, monkeypatch, capsys):
     """What another rank alone meets is said, and rank 0 does not wait for ever for another rank's parts."""
-    monkeypatch.setattr(semtok, "ranks", lambda: (1, 2))
-    with mock.patch("time.sleep") as sleep:
+    with mock.patch.object(semtok, "ranks", lambda: (1, 2)), mock.patch("time.sleep") as sleep:
         assert semtok.run_command("x.py", lambda: Path(tmp_path, "none").read_text(), (), "") == 2
     assert "none" in capsys.readouterr().err and sleep.mock_calls == [mock.call(20)]
     clock = iter(range(0, 10**6, 2000))
