@@ -219,8 +219,8 @@ class MaskedAR(nn.Module):
         labels (B,) int64. cfg, cfg_schedule: see `guidance`. top_p: see `sample_groups`. order: "random";
         "raster" (Figure 5), from left to right; or "confidence" (Table 14): the tokens whose drawn bits are
         surest. A causal model always fills one token a step from left to right. known: (bits, masked) to
-        start from, for inpainting, with as many masked tokens in each row. ValueError for another order. A
-        causal model takes K steps, no "confidence" and nothing known, else ValueError.
+        start from, for inpainting, with as many masked tokens in each row. A causal model takes K steps, no
+        "confidence" and nothing known. ValueError for what cannot be.
         """
         config, device, confident = self.config, labels.device, order == "confidence"
         steps = config.steps if steps is None else steps

@@ -556,7 +556,7 @@ class SemTokConfig:
     quantizer: Literal["bsq", "lfq"] = "bsq"  # LFQ is the sign without the sphere (Table 10)
     entropy_group: int = 1  # bits with a joint distribution in Eq. 4: see BSQ
     causal: bool = False  # Table 5's "raster": a token sees the picture and the tokens before it
-    form: Literal["1d", "2d"] = "1d"  # 2d, our control for Table 3: token i sees itself and patch i alone
+    form: Literal["1d", "2d"] = "1d"  # 2d, our control for Table 3: token i attends to itself and patch i
     vae: VAEConfig = field(default_factory=VAEConfig)
 
     def __post_init__(self):

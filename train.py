@@ -21,7 +21,8 @@ A stage is a module. `prepare(pictures, labels, rng, step) -> rows, shared` comp
 gradient, of uint8 pictures (B, 3, H, W) or of tokens' bits (B, K, d). `rows` has a row for each picture: a
 micro-batch is a slice of it. (Stage 0, which also has windows of every third picture, is not divided.)
 `shared` is what all micro-batches use. `forward(rows, shared) -> losses` is the rest. `after_step(losses)`
-follows a good step. `look() -> picture, figures` shows held-out pictures. `export(metadata)` writes a result.
+follows a good step. `look() -> picture, figures` shows held-out pictures or samples. `export(metadata)`
+writes a result.
 """
 
 import argparse
@@ -1017,7 +1018,7 @@ BAD_STEPS = 5  # steps in a row that are not finite, after which a run stops
 
 
 def make_optimizer(stage: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW. Weights of linear layers and convolutions decay; norms, biases and embeddings do not.
+    """AdamW. Weights of linear layers and convolutions decay; norms, biases, mask tokens and tables do not.
     Each group knows its peak rate and the step at which it joins. Moments are made now, not at the first
     step: a training state has the same tensors before and after the discriminator joins."""
     matrices = {layer.weight for layer in stage.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
@@ -1262,7 +1263,7 @@ def worse_than_before(name: str, run: Run, figures: dict[str, float]) -> str:
 
 HEALTHY = {  # the range of a good run, green in its curves
     "flow_loss": (0, 1), "entropy_loss": (-math.inf, 0), "used": (0.9, 1), "imbalance": (0, 0.2),
-    "dead_bits": (0, 0), "nll": (0, math.log(2)),
+    "nll": (0, math.log(2)),
 }
 # The order of curves: the loss, its terms, held-out pictures, codes; then norms, rates and speed
 CURVES = "loss$", "(?!val_).*loss$|nll|accuracy|d_", "val_|psnr|ssim", "used|imbalance|dead_|.*entropy"
@@ -1343,7 +1344,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=number(int, 0, 1024), default=min(4, os.cpu_count()), help="read pictures")
     add("--accumulate", type=number(int, 1, 1024), default=1, metavar="N",
         help="split a batch into N micro-batches: less memory; the entropy loss is then of each")
-    add("--checkpoint-activations", action="store_true", help="less memory, about a third more work")
+    add("--checkpoint-activations", action="store_true", help="less memory, up to a third more work")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile networks (default: on CUDA)")
     args = parse_command(parser, arguments)
 

@@ -213,7 +213,8 @@ ENTRIES = {
     }),
     "guidance2d": Figure("guidance scale of 2D tokens, linear schedule", "cfg", SCALES, run="grid"),
     "figure4": Sheet("Samples of both forms", FORM, SAMPLES, draw_samples),
-    "figure5": Sheet("Both forms in raster order", FORM, SAMPLES, draw_progress),
+    "figure5": Sheet("Both forms in raster order; an unknown token is its mean under the transformer, by class",
+                     FORM, SAMPLES, draw_progress),
     "locality": Table("Share of a token's change in its largest 3 x 3 of 64 patches", LOCALITY, LOCALITY, {
         name: (run, (REFINED,), (NONE,) * 4) for name, run in {
             "2D": "grid", "1D, not aligned": "neither", "1D, 4 tokens": "4 tokens",
