@@ -1272,7 +1272,8 @@ CURVES = "loss$", "(?!val_).*loss$|nll|accuracy|d_", "val_|psnr|ssim", "used|imb
 def draw_curves(log: str, stage: str) -> Image.Image:
     """What a stage wrote into log.jsonl: a panel for each number over the steps; val_NAME is in NAME's."""
     curves, begun = {"loss": {}}, 2**31  # name -> {step: value}
-    for line in reversed(Path(log).read_bytes().splitlines()):  # the later line of a step counts
+    # Backwards: the later line of a step counts, and none of what a stage had before it was taken up again
+    for line in reversed(Path(log).read_bytes().splitlines()):
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):  # not ours
             entry = json.loads(line)
             if entry["stage"] == stage and 0 <= entry["step"] <= begun:
@@ -1302,8 +1303,8 @@ def draw_curves(log: str, stage: str) -> Image.Image:
         pen.rectangle((left, top + 14, left + 206, top + 92), outline="lightgrey")
         for points, colour in zip(both, ("steelblue", "darkorange")):
             pen.line([(left + 206 * x / last, height(y)) for x, y in points], fill=colour, width=2)
-        for text, height in ((high, 10), ((low + high) / 2, 48), (low, 85)):
-            pen.text((left - 64, top + height), f"{text:.6g}", fill="grey")
+        for value, offset in ((high, 10), ((low + high) / 2, 48), (low, 85)):
+            pen.text((left - 64, top + offset), f"{value:.6g}", fill="grey")
         pen.text((left, top + 93), f"step 0 to {last}", fill="grey")
     return sheet
 
